@@ -1,0 +1,177 @@
+//! The keys that kvrail implements: their names, where they stand, and how a value is taken.
+
+use serde_json::Value;
+
+use super::store_config::{
+    BUFFER_MIB, CHUNK_SIZE, DISK_IO_THREADS, Durability, GdsBackend, LoadFailurePolicy,
+    MAX_LOCAL_CPU_SIZE_GB, PathSharding, StoreConfig, WAIT_LIMIT_SECONDS,
+};
+use super::value::{self, Parsed};
+
+/// The mapping that holds LMCache's less common keys.
+pub(super) const EXTRA_CONFIG: &str = "extra_config";
+
+/// One key that kvrail implements.
+pub(super) struct Key {
+    /// The full name: `chunk_size`, or `extra_config.use_cufile` for one of the nested mapping.
+    pub(super) name: &'static str,
+    /// Other names with the same meaning.
+    pub(super) aliases: &'static [&'static str],
+    /// Reads a value into the configuration, or says what was expected.
+    pub(super) set: fn(&mut StoreConfig, &Value) -> Parsed<()>,
+}
+
+impl Key {
+    /// Returns the name without the mapping it may stand in.
+    pub(super) fn bare(&self) -> &'static str {
+        self.name.strip_prefix("extra_config.").unwrap_or(self.name)
+    }
+
+    /// Returns whether the key's own place is the nested mapping.
+    pub(super) fn is_nested(&self) -> bool {
+        self.bare() != self.name
+    }
+
+    /// Returns every name that the key has at the top level of a source.
+    pub(super) fn names(&self) -> impl Iterator<Item = &'static str> + use<> {
+        [self.bare(), self.name]
+            .into_iter()
+            .chain(self.aliases.iter().copied())
+    }
+}
+
+/// Finds the key with this name at the top level of a source.
+///
+/// A key of the nested mapping is taken there too: it can mean nothing else.
+pub(super) fn find(name: &str) -> Option<&'static Key> {
+    KEYS.iter()
+        .find(|key| key.names().any(|known| known == name))
+}
+
+/// Finds the key with this name inside the nested mapping.
+pub(super) fn find_nested(name: &str) -> Option<&'static Key> {
+    KEYS.iter()
+        .find(|key| key.is_nested() && key.bare() == name)
+}
+
+/// Every key, in the order of the documentation.
+pub(super) static KEYS: &[Key] = &[
+    Key {
+        name: "chunk_size",
+        aliases: &[],
+        set: |config, given| {
+            value::whole(given, &CHUNK_SIZE, "tokens").map(|size| config.chunk_size = size)
+        },
+    },
+    Key {
+        name: "gds_path",
+        aliases: &[],
+        set: |config, given| value::paths(given).map(|paths| config.gds_path = paths),
+    },
+    Key {
+        name: "gds_path_sharding",
+        aliases: &[],
+        set: |config, given| {
+            let choices = [
+                ("by_hash", PathSharding::ByHash),
+                ("by_gpu", PathSharding::ByGpu),
+            ];
+            value::word(given, &choices).map(|choice| config.gds_path_sharding = choice)
+        },
+    },
+    Key {
+        name: "cufile_buffer_size",
+        aliases: &["gds_buffer_size"],
+        set: |config, given| {
+            value::whole(given, &BUFFER_MIB, "MiB").map(|size| config.buffer_mib = size)
+        },
+    },
+    Key {
+        name: "local_cpu",
+        aliases: &[],
+        set: |config, given| value::boolean(given).map(|switch| config.local_cpu = switch),
+    },
+    Key {
+        name: "max_local_cpu_size",
+        aliases: &[],
+        set: |config, given| {
+            value::number(given, &MAX_LOCAL_CPU_SIZE_GB, "GB")
+                .map(|size| config.max_local_cpu_size_gb = size)
+        },
+    },
+    Key {
+        name: "use_gds",
+        aliases: &[],
+        set: |config, given| value::boolean(given).map(|switch| config.use_gds = switch),
+    },
+    Key {
+        name: "gds_backend",
+        aliases: &[],
+        set: |config, given| {
+            let choices = [("cufile", GdsBackend::Cufile), ("posix", GdsBackend::Posix)];
+            value::word(given, &choices).map(|choice| config.gds_backend = choice)
+        },
+    },
+    Key {
+        name: "max_size",
+        aliases: &[],
+        set: |config, given| value::limit(given).map(|limit| config.max_size = limit),
+    },
+    Key {
+        name: "min_free",
+        aliases: &[],
+        set: |config, given| value::min_free(given).map(|free| config.min_free = free),
+    },
+    Key {
+        name: "durability",
+        aliases: &[],
+        set: |config, given| {
+            let choices = [("none", Durability::None), ("full", Durability::Full)];
+            value::word(given, &choices).map(|choice| config.durability = choice)
+        },
+    },
+    Key {
+        name: "save_decode_cache",
+        aliases: &[],
+        set: |config, given| value::boolean(given).map(|switch| config.save_decode_cache = switch),
+    },
+    Key {
+        name: "extra_config.use_cufile",
+        aliases: &[],
+        set: |config, given| value::boolean(given).map(|switch| config.use_cufile = switch),
+    },
+    Key {
+        name: "extra_config.use_direct_io",
+        aliases: &[],
+        set: |config, given| {
+            value::boolean_or_auto(given).map(|switch| config.use_direct_io = switch)
+        },
+    },
+    Key {
+        name: "extra_config.disk_io_threads",
+        aliases: &[],
+        set: |config, given| {
+            value::whole(given, &DISK_IO_THREADS, "threads")
+                .map(|threads| config.disk_io_threads = threads)
+        },
+    },
+    Key {
+        name: "extra_config.load_failure_policy",
+        aliases: &[],
+        set: |config, given| {
+            let choices = [
+                ("recompute", LoadFailurePolicy::Recompute),
+                ("fail", LoadFailurePolicy::Fail),
+            ];
+            value::word(given, &choices).map(|choice| config.load_failure_policy = choice)
+        },
+    },
+    Key {
+        name: "extra_config.wait_limit_seconds",
+        aliases: &[],
+        set: |config, given| {
+            value::number(given, &WAIT_LIMIT_SECONDS, "seconds")
+                .map(|seconds| config.wait_limit_seconds = seconds)
+        },
+    },
+];

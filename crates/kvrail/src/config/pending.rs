@@ -1,0 +1,48 @@
+//! The keys that are understood but have no effect in this version.
+//!
+//! Such a key is no error, because the same file works with LMCache and with later versions; it is
+//! no silence either, because a user who asked for a limit must know that there is none. A version
+//! that implements one drops its row.
+
+use super::store_config::StoreConfig;
+
+/// One key without effect.
+pub(super) struct Pending {
+    /// The key's full name.
+    pub(super) key: &'static str,
+    /// Whether the configuration asks for what is missing.
+    pub(super) asks: fn(&StoreConfig) -> bool,
+    /// What happens instead.
+    pub(super) instead: &'static str,
+}
+
+const POSIX: &str = "this version has no cuFile engine, the posix engine moves the bytes";
+
+/// Every such key.
+pub(super) static PENDING: &[Pending] = &[
+    Pending {
+        key: "max_size",
+        asks: |config| config.max_size.is_some(),
+        instead: "this version does not limit the size of a directory",
+    },
+    Pending {
+        key: "local_cpu",
+        asks: |config| config.local_cpu,
+        instead: "this version has no DRAM tier, every hit is read from the files",
+    },
+    Pending {
+        key: "use_gds",
+        asks: StoreConfig::wants_cufile,
+        instead: POSIX,
+    },
+    Pending {
+        key: "gds_backend",
+        asks: StoreConfig::wants_cufile,
+        instead: POSIX,
+    },
+    Pending {
+        key: "extra_config.use_cufile",
+        asks: StoreConfig::wants_cufile,
+        instead: POSIX,
+    },
+];

@@ -1,0 +1,241 @@
+//! The typed settings of one store, their defaults and their ranges.
+
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// Tokens of a chunk; the upper end is whatever memory holds, which the buffer check decides.
+pub(super) const CHUNK_SIZE: RangeInclusive<u64> = 1..=u64::MAX;
+/// MiB of the staging memory: up to 1 TiB, above which a unit was surely mistaken.
+pub(super) const BUFFER_MIB: RangeInclusive<u64> = 1..=1 << 20;
+/// Threads of the I/O engine: a queue of 256 keeps any one mount busy.
+pub(super) const DISK_IO_THREADS: RangeInclusive<u64> = 1..=256;
+/// GB of the DRAM tier: up to a million GB, above which a unit was surely mistaken.
+pub(super) const MAX_LOCAL_CPU_SIZE_GB: RangeInclusive<f64> = 0.0..=1_000_000.0;
+/// Seconds that one I/O may take: a hung mount must not hold a request for longer than an hour.
+pub(super) const WAIT_LIMIT_SECONDS: RangeInclusive<f64> = 0.1..=3600.0;
+
+/// How chunks are spread when `gds_path` names several directories.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum PathSharding {
+    /// By a hash of the chunk key: every instance finds every chunk.
+    #[default]
+    ByHash,
+    /// By the GPU's index: each rank keeps to one directory, as LMCache does.
+    ByGpu,
+}
+
+/// Which I/O engine the user asks for when files can be read straight into GPU memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum GdsBackend {
+    /// NVIDIA's cuFile.
+    #[default]
+    Cufile,
+    /// POSIX reads and writes through staging buffers.
+    Posix,
+}
+
+/// What a published chunk survives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Durability {
+    /// The end of the process; after a power failure, chunks may be missing or fail their checksum.
+    #[default]
+    None,
+    /// A power failure: file and directory are synced before a chunk becomes visible.
+    Full,
+}
+
+/// What the connector does about blocks that could not be loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum LoadFailurePolicy {
+    /// Has vLLM compute them: a failed load is a miss.
+    #[default]
+    Recompute,
+    /// Lets the request fail, for those who want to notice.
+    Fail,
+}
+
+/// How much of a file system stays free.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum MinFree {
+    /// A share of the file system's size, 0 or more and below 1.
+    Share(f64),
+    /// A number of bytes.
+    Bytes(u64),
+}
+
+impl Default for MinFree {
+    fn default() -> Self {
+        Self::Share(0.05)
+    }
+}
+
+/// The settings that a store is opened with.
+///
+/// Made by [`resolve`](super::resolve) from a user's sources, or by [`StoreConfig::with_path`] in
+/// code; [`StoreConfig::validate`] checks one that was changed by hand.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StoreConfig {
+    /// Tokens of one chunk; the connector needs a multiple of vLLM's block size. Default: 256.
+    pub chunk_size: usize,
+    /// The directories that hold the chunks, absolute, at least one. No default.
+    pub gds_path: Vec<PathBuf>,
+    /// How chunks are spread over several directories. Default: [`PathSharding::ByHash`].
+    pub gds_path_sharding: PathSharding,
+    /// Staging memory in MiB (`cufile_buffer_size` and `gds_buffer_size`). Default: 512.
+    pub buffer_mib: usize,
+    /// Whether host memory is kept as a tier in front of the files. Default: false.
+    pub local_cpu: bool,
+    /// Size of that tier in GB (10^9 bytes). Default: 5.
+    pub max_local_cpu_size_gb: f64,
+    /// Whether GPUDirect Storage may be used at all. Default: true.
+    pub use_gds: bool,
+    /// Which engine moves bytes when GPUDirect Storage may be used. Default:
+    /// [`GdsBackend::Cufile`].
+    pub gds_backend: GdsBackend,
+    /// Whether cuFile may be used (`extra_config.use_cufile`). Default: true.
+    pub use_cufile: bool,
+    /// Whether files are opened with `O_DIRECT`; `None` leaves it to a probe of each mount.
+    /// Default: `None`.
+    pub use_direct_io: Option<bool>,
+    /// Threads that do file I/O. Default: 4.
+    pub disk_io_threads: usize,
+    /// Most bytes kept in each directory; `None` is unlimited. Default: `None`.
+    pub max_size: Option<u64>,
+    /// Free space left on each file system. Default: 5% of it.
+    pub min_free: MinFree,
+    /// What a published chunk survives. Default: [`Durability::None`].
+    pub durability: Durability,
+    /// Whether chunks that fill up while decoding are stored too. Default: false.
+    pub save_decode_cache: bool,
+    /// What happens to a request whose load failed. Default: [`LoadFailurePolicy::Recompute`].
+    pub load_failure_policy: LoadFailurePolicy,
+    /// Longest wait for one I/O in seconds. Default: 30.
+    pub wait_limit_seconds: f64,
+}
+
+impl StoreConfig {
+    /// Returns the defaults with one directory.
+    pub fn with_path(path: impl Into<PathBuf>) -> Self {
+        Self {
+            gds_path: vec![path.into()],
+            ..Self::unset()
+        }
+    }
+
+    /// Returns the defaults with no directory yet, which is not valid on its own.
+    pub(super) fn unset() -> Self {
+        Self {
+            chunk_size: 256,
+            gds_path: Vec::new(),
+            gds_path_sharding: PathSharding::default(),
+            buffer_mib: 512,
+            local_cpu: false,
+            max_local_cpu_size_gb: 5.0,
+            use_gds: true,
+            gds_backend: GdsBackend::default(),
+            use_cufile: true,
+            use_direct_io: None,
+            disk_io_threads: 4,
+            max_size: None,
+            min_free: MinFree::default(),
+            durability: Durability::default(),
+            save_decode_cache: false,
+            load_failure_policy: LoadFailurePolicy::default(),
+            wait_limit_seconds: 30.0,
+        }
+    }
+
+    /// Returns whether cuFile is wanted: none of the three keys that choose an engine forces POSIX.
+    pub fn wants_cufile(&self) -> bool {
+        self.use_gds && self.use_cufile && self.gds_backend == GdsBackend::Cufile
+    }
+
+    /// Checks every field against its range.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidConfig`](crate::ErrorKind::InvalidConfig), naming the first key that is
+    /// out of range.
+    pub fn validate(&self) -> Result<()> {
+        check_whole("chunk_size", self.chunk_size, &CHUNK_SIZE)?;
+        check_whole("cufile_buffer_size", self.buffer_mib, &BUFFER_MIB)?;
+        check_whole(
+            "extra_config.disk_io_threads",
+            self.disk_io_threads,
+            &DISK_IO_THREADS,
+        )?;
+        check_number(
+            "max_local_cpu_size",
+            self.max_local_cpu_size_gb,
+            &MAX_LOCAL_CPU_SIZE_GB,
+        )?;
+        let wait = self.wait_limit_seconds;
+        check_number("extra_config.wait_limit_seconds", wait, &WAIT_LIMIT_SECONDS)?;
+        if self.max_size == Some(0) {
+            return Err(Error::config("max_size", 0, "1 byte or more"));
+        }
+        if let MinFree::Share(share) = self.min_free
+            && !(0.0..1.0).contains(&share)
+        {
+            return Err(Error::config(
+                "min_free",
+                share,
+                "a share of 0 or more and below 1",
+            ));
+        }
+        check_paths(&self.gds_path)
+            .map_err(|(value, expected)| Error::config("gds_path", value, expected))
+    }
+}
+
+/// Checks the list of directories; an error is the value to show and what was expected.
+pub(super) fn check_paths(paths: &[PathBuf]) -> Result<(), (String, String)> {
+    if paths.is_empty() {
+        let expected = "an absolute directory, or several separated by commas";
+        return Err(("nothing".to_owned(), expected.to_owned()));
+    }
+    for (index, path) in paths.iter().enumerate() {
+        check_path(path).map_err(|expected| (format!("`{}`", path.display()), expected))?;
+        if paths.iter().take(index).any(|earlier| earlier == path) {
+            return Err((
+                format!("`{}`", path.display()),
+                "each directory only once".to_owned(),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn check_path(path: &Path) -> Result<(), String> {
+    if path.as_os_str().as_encoded_bytes().contains(&0) {
+        return Err("a path without a zero byte".to_owned());
+    }
+    if path.is_absolute() {
+        return Ok(());
+    }
+    let tilde = if path.starts_with("~") {
+        "; `~` is not expanded"
+    } else {
+        ""
+    };
+    Err(format!("an absolute path, one that starts with `/`{tilde}"))
+}
+
+fn check_whole(key: &str, value: usize, range: &RangeInclusive<u64>) -> Result<()> {
+    let inside = u64::try_from(value).is_ok_and(|value| range.contains(&value));
+    if inside {
+        Ok(())
+    } else {
+        Err(Error::config(key, value, super::value::span(range)))
+    }
+}
+
+fn check_number(key: &str, value: f64, range: &RangeInclusive<f64>) -> Result<()> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    let expected = format!("a number from {} to {}", range.start(), range.end());
+    Err(Error::config(key, value, expected))
+}

@@ -1,0 +1,242 @@
+//! Typed reading of one value, as YAML or JSON has it or as the text of an environment variable.
+//!
+//! Each function returns the typed value, or what it had expected as the end of a sentence; who
+//! calls it knows the key and the source and makes the error.
+
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use super::store_config::{MinFree, check_paths};
+
+/// A typed value, or what was expected instead.
+pub(super) type Parsed<T> = std::result::Result<T, String>;
+
+/// Names of units and their bytes: decimal as storage is sold, binary as memory is.
+const UNITS: [(&str, u64); 12] = [
+    ("", 1),
+    ("b", 1),
+    ("kb", 1_000),
+    ("mb", 1_000_000),
+    ("gb", 1_000_000_000),
+    ("tb", 1_000_000_000_000),
+    ("pb", 1_000_000_000_000_000),
+    ("kib", 1 << 10),
+    ("mib", 1 << 20),
+    ("gib", 1 << 30),
+    ("tib", 1 << 40),
+    ("pib", 1 << 50),
+];
+
+/// Largest whole number up to which a double holds every whole number (2^53).
+const EXACT_DOUBLE: f64 = 9_007_199_254_740_992.0;
+
+/// Returns whether a value says nothing, so that the next source counts.
+pub(super) fn is_unset(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.trim().is_empty(),
+        Value::Array(items) => items.iter().all(is_unset),
+        Value::Object(entries) => entries.is_empty(),
+        Value::Bool(_) | Value::Number(_) => false,
+    }
+}
+
+/// Reads a switch: a boolean, 1 or 0, or one of the words that mean one.
+pub(super) fn boolean(value: &Value) -> Parsed<bool> {
+    let text = match value {
+        Value::Bool(switch) => return Ok(*switch),
+        Value::Number(number) => number.to_string(),
+        Value::String(text) => text.trim().to_ascii_lowercase(),
+        _ => String::new(),
+    };
+    match text.as_str() {
+        "true" | "1" | "yes" | "on" => Ok(true),
+        "false" | "0" | "no" | "off" => Ok(false),
+        _ => Err("true or false (also 1, 0, yes, no, on, off)".to_owned()),
+    }
+}
+
+/// Reads a switch that may also be left to a probe with the word `auto`.
+pub(super) fn boolean_or_auto(value: &Value) -> Parsed<Option<bool>> {
+    if is_word(value, "auto") {
+        return Ok(None);
+    }
+    boolean(value)
+        .map(Some)
+        .map_err(|_| "auto, true or false".to_owned())
+}
+
+/// Reads a whole number within `range`.
+pub(super) fn whole(value: &Value, range: &RangeInclusive<u64>, unit: &str) -> Parsed<usize> {
+    let number = match value {
+        Value::Number(number) => number.as_u64().or_else(|| exact(number.as_f64()?)),
+        Value::String(text) => text.trim().parse().ok(),
+        _ => None,
+    };
+    number
+        .filter(|number| range.contains(number))
+        .and_then(|number| usize::try_from(number).ok())
+        .ok_or_else(|| format!("{} ({unit})", span(range)))
+}
+
+/// Reads a number within `range`.
+pub(super) fn number(value: &Value, range: &RangeInclusive<f64>, unit: &str) -> Parsed<f64> {
+    let number = match value {
+        Value::Number(number) => number.as_f64(),
+        Value::String(text) => text.trim().parse().ok(),
+        _ => None,
+    };
+    number
+        .filter(|number| range.contains(number))
+        .ok_or_else(|| {
+            format!(
+                "a number from {} to {} ({unit})",
+                range.start(),
+                range.end()
+            )
+        })
+}
+
+/// Reads a limit in bytes; the word `unlimited` is no limit.
+pub(super) fn limit(value: &Value) -> Parsed<Option<u64>> {
+    if is_word(value, "unlimited") {
+        return Ok(None);
+    }
+    size(value)
+        .filter(|bytes| *bytes > 0)
+        .map(Some)
+        .ok_or_else(|| {
+            "a size above 0 like \"500GB\" or \"512MiB\", a number of bytes, or \"unlimited\""
+                .to_owned()
+        })
+}
+
+/// Reads the free space to leave: a percentage, a share below 1, or a size.
+///
+/// What is written with a decimal point and no unit is a share, so that 1.0 is refused rather than
+/// taken for one byte.
+pub(super) fn min_free(value: &Value) -> Parsed<MinFree> {
+    let parsed = match value {
+        Value::Number(number) if number.is_f64() => number.as_f64().and_then(share),
+        Value::String(text) => match text.trim().strip_suffix('%') {
+            Some(percent) => decimal(percent.trim()).and_then(|percent| share(percent / 100.0)),
+            None => match decimal(text.trim()) {
+                Some(number) if text.contains('.') => share(number),
+                _ => size(value).map(MinFree::Bytes),
+            },
+        },
+        _ => size(value).map(MinFree::Bytes),
+    };
+    parsed.ok_or_else(|| {
+        "a share below 1 like \"5%\" or 0.05, a size like \"50GB\", or a number of bytes".to_owned()
+    })
+}
+
+/// Reads a list of directories: text with commas, or a list of texts.
+pub(super) fn paths(value: &Value) -> Parsed<Vec<PathBuf>> {
+    let paths: Option<Vec<PathBuf>> = match value {
+        Value::String(text) => Some(text.split(',').filter_map(path).collect()),
+        Value::Array(items) => items
+            .iter()
+            .filter(|item| !is_unset(item))
+            .map(|item| path(item.as_str()?))
+            .collect(),
+        _ => None,
+    };
+    let paths =
+        paths.ok_or("an absolute directory, several separated by commas, or a list of them")?;
+    match check_paths(&paths) {
+        Ok(()) => Ok(paths),
+        // One path of several is at fault: the whole value alone would not say which.
+        Err((path, expected)) if paths.len() > 1 => Err(format!("{expected}, got {path}")),
+        Err((_, expected)) => Err(expected),
+    }
+}
+
+/// Reads one of a few words.
+pub(super) fn word<T: Copy>(value: &Value, choices: &[(&str, T)]) -> Parsed<T> {
+    if let Some((_, choice)) = choices.iter().find(|(name, _)| is_word(value, name)) {
+        return Ok(*choice);
+    }
+    let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
+    Err(names.join(" or "))
+}
+
+/// Says what sort of value it is.
+pub(super) fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "nothing",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "a mapping",
+    }
+}
+
+/// Says a range of whole numbers in words.
+pub(super) fn span(range: &RangeInclusive<u64>) -> String {
+    match range.end() {
+        &u64::MAX => format!("a whole number, {} or more", range.start()),
+        end => format!("a whole number from {} to {end}", range.start()),
+    }
+}
+
+fn is_word(value: &Value, word: &str) -> bool {
+    value
+        .as_str()
+        .is_some_and(|text| text.trim().eq_ignore_ascii_case(word))
+}
+
+fn path(text: &str) -> Option<PathBuf> {
+    Some(text.trim())
+        .filter(|text| !text.is_empty())
+        .map(PathBuf::from)
+}
+
+fn share(number: f64) -> Option<MinFree> {
+    (0.0..1.0)
+        .contains(&number)
+        .then_some(MinFree::Share(number))
+}
+
+/// Reads digits with at most one decimal point: no sign, no exponent, no `inf`.
+fn decimal(text: &str) -> Option<f64> {
+    let plain = text
+        .bytes()
+        .all(|byte| byte.is_ascii_digit() || byte == b'.');
+    if plain { text.parse().ok() } else { None }
+}
+
+/// Turns a double into the whole number it stands for, where it stands for one exactly.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the number is whole and between 0 and 2^53"
+)]
+fn exact(number: f64) -> Option<u64> {
+    let fits = number.fract() == 0.0 && (0.0..=EXACT_DOUBLE).contains(&number);
+    fits.then_some(number as u64)
+}
+
+/// Reads a number of bytes, or text with a unit.
+fn size(value: &Value) -> Option<u64> {
+    let text = match value {
+        Value::Number(number) => return number.as_u64().or_else(|| exact(number.as_f64()?)),
+        Value::String(text) => text.trim(),
+        _ => return None,
+    };
+    let end = text.find(|letter: char| !letter.is_ascii_digit() && letter != '.');
+    let (digits, unit) = text.split_at(end.unwrap_or(text.len()));
+    let unit = unit.trim().to_ascii_lowercase();
+    let (_, bytes) = UNITS.iter().find(|(name, _)| *name == unit)?;
+    if let Ok(count) = digits.parse::<u64>() {
+        return count.checked_mul(*bytes);
+    }
+    // A fraction of a unit rounds to whole bytes; beyond 2^53 bytes (8 PiB) it is refused.
+    #[expect(clippy::cast_precision_loss, reason = "every unit is below 2^53")]
+    let product = decimal(digits)? * (*bytes as f64);
+    exact(product.round())
+}

@@ -1,0 +1,53 @@
+//! I/O engines: how bytes move between staging memory and files.
+//!
+//! An engine takes a request that owns its memory and gives a handle. The memory belongs to the
+//! engine's side until the request is done and comes back through the handle; dropping a handle
+//! frees nothing in flight. A request is done whole or fails: a short read or write is an error.
+//!
+//! Engines see files and offsets, never chunk keys.
+
+mod file;
+mod handle;
+mod posix;
+mod probe;
+
+pub use file::{IoFile, OpenMode};
+pub use handle::{Completion, IoHandle};
+pub use posix::PosixEngine;
+pub use probe::{MountReport, file_system_name, probe_mount};
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::memory::StagingRange;
+
+/// The direction of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    /// From the file into the buffer.
+    Read,
+    /// From the buffer into the file.
+    Write,
+}
+
+/// One contiguous transfer between a file and a buffer; it owns both until it is done.
+#[derive(Debug)]
+pub struct IoRequest {
+    /// The direction.
+    pub operation: Operation,
+    /// The file; a multiple of the page size in offset and length where it is opened direct.
+    pub file: Arc<IoFile>,
+    /// Bytes from the file's start.
+    pub offset: u64,
+    /// The memory; its whole length is transferred.
+    pub buffer: StagingRange,
+}
+
+/// Moves bytes between staging memory and files.
+pub trait IoEngine: fmt::Debug + Send + Sync {
+    /// Returns the engine's name as users see it.
+    fn name(&self) -> &'static str;
+
+    /// Starts a request. Never blocks on I/O; a queue that is full completes it with an error.
+    fn submit(&self, request: IoRequest) -> IoHandle;
+}

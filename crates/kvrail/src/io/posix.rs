@@ -1,0 +1,231 @@
+//! The `posix` engine: a pool of threads with pread and pwrite.
+
+use std::sync::Arc;
+use std::thread;
+
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+
+use super::{Completion, IoEngine, IoFile, IoHandle, IoRequest, Operation};
+use crate::error::{Error, ErrorKind, Result};
+use crate::memory::StagingRange;
+
+/// Requests that may wait. The staging pool bounds them far below this: a request owns a part of
+/// a slot, and a slot is split into few parts.
+const QUEUE_REQUESTS_MAX: usize = 65_536;
+
+/// Moves bytes with plain system calls on its own threads; works on every file system.
+#[derive(Debug)]
+pub struct PosixEngine {
+    queue: Sender<(IoRequest, Completion)>,
+}
+
+impl PosixEngine {
+    /// Starts `threads` threads; `on_start` runs first on each of them.
+    ///
+    /// The threads end when the engine is dropped and the queue is empty.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] when the system gives no thread.
+    pub fn new(threads: usize, on_start: Arc<dyn Fn() + Send + Sync>) -> Result<Self> {
+        let (queue, requests) = bounded(QUEUE_REQUESTS_MAX);
+        for index in 0..threads.max(1) {
+            let requests: Receiver<(IoRequest, Completion)> = requests.clone();
+            let on_start = Arc::clone(&on_start);
+            thread::Builder::new()
+                .name(format!("kvrail-io-{index}"))
+                .spawn(move || {
+                    on_start();
+                    for (request, completion) in requests {
+                        completion.complete(perform(request));
+                    }
+                })
+                .map_err(|source| {
+                    Error::new(ErrorKind::Io, "start an I/O thread").with_source(source)
+                })?;
+        }
+        Ok(Self { queue })
+    }
+}
+
+impl IoEngine for PosixEngine {
+    fn name(&self) -> &'static str {
+        "posix"
+    }
+
+    fn submit(&self, request: IoRequest) -> IoHandle {
+        let (completion, handle) = IoHandle::pair();
+        match self.queue.try_send((request, completion)) {
+            Ok(()) => {}
+            Err(TrySendError::Full((_, completion))) => {
+                completion.complete(Err(Error::new(ErrorKind::TimedOut, "I/O queue is full")));
+            }
+            Err(TrySendError::Disconnected((_, completion))) => {
+                completion.complete(Err(Error::new(ErrorKind::Closed, "I/O engine stopped")));
+            }
+        }
+        handle
+    }
+}
+
+/// Performs one request whole.
+fn perform(mut request: IoRequest) -> Result<StagingRange> {
+    let IoRequest {
+        operation,
+        file,
+        offset,
+        buffer,
+    } = &mut request;
+    match operation {
+        Operation::Read => read_whole(file, *offset, buffer.as_mut_slice())?,
+        Operation::Write => write_whole(file, *offset, buffer.as_slice())?,
+    }
+    Ok(request.buffer)
+}
+
+/// Reads until the buffer is full; the end of the file before that means a damaged file.
+fn read_whole(file: &IoFile, offset: u64, buffer: &mut [u8]) -> Result<()> {
+    let mut done = 0;
+    while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        match rustix::io::pread(file, rest, offset + done as u64) {
+            Ok(0) => {
+                let message = format!(
+                    "read at {offset}: expected {} bytes, got {done}",
+                    buffer.len()
+                );
+                return Err(Error::new(ErrorKind::Damaged, message).with_path(file.path()));
+            }
+            Ok(count) => done += count,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(Error::io("read", file.path(), errno.into())),
+        }
+    }
+    Ok(())
+}
+
+/// Writes until the buffer is empty.
+fn write_whole(file: &IoFile, offset: u64, buffer: &[u8]) -> Result<()> {
+    let mut done = 0;
+    while let Some(rest) = buffer.get(done..).filter(|rest| !rest.is_empty()) {
+        match rustix::io::pwrite(file, rest, offset + done as u64) {
+            Ok(0) => {
+                let message = format!(
+                    "write at {offset}: expected {} bytes, wrote {done}",
+                    buffer.len()
+                );
+                return Err(Error::new(ErrorKind::Io, message).with_path(file.path()));
+            }
+            Ok(count) => done += count,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(Error::io("write", file.path(), errno.into())),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::super::OpenMode;
+    use super::*;
+    use crate::memory::StagingPool;
+
+    fn deadline() -> Instant {
+        Instant::now() + Duration::from_secs(20)
+    }
+
+    fn request(
+        operation: Operation,
+        file: &Arc<IoFile>,
+        offset: u64,
+        buffer: StagingRange,
+    ) -> IoRequest {
+        IoRequest {
+            operation,
+            file: Arc::clone(file),
+            offset,
+            buffer,
+        }
+    }
+
+    #[test]
+    fn parts_written_by_several_threads_read_back_as_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let engine = PosixEngine::new(3, Arc::new(|| ())).unwrap();
+        let pool = StagingPool::new(2 << 16, 1 << 16).unwrap();
+        let path = directory.path().join("file");
+        let file = Arc::new(IoFile::open(&path, OpenMode::CreateNew, false).unwrap());
+        let mut source = pool.take(deadline()).unwrap();
+        source
+            .as_mut_slice()
+            .iter_mut()
+            .enumerate()
+            .for_each(|(i, b)| *b = (i * 13 % 255) as u8);
+        let expected = source.as_slice().to_vec();
+        let handles: Vec<IoHandle> = (0..16)
+            .map(|part| {
+                let buffer = source.split_to(4096);
+                engine.submit(request(Operation::Write, &file, part * 4096, buffer))
+            })
+            .collect();
+        for handle in handles {
+            handle.wait(deadline()).unwrap();
+        }
+        let target = pool.take(deadline()).unwrap();
+        let handle = engine.submit(request(Operation::Read, &file, 0, target));
+        assert_eq!(handle.wait(deadline()).unwrap().as_slice(), expected);
+    }
+
+    #[test]
+    fn a_short_read_is_an_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let engine = PosixEngine::new(1, Arc::new(|| ())).unwrap();
+        let pool = StagingPool::new(8192, 8192).unwrap();
+        let path = directory.path().join("file");
+        std::fs::write(&path, [1; 5000]).unwrap();
+        let file = Arc::new(IoFile::open(&path, OpenMode::Read, false).unwrap());
+        let buffer = pool.take(deadline()).unwrap();
+        let handle = engine.submit(request(Operation::Read, &file, 0, buffer));
+        let error = handle.wait(deadline()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Damaged);
+        assert!(
+            error.to_string().contains("expected 8192 bytes, got 5000"),
+            "{error}"
+        );
+        assert_eq!(pool.free_count(), 1, "the buffer is back");
+    }
+
+    #[test]
+    fn a_dropped_handle_leaves_the_buffer_to_the_engine() {
+        let directory = tempfile::tempdir().unwrap();
+        let engine = PosixEngine::new(2, Arc::new(|| ())).unwrap();
+        let pool = StagingPool::new(4 << 20, 1 << 20).unwrap();
+        for index in 0..40 {
+            let path = directory.path().join(index.to_string());
+            let file = Arc::new(IoFile::open(&path, OpenMode::CreateNew, false).unwrap());
+            let buffer = pool.take(deadline()).unwrap();
+            drop(engine.submit(request(Operation::Write, &file, 0, buffer)));
+        }
+        let end = deadline();
+        while pool.free_count() < pool.slot_count() {
+            assert!(Instant::now() < end, "a buffer was lost");
+            thread::yield_now();
+        }
+        for index in 0..40 {
+            let length = std::fs::metadata(directory.path().join(index.to_string()))
+                .unwrap()
+                .len();
+            assert_eq!(length, 1 << 20);
+        }
+    }
+
+    #[test]
+    fn a_symbolic_link_is_not_followed() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("target");
+        std::fs::write(&target, "x").unwrap();
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        assert!(IoFile::open(&link, OpenMode::Read, false).is_err());
+    }
+}

@@ -1,0 +1,15 @@
+//! How a KV cache lies in memory, and which memory a chunk's payload is made of.
+//!
+//! Layer `l`, block `b` lies at `offset(l) + b * block_stride(l)`, `block_bytes(l)` long, inside
+//! one region. That one affine formula covers all layouts of vLLM 0.32: with the layer outermost
+//! (`LB...`) every (layer, block) is a run of its own; with the block outermost (`BL...`) the runs
+//! of a block's layers follow each other and merge into one.
+//!
+//! All validation happens when a [`KvLayout`] is made; planning has only the block ids to check.
+//! This module knows neither files nor devices.
+
+mod kv_layout;
+mod plan;
+
+pub use kv_layout::{KvLayout, LayerSpan};
+pub use plan::{MemoryRange, TransferPlan};

@@ -1,0 +1,14 @@
+//! Memory that chunks come from and go to: regions of the KV cache, and staging buffers.
+//!
+//! This is one of the two modules of the library with unsafe code: it turns addresses into bytes.
+//! Everything it hands out is bounds-checked and owned: a region keeps its owner alive, a staging
+//! range belongs to exactly one holder and goes back to its pool when the last part is dropped.
+
+mod copy;
+mod mapping;
+mod region;
+mod staging;
+
+pub use copy::{gather, scatter};
+pub use region::{Device, Region};
+pub use staging::{StagingPool, StagingRange};

@@ -1,0 +1,280 @@
+//! The bounded pool of staging buffers between KV cache and files.
+#![expect(
+    unsafe_code,
+    reason = "hands out disjoint parts of one mapping as slices"
+)]
+
+use std::ptr::NonNull;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::mapping::Mapping;
+use crate::chunk::PAGE_BYTES;
+use crate::error::{Error, ErrorKind, Result};
+
+/// A fixed number of equal slots in one mapping, allocated once.
+///
+/// Loads wait for a slot, for a bounded time; stores take one only if enough are left for loads
+/// (see [`StagingPool::try_take`]), so a burst of stores never starves a load.
+#[derive(Debug, Clone)]
+pub struct StagingPool {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    mapping: Mapping,
+    slot_bytes: usize,
+    slot_count: usize,
+    free: Mutex<Vec<usize>>,
+    freed: Condvar,
+}
+
+/// A slot on loan; it goes back when the last range over it is dropped.
+#[derive(Debug)]
+struct Lease {
+    shared: Arc<Shared>,
+    slot: usize,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let mut free = self
+            .shared
+            .free
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        free.push(self.slot);
+        self.shared.freed.notify_one();
+    }
+}
+
+impl StagingPool {
+    /// Makes a pool of as many slots of `slot_bytes` as fit in `pool_bytes`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] when not even one fits, `slot_bytes` is no multiple of
+    /// [`PAGE_BYTES`], or the system has no such memory.
+    pub fn new(pool_bytes: usize, slot_bytes: usize) -> Result<Self> {
+        let slot_count = pool_bytes.checked_div(slot_bytes).unwrap_or(0);
+        if slot_count == 0 || !slot_bytes.is_multiple_of(PAGE_BYTES) {
+            let message = format!("{pool_bytes} bytes of staging for slots of {slot_bytes}");
+            return Err(Error::new(ErrorKind::InvalidArgument, message));
+        }
+        let shared = Shared {
+            mapping: Mapping::new(slot_count * slot_bytes)?,
+            slot_bytes,
+            slot_count,
+            free: Mutex::new((0..slot_count).rev().collect()),
+            freed: Condvar::new(),
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
+        })
+    }
+
+    /// Returns the number of slots.
+    pub fn slot_count(&self) -> usize {
+        self.shared.slot_count
+    }
+
+    /// Returns the slots that nobody holds.
+    pub fn free_count(&self) -> usize {
+        self.shared
+            .free
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .len()
+    }
+
+    /// Takes a slot at once if more than `reserve` are free, else returns `None`.
+    pub fn try_take(&self, reserve: usize) -> Option<StagingRange> {
+        let mut free = self
+            .shared
+            .free
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if free.len() <= reserve {
+            return None;
+        }
+        free.pop().map(|slot| self.range(slot))
+    }
+
+    /// Takes a slot, waiting for one until `deadline`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TimedOut`] when none came free in time.
+    pub fn take(&self, deadline: Instant) -> Result<StagingRange> {
+        let mut free = self
+            .shared
+            .free
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(slot) = free.pop() {
+                return Ok(self.range(slot));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left == Duration::ZERO {
+                let message = format!("none of {} staging buffers came free", self.slot_count());
+                return Err(Error::new(ErrorKind::TimedOut, message));
+            }
+            let waited = self.shared.freed.wait_timeout(free, left);
+            (free, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn range(&self, slot: usize) -> StagingRange {
+        let bytes = self.shared.slot_bytes;
+        // SAFETY: `slot` is below the slot count, so the address lies inside the mapping.
+        let address = unsafe { self.shared.mapping.address().add(slot * bytes) };
+        let lease = Arc::new(Lease {
+            shared: Arc::clone(&self.shared),
+            slot,
+        });
+        StagingRange {
+            address,
+            bytes,
+            lease,
+        }
+    }
+}
+
+/// A part of a staging slot that belongs to its holder alone.
+///
+/// It can be split into smaller ones, like a `BytesMut`; each can be handed to an I/O engine of
+/// its own accord. The memory is page-aligned at the slot's start and always initialised.
+#[derive(Debug)]
+pub struct StagingRange {
+    address: NonNull<u8>,
+    bytes: usize,
+    lease: Arc<Lease>,
+}
+
+// SAFETY: a range is exclusive access to its bytes, which have no thread affinity.
+unsafe impl Send for StagingRange {}
+// SAFETY: a shared reference gives only shared access to the bytes.
+unsafe impl Sync for StagingRange {}
+
+impl StagingRange {
+    /// Returns the length in bytes.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Returns whether the range is empty.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// Splits off the first `bytes` bytes (at most all of them) and keeps the rest.
+    #[must_use]
+    pub fn split_to(&mut self, bytes: usize) -> Self {
+        let bytes = bytes.min(self.bytes);
+        let head = Self {
+            address: self.address,
+            bytes,
+            lease: Arc::clone(&self.lease),
+        };
+        // SAFETY: `bytes` is at most the length, so the address stays inside the slot or one past
+        // its end.
+        self.address = unsafe { self.address.add(bytes) };
+        self.bytes -= bytes;
+        head
+    }
+
+    /// Puts a range back together with the one that follows it in memory.
+    ///
+    /// Gives `next` back when it does not follow this range in the same slot.
+    ///
+    /// # Errors
+    /// The range that does not fit, unchanged.
+    pub fn rejoin(&mut self, next: Self) -> Result<(), Self> {
+        // SAFETY: one past the end of a range is inside the slot or one past its end.
+        let end = unsafe { self.address.add(self.bytes) };
+        if end != next.address || !Arc::ptr_eq(&self.lease, &next.lease) {
+            return Err(next);
+        }
+        self.bytes += next.bytes;
+        Ok(())
+    }
+
+    /// Returns the bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        // SAFETY: the range is inside a live mapping (the lease keeps it), initialised since the
+        // kernel zeroed it, and nobody else holds these bytes.
+        unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
+    }
+
+    /// Returns the bytes for writing.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: as in `as_slice`; `&mut self` makes the access exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.address.as_ptr(), self.bytes) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(20)
+    }
+
+    #[test]
+    fn slots_are_bounded_aligned_and_come_back() {
+        let pool = StagingPool::new(3 * 8192 + 100, 8192).unwrap();
+        assert_eq!(pool.slot_count(), 3);
+        let first = pool.take(soon()).unwrap();
+        assert_eq!(first.as_slice().as_ptr() as usize % PAGE_BYTES, 0);
+        let _second = pool.try_take(1).unwrap();
+        assert!(pool.try_take(1).is_none(), "one slot is kept for loads");
+        let _third = pool.take(soon()).unwrap();
+        assert_eq!(pool.take(soon()).unwrap_err().kind(), ErrorKind::TimedOut);
+        drop(first);
+        assert_eq!(pool.free_count(), 1);
+    }
+
+    #[test]
+    fn a_slot_comes_back_only_with_its_last_part() {
+        let pool = StagingPool::new(8192, 8192).unwrap();
+        let mut rest = pool.take(soon()).unwrap();
+        let mut head = rest.split_to(4096);
+        head.as_mut_slice().fill(1);
+        rest.as_mut_slice().fill(2);
+        assert!(head.as_slice().iter().all(|byte| *byte == 1));
+        drop(rest);
+        assert_eq!(pool.free_count(), 0);
+        drop(head);
+        assert_eq!(pool.free_count(), 1);
+    }
+
+    #[test]
+    fn parts_rejoin_in_order_only() {
+        let pool = StagingPool::new(8192, 8192).unwrap();
+        let mut rest = pool.take(soon()).unwrap();
+        let mut head = rest.split_to(4096);
+        head = rest.rejoin(head).unwrap_err();
+        head.rejoin(rest).unwrap();
+        assert_eq!(head.len(), 8192);
+    }
+
+    #[test]
+    fn a_pool_smaller_than_one_slot_is_refused() {
+        assert!(StagingPool::new(8191, 8192).is_err());
+        assert!(StagingPool::new(8192, 1000).is_err());
+        assert!(StagingPool::new(8192, 0).is_err());
+    }
+
+    #[test]
+    fn a_waiting_thread_gets_the_slot_that_is_dropped() {
+        let pool = StagingPool::new(4096, 4096).unwrap();
+        let held = pool.take(soon()).unwrap();
+        std::thread::scope(|scope| {
+            let waiting =
+                scope.spawn(|| pool.take(Instant::now() + Duration::from_secs(10)).is_ok());
+            drop(held);
+            assert!(waiting.join().unwrap());
+        });
+    }
+}

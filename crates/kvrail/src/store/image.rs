@@ -1,0 +1,137 @@
+//! The image of a chunk file in a staging buffer, and the moving of it.
+//!
+//! A staging buffer holds a chunk exactly as the file does: head, payload, page table. So a store
+//! is one contiguous range, and nothing is copied between memory and the engine.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::chunk::{ChunkFormat, PAGE_BYTES};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{IoEngine, IoFile, IoHandle, IoRequest, Operation};
+use crate::memory::StagingRange;
+
+/// Bytes of one read request: small enough that hashing the first one starts while the others are
+/// read, large enough that a request costs little (see `docs/benchmarks.md`).
+pub(super) const READ_REQUEST_BYTES: usize = 4 << 20;
+/// Bytes of one write request. File systems extend a file under a lock, so parts of one file do
+/// not gain from being written side by side; 16 MiB is the largest transfer of cuFile.
+pub(super) const WRITE_REQUEST_BYTES: usize = 16 << 20;
+
+/// A part of a file image in flight.
+#[derive(Debug)]
+pub(super) struct Part {
+    /// Bytes from the file's start.
+    pub(super) offset: usize,
+    handle: IoHandle,
+}
+
+impl Part {
+    /// Waits for the part.
+    pub(super) fn wait(self, deadline: Instant) -> Result<StagingRange> {
+        self.handle.wait(deadline)
+    }
+}
+
+/// Submits `image`, which starts at `offset` of the file, in requests of `request_bytes`.
+pub(super) fn submit(
+    engine: &dyn IoEngine,
+    operation: Operation,
+    file: &Arc<IoFile>,
+    offset: usize,
+    mut image: StagingRange,
+    request_bytes: usize,
+) -> Vec<Part> {
+    let mut parts = Vec::with_capacity(image.len().div_ceil(request_bytes));
+    let mut offset = offset;
+    while !image.is_empty() {
+        let buffer = image.split_to(request_bytes);
+        let bytes = buffer.len();
+        let request = IoRequest {
+            operation,
+            file: Arc::clone(file),
+            offset: offset as u64,
+            buffer,
+        };
+        parts.push(Part {
+            offset,
+            handle: engine.submit(request),
+        });
+        offset += bytes;
+    }
+    parts
+}
+
+/// Which parts of a file a load of some blocks needs, as ranges of pages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Extents {
+    /// Page-aligned file ranges, ascending, adjacent ones merged: head, pages, page table.
+    pub(super) ranges: Vec<Range<usize>>,
+    /// Payload pages that are read.
+    pub(super) pages: Range<usize>,
+}
+
+impl Extents {
+    /// Returns what the payload bytes `payload` need: whole pages, verified alone.
+    pub(super) fn new(format: &ChunkFormat, payload: &Range<usize>) -> Self {
+        let pages = payload.start / PAGE_BYTES..payload.end.div_ceil(PAGE_BYTES);
+        let start = format.payload_offset();
+        let mut ranges: Vec<Range<usize>> = Vec::with_capacity(3);
+        for next in [
+            0..PAGE_BYTES,
+            start + pages.start * PAGE_BYTES..start + pages.end * PAGE_BYTES,
+            format.table_offset()..format.file_bytes(),
+        ] {
+            match ranges.last_mut() {
+                Some(last) if last.end == next.start => last.end = next.end,
+                _ => ranges.push(next),
+            }
+        }
+        Self { ranges, pages }
+    }
+}
+
+/// Returns a range of an image as bytes.
+pub(super) fn bytes(image: &[u8], range: Range<usize>) -> Result<&[u8]> {
+    image.get(range).ok_or_else(outside)
+}
+
+/// Returns a range of an image as bytes for writing.
+pub(super) fn bytes_mut(image: &mut [u8], range: Range<usize>) -> Result<&mut [u8]> {
+    image.get_mut(range).ok_or_else(outside)
+}
+
+fn outside() -> Error {
+    Error::new(
+        ErrorKind::InvalidArgument,
+        "range outside the staging buffer",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn extents_hold_head_table_and_every_wanted_byte(
+            blocks in 1_usize..20, bytes in 1_usize..20_000, first in 0_usize..20,
+        ) {
+            let first = first % blocks;
+            let format = ChunkFormat::new([blocks, 1, bytes]).unwrap();
+            let payload = first * bytes..format.payload_bytes();
+            let extents = Extents::new(&format, &payload);
+            let holds = |at: usize| extents.ranges.iter().any(|range| range.contains(&at));
+            prop_assert!(holds(0) && holds(format.file_bytes() - 1));
+            prop_assert!(holds(4096 + payload.start) && holds(4096 + payload.end - 1));
+            prop_assert!(extents.ranges.iter().all(|r| r.start % 4096 == 0 && r.end % 4096 == 0));
+            prop_assert!(extents.ranges.windows(2).all(|pair| pair[0].end < pair[1].start));
+            if first == 0 {
+                prop_assert_eq!(&extents.ranges, &[0..format.file_bytes()]);
+            }
+        }
+    }
+}

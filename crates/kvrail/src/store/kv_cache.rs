@@ -1,0 +1,284 @@
+//! The KV cache of one group on one rank, attached to a store.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::batch::{Ending, start_load, start_store};
+use super::load::LoadJob;
+use super::mount::Pause;
+use super::present::Place;
+use super::save::StoreJob;
+use super::shared::Running;
+use super::ticket::{LoadTicket, StoreTicket};
+use crate::chunk::{ChunkFormat, ChunkKey, ChunkRef, HeadFields};
+use crate::error::{Error, ErrorKind, Result};
+use crate::layout::{KvLayout, TransferPlan};
+use crate::memory::{Region, StagingPool, StagingRange, gather};
+
+/// A chunk to store, and the blocks that hold it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreChunk {
+    /// The chunk.
+    pub chunk: ChunkRef,
+    /// Its blocks in order, as many as a chunk has.
+    pub blocks: Vec<usize>,
+}
+
+/// A chunk to load, and the blocks that it goes to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoadChunk {
+    /// The chunk.
+    pub chunk: ChunkRef,
+    /// The first block of the chunk that is wanted; earlier ones are not read or written.
+    pub first_block: usize,
+    /// Where the blocks from `first_block` to the chunk's last go.
+    pub blocks: Vec<usize>,
+}
+
+/// The KV cache of one group on one rank, attached to a store. Clones share it.
+#[derive(Debug, Clone)]
+pub struct KvCache {
+    running: Arc<Running>,
+    shared: Arc<CacheShared>,
+}
+
+/// What the jobs of a KV cache share.
+#[derive(Debug)]
+pub(super) struct CacheShared {
+    pub(super) group: u32,
+    pub(super) rank: u32,
+    pub(super) format: ChunkFormat,
+    pub(super) regions: Vec<Region>,
+    pub(super) pool: StagingPool,
+    layout: KvLayout,
+    blocks_per_chunk: usize,
+    namespace: String,
+    tokens: usize,
+}
+
+impl CacheShared {
+    /// Returns what a head of this KV cache's chunks says.
+    pub(super) fn head_fields(&self, chunk: ChunkRef) -> HeadFields {
+        HeadFields {
+            namespace: self.namespace.clone(),
+            group: self.group,
+            rank: self.rank,
+            tokens: self.tokens,
+            chunk,
+        }
+    }
+
+    pub(super) fn place(&self, key: &ChunkKey) -> Place {
+        (self.group, self.rank, *key)
+    }
+}
+
+/// What `attach` is told about a KV cache.
+#[derive(Debug)]
+pub(super) struct Attachment {
+    pub(super) group: u32,
+    pub(super) rank: u32,
+    pub(super) layout: KvLayout,
+    pub(super) regions: Vec<Region>,
+    pub(super) blocks_per_chunk: usize,
+}
+
+impl KvCache {
+    pub(super) fn new(running: Arc<Running>, attachment: Attachment) -> Result<Self> {
+        let Attachment {
+            group,
+            rank,
+            layout,
+            regions,
+            blocks_per_chunk,
+        } = attachment;
+        let store = &running.shared;
+        let format = ChunkFormat::new(layout.payload_shape(blocks_per_chunk))?;
+        if let Some(layer) = layout
+            .layers()
+            .iter()
+            .find(|layer| layer.region >= regions.len())
+        {
+            let message = format!(
+                "layout names region {}, there are {}",
+                layer.region,
+                regions.len()
+            );
+            return Err(Error::new(ErrorKind::InvalidArgument, message));
+        }
+        let pool = store.staging_pool(format.file_bytes())?;
+        let shared = CacheShared {
+            group,
+            rank,
+            format,
+            regions,
+            pool,
+            layout,
+            blocks_per_chunk,
+            namespace: store.namespace.id().to_owned(),
+            tokens: store.chunk_size,
+        };
+        Ok(Self {
+            running,
+            shared: Arc::new(shared),
+        })
+    }
+
+    /// Returns the bytes of one chunk file.
+    pub fn chunk_file_bytes(&self) -> usize {
+        self.shared.format.file_bytes()
+    }
+
+    /// Returns the bytes of one chunk's payload.
+    pub fn payload_bytes(&self) -> usize {
+        self.shared.format.payload_bytes()
+    }
+
+    /// Returns the number of staging buffers, each as large as one chunk file.
+    pub fn staging_buffers(&self) -> usize {
+        self.shared.pool.slot_count()
+    }
+
+    /// Stores chunks: gathers them into staging buffers before it returns, writes them later.
+    ///
+    /// The blocks may be reused as soon as it returns. Never waits: a chunk for which no buffer
+    /// is free is dropped and counted.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for a wrong number of blocks or a block outside the KV
+    /// cache: nothing is stored then.
+    pub fn store(&self, chunks: &[StoreChunk]) -> Result<StoreTicket> {
+        let plans: Vec<TransferPlan> = chunks
+            .iter()
+            .map(|chunk| self.plan(&chunk.blocks, self.shared.blocks_per_chunk))
+            .collect::<Result<_>>()?;
+        let (ticket, members) = start_store(chunks.len());
+        for ((chunk, plan), member) in chunks.iter().zip(&plans).zip(members) {
+            match self.stage(chunk.chunk, plan)? {
+                Err(ending) => member.end(ending),
+                Ok(image) => {
+                    let job = StoreJob {
+                        cache: Arc::clone(&self.shared),
+                        chunk: chunk.chunk,
+                        image,
+                        member,
+                        submitted: Instant::now(),
+                    };
+                    if let Err(job) = self.running.queue.push_store(job) {
+                        self.running
+                            .shared
+                            .present
+                            .remove(&self.shared.place(&job.chunk.key));
+                    }
+                }
+            }
+        }
+        Ok(ticket)
+    }
+
+    /// Gathers one chunk, or says why not.
+    fn stage(&self, chunk: ChunkRef, plan: &TransferPlan) -> Result<Result<StagingRange, Ending>> {
+        let store = &self.running.shared;
+        let metrics = &store.metrics;
+        match store.mount(self.shared.rank, &chunk.key).paused() {
+            Some(Pause::NoSpace) => {
+                metrics.stores_dropped_no_space.add(1);
+                return Ok(Err(Ending::Dropped));
+            }
+            Some(Pause::Unwell) => {
+                metrics.stores_dropped_path_unwell.add(1);
+                return Ok(Err(Ending::Dropped));
+            }
+            None => {}
+        }
+        let place = self.shared.place(&chunk.key);
+        if !store.present.insert(place) {
+            metrics.chunks_already_present.add(1);
+            return Ok(Err(Ending::AlreadyPresent));
+        }
+        let Some(mut image) = self.take_store_buffer() else {
+            store.present.remove(&place);
+            metrics.stores_dropped_no_buffer.add(1);
+            return Ok(Err(Ending::Dropped));
+        };
+        let format = &self.shared.format;
+        let mut image = image.split_to(format.file_bytes());
+        let start = format.payload_offset();
+        let end = start + format.payload_bytes();
+        let target = super::image::bytes_mut(image.as_mut_slice(), start..end)?;
+        gather(plan, &self.shared.regions, target)?;
+        // The slot held other bytes before: what is padding now must be zero again.
+        super::image::bytes_mut(image.as_mut_slice(), end..end + format.pad_bytes())?.fill(0);
+        Ok(Ok(image))
+    }
+
+    /// Takes a buffer for a store, unless the ones that are left are kept for loads.
+    fn take_store_buffer(&self) -> Option<StagingRange> {
+        let pool = &self.shared.pool;
+        match pool.slot_count() {
+            // The only buffer: loads go first.
+            1 if self.running.queue.has_loads() => None,
+            1 => pool.try_take(0),
+            count => pool.try_take((count / 4).max(1)),
+        }
+    }
+
+    /// Loads chunks: reads, verifies and copies them to their blocks in the background.
+    ///
+    /// The blocks belong to the load until the ticket is done. A chunk that is missing or bad is
+    /// in the report; its blocks hold no valid KV then, and blocks not named are never touched.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for a wrong number of blocks or a block outside the KV
+    /// cache: nothing is loaded then.
+    pub fn load(&self, chunks: Vec<LoadChunk>) -> Result<LoadTicket> {
+        let blocks_per_chunk = self.shared.blocks_per_chunk;
+        let plans: Vec<TransferPlan> = chunks
+            .iter()
+            .map(|chunk| {
+                let wanted = blocks_per_chunk
+                    .checked_sub(chunk.first_block)
+                    .unwrap_or_default();
+                self.plan(&chunk.blocks, wanted)
+            })
+            .collect::<Result<_>>()?;
+        let (ticket, members) = start_load(chunks.len());
+        let format = &self.shared.format;
+        let jobs = chunks
+            .into_iter()
+            .zip(plans)
+            .zip(members)
+            .map(|((chunk, plan), member)| LoadJob {
+                cache: Arc::clone(&self.shared),
+                chunk: chunk.chunk,
+                payload: chunk.first_block * format.block_bytes()..format.payload_bytes(),
+                plan,
+                member,
+                started: None,
+            })
+            .collect();
+        let refused = self.running.queue.push_loads(jobs);
+        self.running
+            .shared
+            .metrics
+            .loads_failed
+            .add(refused.len() as u64);
+        for job in refused {
+            job.member.end(Ending::Failed(
+                "the queue of loads is full or closed".into(),
+            ));
+        }
+        Ok(ticket)
+    }
+
+    fn plan(&self, blocks: &[usize], expected: usize) -> Result<TransferPlan> {
+        if blocks.len() != expected || expected == 0 {
+            let message = format!(
+                "{} blocks: expected {expected} (at least one)",
+                blocks.len()
+            );
+            return Err(Error::new(ErrorKind::InvalidArgument, message));
+        }
+        TransferPlan::new(&self.shared.layout, blocks)
+    }
+}

@@ -1,0 +1,103 @@
+//! Counters of a store, as plain values; exporting them is the caller's.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use serde::Serialize;
+
+/// A counter that many threads add to.
+#[derive(Debug, Default)]
+pub(super) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(super) fn add(&self, amount: u64) {
+        self.0.fetch_add(amount, Ordering::Relaxed);
+    }
+
+    pub(super) fn add_duration(&self, duration: Duration) {
+        self.add(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX));
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn seconds(&self) -> f64 {
+        Duration::from_nanos(self.get()).as_secs_f64()
+    }
+}
+
+macro_rules! metrics {
+    (counts { $($(#[$count_doc:meta])* $count:ident,)* }
+     seconds { $($(#[$seconds_doc:meta])* $seconds:ident,)* }) => {
+        /// What a store counts while it runs.
+        #[derive(Debug, Default)]
+        pub(super) struct Metrics {
+            $(pub(super) $count: Counter,)*
+            $(pub(super) $seconds: Counter,)*
+        }
+
+        /// All counters of a store at one moment; they only grow.
+        #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+        pub struct MetricsSnapshot {
+            $($(#[$count_doc])* pub $count: u64,)*
+            $($(#[$seconds_doc])* pub $seconds: f64,)*
+        }
+
+        impl Metrics {
+            pub(super) fn snapshot(&self) -> MetricsSnapshot {
+                MetricsSnapshot {
+                    $($count: self.$count.get(),)*
+                    $($seconds: self.$seconds.seconds(),)*
+                }
+            }
+        }
+    };
+}
+
+metrics! {
+    counts {
+        /// Chunks written and published.
+        chunks_stored,
+        /// Payload bytes of those.
+        bytes_stored,
+        /// Chunks not written because they are there already.
+        chunks_already_present,
+        /// Stores given up because no staging buffer was free.
+        stores_dropped_no_buffer,
+        /// Stores given up because the file system has too little space left.
+        stores_dropped_no_space,
+        /// Stores given up while a path that failed is left alone, or is read-only.
+        stores_dropped_path_unwell,
+        /// Stores that failed with an error.
+        stores_failed,
+        /// Chunks read, verified and copied to the KV cache.
+        chunks_loaded,
+        /// Payload bytes of those.
+        bytes_loaded,
+        /// Loads of chunks that gave nothing, for any reason: missing, damaged, error, time.
+        loads_failed,
+        /// Of those: chunks that were gone when they were to be loaded.
+        chunks_missing,
+        /// Of those: chunks whose bytes are not what was stored.
+        chunks_damaged,
+        /// Files set aside because they are damaged.
+        chunks_set_aside,
+        /// Lookups answered.
+        lookups,
+        /// Chunks that lookups asked for.
+        chunks_looked_up,
+        /// Chunks of those that are part of the prefix found.
+        chunks_found,
+        /// Leftover temp files removed.
+        leftovers_removed,
+    }
+    seconds {
+        /// Time from the first to the last step of each store, summed over chunks.
+        store_seconds,
+        /// Time from the first to the last step of each load, summed over chunks.
+        load_seconds,
+        /// Time from submitting to answering each lookup, summed.
+        lookup_seconds,
+    }
+}

@@ -1,0 +1,178 @@
+//! The store: lookup, load and store of chunks in directories that many instances share.
+//!
+//! A chunk exists when its file has its final name: there is no index, no scan at start, and
+//! nothing that instances would have to agree on beside the file system. A file gets that name by
+//! a rename after every byte was written and counted, and is verified whenever it is read.
+//!
+//! - [`Store`] opens the directories, and runs the threads
+//! - [`KvCache`] is the memory of one group on one rank, with `store` and `load`
+//! - `save`, `load`, `lookup` are the three operations, each chunk on its own
+//! - `queue` decides what goes first, `batch` and `ticket` tell the caller how it ended
+//! - [`inspect`] reads a store without KV cache, for tools
+
+mod batch;
+mod directory;
+mod image;
+pub mod inspect;
+mod kv_cache;
+mod load;
+mod lookup;
+mod manifest;
+mod metrics;
+mod mount;
+mod namespace;
+mod notice;
+mod open;
+mod options;
+mod present;
+mod publish;
+mod quarantine;
+mod queue;
+mod save;
+mod shared;
+mod ticket;
+mod worker;
+mod writer;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use kv_cache::{KvCache, LoadChunk, StoreChunk};
+pub use metrics::MetricsSnapshot;
+pub use namespace::Namespace;
+pub use notice::{Notice, NoticeLevel};
+pub use options::{Access, OpenOptions};
+pub use ticket::{LoadReport, LoadTicket, LookupTicket, StoreReport, StoreTicket, Ticket};
+
+use crate::chunk::ChunkKey;
+use crate::config::StoreConfig;
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{IoEngine, MountReport};
+use crate::layout::KvLayout;
+use crate::memory::Region;
+use shared::Running;
+
+/// A store of one namespace. Clones share it; its threads stop with the last of them.
+#[derive(Debug, Clone)]
+pub struct Store {
+    running: Arc<Running>,
+}
+
+impl Store {
+    /// Opens a store: creates what is missing (directories 0700, `manifest.json`), finds out what
+    /// each mount can do, removes leftover temp files and starts the threads.
+    ///
+    /// Takes the same time however many chunks there are. A path that exists and cannot be
+    /// written is used for loads only, with a notice.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfig`] for settings that cannot work, [`ErrorKind::Mismatch`] when a
+    /// directory holds another namespace than its name says, [`ErrorKind::TimedOut`] when a mount
+    /// does not answer, else the error of the system.
+    pub fn open(config: &StoreConfig, namespace: Namespace, options: OpenOptions) -> Result<Self> {
+        let running = open::open(config, namespace, &options, None)?;
+        Ok(Self {
+            running: Arc::new(running),
+        })
+    }
+
+    /// Opens a store over another I/O engine than the one that the configuration asks for.
+    ///
+    /// For engines that wrap another one, as those of fault-injecting tests do.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_with_engine(
+        config: &StoreConfig,
+        namespace: Namespace,
+        options: OpenOptions,
+        engine: Arc<dyn IoEngine>,
+    ) -> Result<Self> {
+        let running = open::open(config, namespace, &options, Some(engine))?;
+        Ok(Self {
+            running: Arc::new(running),
+        })
+    }
+
+    /// Looks up how many leading chunks of `keys` are present for `group` on all of `ranks`.
+    ///
+    /// Answered by the store's own threads; a chunk that turns out bad when it is loaded counts
+    /// as present here.
+    pub fn lookup(&self, group: u32, ranks: &[u32], keys: Vec<ChunkKey>) -> LookupTicket {
+        self.running
+            .lookups
+            .submit(&self.running.shared, group, ranks, keys)
+    }
+
+    /// Attaches the KV cache of `group` on `rank`, `blocks_per_chunk` blocks to a chunk.
+    ///
+    /// `regions` is the memory that `layout` speaks of, in its order.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] when layout and regions do not fit,
+    /// [`ErrorKind::InvalidConfig`] when the staging memory is smaller than one chunk.
+    pub fn attach(
+        &self,
+        group: u32,
+        rank: u32,
+        layout: KvLayout,
+        regions: Vec<Region>,
+        blocks_per_chunk: usize,
+    ) -> Result<KvCache> {
+        let attachment = kv_cache::Attachment {
+            group,
+            rank,
+            layout,
+            regions,
+            blocks_per_chunk,
+        };
+        KvCache::new(Arc::clone(&self.running), attachment)
+    }
+
+    /// Returns the namespace.
+    pub fn namespace(&self) -> &Namespace {
+        &self.running.shared.namespace
+    }
+
+    /// Returns all counters.
+    pub fn metrics(&self) -> MetricsSnapshot {
+        self.running.shared.metrics.snapshot()
+    }
+
+    /// Takes the notices that have come since the last call, oldest first; at most 100 wait.
+    pub fn take_notices(&self) -> Vec<Notice> {
+        self.running.shared.notices.take()
+    }
+
+    /// Returns what the store does on each path, and why.
+    pub fn describe(&self) -> Vec<MountReport> {
+        self.running
+            .shared
+            .mounts
+            .iter()
+            .map(|mount| mount.report.clone())
+            .collect()
+    }
+
+    /// Waits until all stores submitted so far have ended.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TimedOut`] after `limit`.
+    pub fn flush(&self, limit: Duration) -> Result<()> {
+        if self.running.queue.wait_for_stores(limit) {
+            return Ok(());
+        }
+        let message = format!("stores were not done within {:.3} s", limit.as_secs_f64());
+        Err(Error::new(ErrorKind::TimedOut, message))
+    }
+
+    /// Waits for the stores, then ends everything: waiting loads end as failed, new calls too.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TimedOut`] when stores were not done within `limit`; they are given up.
+    pub fn close(&self, limit: Duration) -> Result<()> {
+        let flushed = self.flush(limit);
+        self.running.queue.close();
+        flushed
+    }
+}

@@ -1,0 +1,213 @@
+//! One path of the store while it is in use: what it can do, how it fares, how full it is.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use twox_hash::XxHash3_64;
+
+use super::directory::NamespaceDirectory;
+use crate::chunk::ChunkKey;
+use crate::config::{MinFree, PathSharding};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::MountReport;
+
+/// How long stores leave a path alone after it failed.
+const PAUSE: Duration = Duration::from_secs(5);
+/// How long a measured free space holds.
+const SPACE_HOLDS: Duration = Duration::from_secs(1);
+
+/// A path of `gds_path` and its state.
+#[derive(Debug)]
+pub(super) struct Mount {
+    pub(super) root: PathBuf,
+    pub(super) directory: NamespaceDirectory,
+    pub(super) report: MountReport,
+    min_free: MinFree,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    paused: Option<(Instant, Pause)>,
+    space_measured: Option<Instant>,
+}
+
+/// Why stores leave a path alone for a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pause {
+    /// Too little space, or a quota.
+    NoSpace,
+    /// The path refuses writes or does not answer.
+    Unwell,
+}
+
+impl Mount {
+    pub(super) fn new(
+        root: PathBuf,
+        directory: NamespaceDirectory,
+        report: MountReport,
+        min_free: MinFree,
+    ) -> Self {
+        Self {
+            root,
+            directory,
+            report,
+            min_free,
+            state: Mutex::default(),
+        }
+    }
+
+    /// Returns why nothing should be stored now, `None` if it may be tried.
+    pub(super) fn paused(&self) -> Option<Pause> {
+        if !self.report.writable {
+            return Some(Pause::Unwell);
+        }
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state
+            .paused
+            .and_then(|(until, pause)| (Instant::now() < until).then_some(pause))
+    }
+
+    /// Takes note of a failed store; some failures make the path rest for a while.
+    pub(super) fn note_failure(&self, error: &Error) {
+        use std::io::ErrorKind as Os;
+        let pause = match (error.kind(), error.os_error().map(std::io::Error::kind)) {
+            (ErrorKind::NoSpace, _) => Pause::NoSpace,
+            (ErrorKind::TimedOut, _)
+            | (
+                _,
+                Some(
+                    Os::ReadOnlyFilesystem
+                    | Os::PermissionDenied
+                    | Os::StaleNetworkFileHandle
+                    | Os::NotConnected
+                    | Os::NotFound,
+                ),
+            ) => Pause::Unwell,
+            _ => return,
+        };
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.paused = Some((Instant::now() + PAUSE, pause));
+    }
+
+    /// Checks that `bytes` more leave `min_free`; asks the file system once a second at most.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] when they do not.
+    pub(super) fn check_space(&self, bytes: u64) -> Result<()> {
+        let now = Instant::now();
+        {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            if state
+                .space_measured
+                .is_some_and(|at| now.duration_since(at) < SPACE_HOLDS)
+            {
+                return Ok(());
+            }
+            state.space_measured = Some(now);
+        }
+        let statistics = rustix::fs::statvfs(&self.root)
+            .map_err(|errno| Error::io("statvfs", &self.root, errno.into()))?;
+        let available = statistics.f_bavail.saturating_mul(statistics.f_frsize);
+        let total = statistics.f_blocks.saturating_mul(statistics.f_frsize);
+        let reserve = match self.min_free {
+            MinFree::Bytes(bytes) => bytes,
+            MinFree::Share(share) => (total as f64 * share) as u64,
+        };
+        if available >= reserve.saturating_add(bytes) {
+            return Ok(());
+        }
+        // Measured again by the first store after the pause.
+        self.state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .space_measured = None;
+        let message = format!("{available} of {total} bytes are free, min_free keeps {reserve}");
+        Err(Error::new(ErrorKind::NoSpace, message).with_path(&self.root))
+    }
+}
+
+/// Returns the index of the mount that holds a chunk.
+///
+/// By hash: rendezvous (highest random weight), so that a path that is added or removed moves
+/// only its own share of the chunks. By GPU: the rank modulo the number of paths, as LMCache does.
+pub(super) fn mount_index(
+    mounts: &[Mount],
+    sharding: PathSharding,
+    rank: u32,
+    key: &ChunkKey,
+) -> usize {
+    match sharding {
+        PathSharding::ByGpu => rank as usize % mounts.len().max(1),
+        PathSharding::ByHash if mounts.len() <= 1 => 0,
+        PathSharding::ByHash => {
+            let weight = |mount: &Mount| {
+                let seed = XxHash3_64::oneshot(mount.root.as_os_str().as_encoded_bytes());
+                XxHash3_64::oneshot_with_seed(seed, key.as_bytes())
+            };
+            let best = mounts
+                .iter()
+                .enumerate()
+                .max_by_key(|(_, mount)| weight(mount));
+            best.map_or(0, |(index, _)| index)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Namespace;
+    use super::*;
+
+    fn mount(root: &str, min_free: MinFree) -> Mount {
+        let namespace = Namespace::new("m", serde_json::Map::new()).unwrap();
+        let report = MountReport {
+            path: root.into(),
+            file_system: "ext4".into(),
+            engine: "posix",
+            direct: false,
+            writable: true,
+            reason: String::new(),
+        };
+        let directory = NamespaceDirectory::new(root.as_ref(), &namespace);
+        Mount::new(root.into(), directory, report, min_free)
+    }
+
+    #[test]
+    fn adding_a_path_moves_only_its_share() {
+        let paths = ["/a", "/b", "/c", "/d"];
+        let four: Vec<Mount> = paths
+            .iter()
+            .map(|path| mount(path, MinFree::Share(0.05)))
+            .collect();
+        let mut counts = [0; 4];
+        for index in 0..4000_u64 {
+            let key = ChunkKey::from_bytes(blake3::hash(&index.to_le_bytes()).as_bytes()).unwrap();
+            let with = mount_index(&four, PathSharding::ByHash, 0, &key);
+            let without = mount_index(&four[..3], PathSharding::ByHash, 0, &key);
+            counts[with] += 1;
+            assert!(
+                with == 3 || with == without,
+                "a chunk moved between old paths"
+            );
+        }
+        assert!(
+            counts.iter().all(|count| (800..1200).contains(count)),
+            "{counts:?}"
+        );
+    }
+
+    #[test]
+    fn space_below_the_reserve_is_refused_and_rests_the_path() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().to_str().unwrap();
+        assert!(mount(root, MinFree::Bytes(0)).check_space(1).is_ok());
+        let full = mount(root, MinFree::Bytes(u64::MAX));
+        let error = full.check_space(1).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NoSpace);
+        assert_eq!(full.paused(), None);
+        full.note_failure(&error);
+        assert_eq!(full.paused(), Some(Pause::NoSpace));
+    }
+}

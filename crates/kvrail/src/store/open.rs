@@ -1,0 +1,234 @@
+//! Opening a store: directories, probes, manifest, leftovers, threads.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+use super::directory::{NamespaceDirectory, create_directory};
+use super::lookup::LookupQueue;
+use super::manifest::{check_manifest, ensure_manifest, nearest_other, read_manifest};
+use super::metrics::Metrics;
+use super::mount::Mount;
+use super::namespace::Namespace;
+use super::notice::{Notices, Topic};
+use super::options::{Access, OpenOptions};
+use super::present::PresentChunks;
+use super::queue::TransferQueue;
+use super::shared::{Running, StoreShared};
+use super::worker;
+use super::writer::{Writer, remove_leftovers};
+use crate::config::{Durability, StoreConfig};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{IoEngine, MountReport, PosixEngine, file_system_name, probe_mount};
+
+/// What opening needs at hand.
+struct Opening<'a> {
+    config: &'a StoreConfig,
+    namespace: &'a Namespace,
+    access: Access,
+    engine: &'a dyn IoEngine,
+    writer: &'a Writer,
+    notices: &'a Notices,
+    metrics: &'a Metrics,
+}
+
+/// Opens a store, over `engine` or the one that the configuration asks for.
+pub(super) fn open(
+    config: &StoreConfig,
+    namespace: Namespace,
+    options: &OpenOptions,
+    engine: Option<Arc<dyn IoEngine>>,
+) -> Result<Running> {
+    config.validate()?;
+    let on_start = thread_start(options.cpus.as_deref());
+    let threads = config.disk_io_threads;
+    let engine = match engine {
+        Some(engine) => engine,
+        None => Arc::new(PosixEngine::new(threads, Arc::clone(&on_start))?),
+    };
+    let (writer, notices, metrics) = (Writer::new(), Notices::default(), Metrics::default());
+    let opening = Opening {
+        config,
+        namespace: &namespace,
+        access: options.access,
+        engine: &*engine,
+        writer: &writer,
+        notices: &notices,
+        metrics: &metrics,
+    };
+    let mounts: Vec<Mount> = config
+        .gds_path
+        .iter()
+        .map(|root| opening.mount(root))
+        .collect::<Result<_>>()?;
+    if mounts.is_empty() {
+        return Err(Error::config(
+            "gds_path",
+            "nothing",
+            "one or more directories",
+        ));
+    }
+    let shared = Arc::new(StoreShared {
+        namespace,
+        mounts,
+        sharding: config.gds_path_sharding,
+        engine,
+        writer,
+        metrics,
+        notices,
+        present: PresentChunks::default(),
+        chunk_size: config.chunk_size,
+        durability: config.durability,
+        wait_limit: Duration::from_secs_f64(config.wait_limit_seconds),
+        may_write: options.access == Access::ReadWrite,
+        buffer_mib: config.buffer_mib,
+        pool: Mutex::new(None),
+    });
+    let queue = Arc::new(TransferQueue::default());
+    // Made before the workers start, so that a failure to start one closes the queue again.
+    let lookups = LookupQueue::start(&shared, threads, &on_start)?;
+    let running = Running {
+        shared,
+        queue,
+        lookups,
+    };
+    worker::start(&running.shared, &running.queue, threads, &on_start)?;
+    Ok(running)
+}
+
+/// Returns what each thread does first: it leaves the CPU of the thread that opened the store.
+fn thread_start(cpus: Option<&[usize]>) -> Arc<dyn Fn() + Send + Sync> {
+    let Some(cpus) = cpus else {
+        return Arc::new(|| ());
+    };
+    let mut set = CpuSet::new();
+    cpus.iter()
+        .filter(|cpu| **cpu < CpuSet::MAX_CPU)
+        .for_each(|cpu| set.set(*cpu));
+    Arc::new(move || {
+        // Best effort: a container may forbid it, and then the inherited CPUs serve.
+        let _ = sched_setaffinity(None, &set);
+    })
+}
+
+impl Opening<'_> {
+    /// Prepares one path.
+    fn mount(&self, root: &Path) -> Result<Mount> {
+        let directory = NamespaceDirectory::new(root, self.namespace);
+        let report = match self.access {
+            Access::ReadOnly => self.open_for_reading(root, &directory, "opened read-only")?,
+            Access::ReadWrite => match self.prepare(root, &directory) {
+                Ok(report) => report,
+                Err(error) if is_refused(&error) && root.is_dir() => {
+                    self.notices.warn(Topic::ReadOnly, || {
+                        format!("cannot write here, chunks are loaded only: {error}")
+                    });
+                    self.open_for_reading(root, &directory, "not writable")?
+                }
+                Err(error) => return Err(self.explain(root, error)),
+            },
+        };
+        Ok(Mount::new(
+            root.to_path_buf(),
+            directory,
+            report,
+            self.config.min_free,
+        ))
+    }
+
+    /// Creates what is missing and finds out what the mount can do.
+    fn prepare(&self, root: &Path, directory: &NamespaceDirectory) -> Result<MountReport> {
+        create_directory(root)?;
+        let is_new = !directory.path().exists();
+        let temporary = directory.temporary();
+        create_directory(&temporary)?;
+        let sync = self.config.durability == Durability::Full;
+        ensure_manifest(directory, self.namespace, self.writer, sync)?;
+        if is_new {
+            self.tell_nearest(root);
+        }
+        let removed = remove_leftovers(&temporary)?;
+        self.metrics.leftovers_removed.add(removed as u64);
+        let limit = Duration::from_secs_f64(self.config.wait_limit_seconds);
+        let name = self.writer.file_name("probe");
+        let wanted = self.config.use_direct_io;
+        let (direct, reason) = probe_mount(self.engine, &temporary, &name, wanted, limit)?;
+        if wanted == Some(true) && !direct {
+            self.notices.warn(Topic::Start, || {
+                format!("use_direct_io is set, but {}: {reason}", root.display())
+            });
+        }
+        self.report(root, direct, true, reason)
+    }
+
+    /// Describes a path that is only read. Files are read through the page cache there: what
+    /// O_DIRECT does cannot be tried without writing.
+    fn open_for_reading(
+        &self,
+        root: &Path,
+        directory: &NamespaceDirectory,
+        why: &str,
+    ) -> Result<MountReport> {
+        let manifest = directory.manifest();
+        if let Ok(found) = read_manifest(&manifest) {
+            check_manifest(&manifest, &found, self.namespace)?;
+        }
+        let direct = self.config.use_direct_io == Some(true);
+        self.report(root, direct, false, why.to_owned())
+    }
+
+    fn report(
+        &self,
+        root: &Path,
+        direct: bool,
+        writable: bool,
+        reason: String,
+    ) -> Result<MountReport> {
+        Ok(MountReport {
+            path: root.to_path_buf(),
+            file_system: file_system_name(root).unwrap_or_else(|_| "not there yet".into()),
+            engine: self.engine.name(),
+            direct,
+            writable,
+            reason,
+        })
+    }
+
+    /// Says what separates a new namespace from its nearest relative.
+    fn tell_nearest(&self, root: &Path) {
+        if let Some((name, differences)) = nearest_other(root, self.namespace) {
+            self.notices.info(Topic::Namespace, || {
+                format!(
+                    "new namespace {} shares nothing with {name}: {}",
+                    self.namespace.directory_name(),
+                    differences.join("; ")
+                )
+            });
+        }
+    }
+
+    /// Turns what the system said about a configured path into the setting that is wrong.
+    fn explain(&self, root: &Path, error: Error) -> Error {
+        use std::io::ErrorKind as Os;
+        let expected = match error.os_error().map(std::io::Error::kind) {
+            Some(Os::NotADirectory | Os::AlreadyExists) => "a directory, or a path to make one at",
+            Some(Os::PermissionDenied | Os::ReadOnlyFilesystem) => {
+                "a directory that this user can read and write"
+            }
+            _ => return error,
+        };
+        Error::config("gds_path", root.display(), format!("{expected} ({error})"))
+    }
+}
+
+/// Returns whether the system refuses to write, rather than anything being wrong.
+fn is_refused(error: &Error) -> bool {
+    use std::io::ErrorKind as Os;
+    error.kind() == ErrorKind::NoSpace
+        || matches!(
+            error.os_error().map(std::io::Error::kind),
+            Some(Os::PermissionDenied | Os::ReadOnlyFilesystem)
+        )
+}

@@ -1,0 +1,169 @@
+//! The queue of chunk transfers: loads before stores, both bounded.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::load::LoadJob;
+use super::save::StoreJob;
+use crate::memory::StagingRange;
+
+/// Loads that may wait; a request of a million tokens has 4,000 chunks of 256.
+const LOADS_MAX: usize = 65_536;
+
+/// What a worker does next.
+#[derive(Debug)]
+pub(super) enum Job {
+    /// A load with its staging buffer, or without one: then the worker waits for it.
+    Load(Box<LoadJob>, Option<StagingRange>),
+    /// A store; its staging buffer is filled already.
+    Store(Box<StoreJob>),
+}
+
+/// Waiting transfers, and the number of those under way.
+#[derive(Debug, Default)]
+pub(super) struct TransferQueue {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    loads: VecDeque<Box<LoadJob>>,
+    stores: VecDeque<Box<StoreJob>>,
+    loads_running: usize,
+    stores_running: usize,
+    closed: bool,
+}
+
+impl TransferQueue {
+    /// Adds loads. Gives back those for which there is no room.
+    pub(super) fn push_loads(&self, jobs: Vec<LoadJob>) -> Vec<LoadJob> {
+        let mut refused = Vec::new();
+        let mut state = self.lock();
+        for job in jobs {
+            if state.closed || state.loads.len() >= LOADS_MAX {
+                refused.push(job);
+            } else {
+                state.loads.push_back(Box::new(job));
+            }
+        }
+        drop(state);
+        self.changed.notify_all();
+        refused
+    }
+
+    /// Adds a store. Staging buffers bound their number: each waiting store owns one.
+    pub(super) fn push_store(&self, job: StoreJob) -> Result<(), StoreJob> {
+        let mut state = self.lock();
+        if state.closed {
+            return Err(job);
+        }
+        state.stores.push_back(Box::new(job));
+        drop(state);
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    /// Returns whether any load waits or is under way.
+    pub(super) fn has_loads(&self) -> bool {
+        let state = self.lock();
+        !state.loads.is_empty() || state.loads_running > 0
+    }
+
+    /// Waits for the next job; `None` when the queue is closed and empty of stores.
+    ///
+    /// A load goes first. When it has no staging buffer but a store waits, the store goes: it
+    /// holds a buffer that the load may be waiting for.
+    pub(super) fn next(&self) -> Option<Job> {
+        let mut state = self.lock();
+        loop {
+            if let Some(load) = state.loads.pop_front() {
+                let buffer = load.try_take_buffer();
+                match (buffer, state.stores.pop_front()) {
+                    (None, Some(store)) => {
+                        state.loads.push_front(load);
+                        state.stores_running += 1;
+                        return Some(Job::Store(store));
+                    }
+                    (buffer, store) => {
+                        if let Some(store) = store {
+                            state.stores.push_front(store);
+                        }
+                        state.loads_running += 1;
+                        return Some(Job::Load(load, buffer));
+                    }
+                }
+            }
+            if let Some(store) = state.stores.pop_front() {
+                state.stores_running += 1;
+                return Some(Job::Store(store));
+            }
+            if state.closed {
+                return None;
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Puts a load back in front that got no staging buffer for a while.
+    ///
+    /// So that a worker which waits for a buffer never keeps the store that holds it from running.
+    pub(super) fn give_back(&self, load: Box<LoadJob>) {
+        let mut state = self.lock();
+        state.loads_running -= 1;
+        if !state.closed {
+            state.loads.push_front(load);
+        }
+        drop(state);
+        self.changed.notify_one();
+    }
+
+    /// Notes the end of a load.
+    pub(super) fn load_ended(&self) {
+        self.lock().loads_running -= 1;
+        self.changed.notify_all();
+    }
+
+    /// Notes the end of a store.
+    pub(super) fn store_ended(&self) {
+        self.lock().stores_running -= 1;
+        self.changed.notify_all();
+    }
+
+    /// Waits until no store waits or is under way. Returns whether that came in time.
+    pub(super) fn wait_for_stores(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        let mut state = self.lock();
+        while !state.stores.is_empty() || state.stores_running > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left == Duration::ZERO {
+                return false;
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        true
+    }
+
+    /// Refuses new jobs and ends the waiting ones: loads as failed, stores as well.
+    pub(super) fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        let ended = (
+            std::mem::take(&mut state.loads),
+            std::mem::take(&mut state.stores),
+        );
+        drop(state);
+        self.changed.notify_all();
+        // Dropped without the lock: ending a job completes tickets.
+        drop(ended);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

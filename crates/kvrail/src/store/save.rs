@@ -1,0 +1,175 @@
+//! One chunk from its staging buffer into a file: hash, write, publish.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::batch::{Ending, Member};
+use super::image::{self, WRITE_REQUEST_BYTES};
+use super::kv_cache::CacheShared;
+use super::mount::Mount;
+use super::notice::Topic;
+use super::publish::TemporaryFile;
+use super::quarantine::set_aside;
+use super::queue::TransferQueue;
+use super::shared::StoreShared;
+use super::ticket::StoreReport;
+use crate::chunk::{ChunkHead, ChunkRef, PageTable, hash_pages, root_checksum};
+use crate::config::Durability;
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::Operation;
+use crate::memory::StagingRange;
+
+/// One chunk to store; its payload is in the buffer already.
+#[derive(Debug)]
+pub(super) struct StoreJob {
+    pub(super) cache: Arc<CacheShared>,
+    pub(super) chunk: ChunkRef,
+    /// The image of the file: payload gathered, head and page table still to come.
+    pub(super) image: StagingRange,
+    pub(super) member: Member<StoreReport>,
+    pub(super) submitted: Instant,
+}
+
+/// Runs a store to its end.
+pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: Box<StoreJob>) {
+    let StoreJob {
+        cache,
+        chunk,
+        image,
+        member,
+        submitted,
+    } = *job;
+    let mount = store.mount(cache.rank, &chunk.key);
+    let result = store_chunk(store, mount, &cache, chunk, image);
+    let ending = match result {
+        Ok(true) => {
+            store.metrics.chunks_stored.add(1);
+            store
+                .metrics
+                .bytes_stored
+                .add(cache.format.payload_bytes() as u64);
+            store
+                .metrics
+                .store_seconds
+                .add_duration(submitted.elapsed());
+            Ending::Stored
+        }
+        Ok(false) => {
+            store.metrics.chunks_already_present.add(1);
+            Ending::AlreadyPresent
+        }
+        Err(error) => {
+            store.present.remove(&cache.place(&chunk.key));
+            mount.note_failure(&error);
+            if error.kind() == ErrorKind::NoSpace {
+                store.metrics.stores_dropped_no_space.add(1);
+                store.notices.warn(Topic::NoSpace, || {
+                    format!("no space left for the KV cache, not storing for now: {error}")
+                });
+                Ending::Dropped
+            } else {
+                store.metrics.stores_failed.add(1);
+                store
+                    .notices
+                    .warn(Topic::StoreFailed, || format!("store failed: {error}"));
+                Ending::Failed(error.to_string())
+            }
+        }
+    };
+    queue.store_ended();
+    member.end(ending);
+}
+
+/// Stores one chunk. Returns whether it was written: `false` when it is there already.
+fn store_chunk(
+    store: &StoreShared,
+    mount: &Mount,
+    cache: &CacheShared,
+    chunk: ChunkRef,
+    mut image: StagingRange,
+) -> Result<bool> {
+    let target = mount.directory.chunk(cache.group, cache.rank, &chunk.key);
+    if is_present(mount, &target, cache.format.file_bytes())? {
+        return Ok(false);
+    }
+    mount.check_space(cache.format.file_bytes() as u64)?;
+    complete_image(cache, chunk, image.as_mut_slice())?;
+    let temporary = create_temporary(store, mount)?;
+    let file = temporary.file()?;
+    let bytes = image.len();
+    let engine = &*store.engine;
+    let deadline = Instant::now() + store.wait_limit;
+    let parts = image::submit(
+        engine,
+        Operation::Write,
+        file,
+        0,
+        image,
+        WRITE_REQUEST_BYTES,
+    );
+    // All parts are waited for, so that no write goes on when the file is given up.
+    let results: Vec<Result<usize>> = parts
+        .into_iter()
+        .map(|part| part.wait(deadline).map(|part| part.len()))
+        .collect();
+    let written = results.into_iter().sum::<Result<usize>>()?;
+    if written != bytes {
+        let message = format!("expected to write {bytes} bytes, wrote {written}");
+        return Err(Error::new(ErrorKind::Io, message).with_path(&target));
+    }
+    temporary.publish(&target, bytes as u64, store.durability == Durability::Full)?;
+    Ok(true)
+}
+
+/// Fills head and page table around the payload. One pass over the payload.
+fn complete_image(cache: &CacheShared, chunk: ChunkRef, image: &mut [u8]) -> Result<()> {
+    let format = cache.format;
+    let mut table = PageTable::new(&format);
+    let payload_range = format.payload_offset()..format.table_offset();
+    let payload = image::bytes_mut(image, payload_range)?;
+    hash_pages(payload, table.pages_mut());
+    let table_bytes = image::bytes_mut(image, format.table_offset()..format.file_bytes())?;
+    table.encode_into(table_bytes);
+    let root = root_checksum(table_bytes);
+    let head = ChunkHead {
+        fields: cache.head_fields(chunk),
+        format,
+        root,
+    };
+    head.encode_into(image::bytes_mut(image, 0..format.payload_offset())?)
+}
+
+/// Returns whether a file of the right length has the chunk's name.
+///
+/// A folder in its place would make every rename fail, so it is set aside; anything else that is
+/// no chunk is replaced by the rename.
+fn is_present(mount: &Mount, target: &Path, file_bytes: usize) -> Result<bool> {
+    match std::fs::symlink_metadata(target) {
+        Ok(metadata) if metadata.is_file() => Ok(metadata.len() == file_bytes as u64),
+        Ok(metadata) if metadata.is_dir() => {
+            set_aside(&mount.directory, target, None)?;
+            Ok(false)
+        }
+        _ => Ok(false),
+    }
+}
+
+/// Creates the temp file, and its folder when somebody removed it.
+fn create_temporary(store: &StoreShared, mount: &Mount) -> Result<TemporaryFile> {
+    let folder = mount.directory.temporary();
+    let path = folder.join(store.writer.file_name("chunk"));
+    match TemporaryFile::create(path.clone(), mount.report.direct) {
+        Err(error) if is_missing_folder(&error) => {
+            super::directory::create_directory(&folder)?;
+            TemporaryFile::create(path, mount.report.direct)
+        }
+        result => result,
+    }
+}
+
+fn is_missing_folder(error: &Error) -> bool {
+    error
+        .os_error()
+        .is_some_and(|source| source.kind() == std::io::ErrorKind::NotFound)
+}

@@ -1,0 +1,94 @@
+//! What the parts of a running store share.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::lookup::LookupQueue;
+use super::metrics::Metrics;
+use super::mount::{Mount, mount_index};
+use super::namespace::Namespace;
+use super::notice::Notices;
+use super::present::PresentChunks;
+use super::queue::TransferQueue;
+use super::writer::Writer;
+use crate::chunk::ChunkKey;
+use crate::config::{Durability, PathSharding};
+use crate::error::{Error, Result};
+use crate::io::IoEngine;
+use crate::memory::StagingPool;
+
+/// Settings and state of a store, seen by all its threads.
+#[derive(Debug)]
+pub(super) struct StoreShared {
+    pub(super) namespace: Namespace,
+    pub(super) mounts: Vec<Mount>,
+    pub(super) sharding: PathSharding,
+    pub(super) engine: Arc<dyn IoEngine>,
+    pub(super) writer: Writer,
+    pub(super) metrics: Metrics,
+    pub(super) notices: Notices,
+    pub(super) present: PresentChunks,
+    pub(super) chunk_size: usize,
+    pub(super) durability: Durability,
+    pub(super) wait_limit: Duration,
+    pub(super) may_write: bool,
+    pub(super) buffer_mib: usize,
+    pub(super) pool: Mutex<Option<(usize, StagingPool)>>,
+}
+
+impl StoreShared {
+    /// Returns the mount that holds a chunk of `rank`.
+    #[expect(
+        clippy::indexing_slicing,
+        reason = "a store has at least one mount, the index is below"
+    )]
+    pub(super) fn mount(&self, rank: u32, key: &ChunkKey) -> &Mount {
+        &self.mounts[mount_index(&self.mounts, self.sharding, rank, key)]
+    }
+
+    /// Returns the staging pool; the first KV cache that is attached decides about its slots.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidConfig`](crate::ErrorKind::InvalidConfig) when not one slot fits into
+    /// the configured size, or a later KV cache has larger chunks.
+    pub(super) fn staging_pool(&self, slot_bytes: usize) -> Result<StagingPool> {
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        let pool_bytes = self.buffer_mib << 20;
+        if let Some((size, pool)) = pool.as_ref() {
+            if slot_bytes <= *size {
+                return Ok(pool.clone());
+            }
+            let message = format!("chunk files of at most {size} bytes, as the first KV cache has");
+            return Err(Error::config("chunk_size", slot_bytes, message));
+        }
+        if pool_bytes < slot_bytes {
+            let expected = format!(
+                "at least {} (MiB): one chunk of {} tokens of this model is a file of {slot_bytes} bytes",
+                slot_bytes.div_ceil(1 << 20),
+                self.chunk_size
+            );
+            return Err(Error::config(
+                "cufile_buffer_size",
+                self.buffer_mib,
+                expected,
+            ));
+        }
+        let made = StagingPool::new(pool_bytes, slot_bytes)?;
+        *pool = Some((slot_bytes, made.clone()));
+        Ok(made)
+    }
+}
+
+/// A store's threads; they stop when this is dropped.
+#[derive(Debug)]
+pub(super) struct Running {
+    pub(super) shared: Arc<StoreShared>,
+    pub(super) queue: Arc<TransferQueue>,
+    pub(super) lookups: LookupQueue,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.queue.close();
+    }
+}

@@ -1,0 +1,148 @@
+//! Who writes: the id in the names of temp files, and the removal of what dead writers left.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use crate::error::{Error, Result};
+
+/// Age from which a temp file of an unknown writer is a leftover: no chunk takes an hour to write.
+const LEFTOVER_AGE: Duration = Duration::from_secs(3600);
+
+/// Temp files looked at in one clean-up, so that opening a store stays quick.
+const LEFTOVERS_MAX: usize = 10_000;
+
+/// Identity of this process as a writer: host (boot), process namespace, process and its start.
+///
+/// Whoever shares host and process namespace can tell whether the writer still lives; all others
+/// go by the age of the file.
+#[derive(Debug)]
+pub(super) struct Writer {
+    id: String,
+    sequence: AtomicU64,
+}
+
+impl Writer {
+    pub(super) fn new() -> Self {
+        let process = std::process::id();
+        let start = process_start(process).unwrap_or_default();
+        let id = format!("{}.{process}.{start}", host());
+        Self {
+            id,
+            sequence: AtomicU64::new(next_store()),
+        }
+    }
+
+    /// Returns a file name that no other writer and no other call uses.
+    pub(super) fn file_name(&self, purpose: &str) -> String {
+        let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
+        format!(".{purpose}.{}.{sequence}", self.id)
+    }
+}
+
+/// Returns where the numbers of a store's files start: several stores of one process are apart.
+fn next_store() -> u64 {
+    static STORES: AtomicU64 = AtomicU64::new(0);
+    STORES.fetch_add(1, Ordering::Relaxed) << 40
+}
+
+/// Returns what tells this host and process namespace from others: `<boot id>-<namespace>`.
+fn host() -> String {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let boot: String = boot
+        .chars()
+        .filter(char::is_ascii_hexdigit)
+        .take(12)
+        .collect();
+    let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+    let namespace: String = namespace
+        .to_string_lossy()
+        .chars()
+        .filter(char::is_ascii_digit)
+        .collect();
+    format!("{boot}-{namespace}")
+}
+
+/// Returns when a process started, in clock ticks since boot (proc(5), stat field 22).
+fn process_start(process: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The command's name stands in parentheses and may hold anything; fields go on behind it.
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.split_whitespace().nth(19)?.parse().ok()
+}
+
+/// Returns whether a temp file's writer is known to be dead, `None` if that cannot be known here.
+fn writer_is_dead(name: &str) -> Option<bool> {
+    let mut parts = name.trim_start_matches('.').split('.');
+    let (_purpose, writer_host) = (parts.next()?, parts.next()?);
+    let process: u32 = parts.next()?.parse().ok()?;
+    let start: u64 = parts.next()?.parse().ok()?;
+    (writer_host == host()).then(|| process_start(process) != Some(start))
+}
+
+/// Removes temp files whose writer is dead or that are old. Returns how many were removed.
+///
+/// # Errors
+/// [`ErrorKind::Io`](crate::ErrorKind::Io) when the folder cannot be read; single files that
+/// cannot be removed (another process was quicker) are passed over.
+pub(super) fn remove_leftovers(folder: &Path) -> Result<usize> {
+    let entries =
+        std::fs::read_dir(folder).map_err(|source| Error::io("read directory", folder, source))?;
+    let now = SystemTime::now();
+    let mut removed = 0;
+    for entry in entries.take(LEFTOVERS_MAX).flatten() {
+        let name = entry.file_name();
+        let dead = writer_is_dead(&name.to_string_lossy()).unwrap_or_else(|| {
+            let modified = entry.metadata().and_then(|metadata| metadata.modified());
+            let age = modified
+                .ok()
+                .and_then(|modified| now.duration_since(modified).ok());
+            age.is_some_and(|age| age > LEFTOVER_AGE)
+        });
+        if dead && std::fs::remove_file(entry.path()).is_ok() {
+            removed += 1;
+        }
+    }
+    Ok(removed)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    #[test]
+    fn leftovers_go_by_their_writer_or_their_age() {
+        let folder = tempfile::tempdir().unwrap();
+        let touch = |name: &str, age: u64| {
+            let file = File::create(folder.path().join(name)).unwrap();
+            file.set_modified(SystemTime::now() - Duration::from_secs(age))
+                .unwrap();
+        };
+        let own = Writer::new().file_name("chunk");
+        let dead = format!(".chunk.{}.{}.{}.0", host(), std::process::id(), 1);
+        touch(&own, 100_000);
+        touch(&dead, 0);
+        touch(".chunk.otherhost-1.5.5.0", 10);
+        touch(".chunk.otherhost-1.5.6.0", 100_000);
+        touch(".garbage", 100_000);
+        assert_eq!(remove_leftovers(folder.path()).unwrap(), 3);
+        let mut left: Vec<String> = std::fs::read_dir(folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        let mut expected = [own, ".chunk.otherhost-1.5.5.0".to_owned()];
+        expected.sort();
+        assert_eq!(left, expected);
+    }
+
+    #[test]
+    fn names_are_never_given_twice() {
+        let (first, second) = (Writer::new(), Writer::new());
+        let names = [&first, &second, &first, &second].map(|writer| writer.file_name("chunk"));
+        let distinct: std::collections::HashSet<_> = names.iter().collect();
+        assert_eq!(distinct.len(), names.len());
+    }
+}
