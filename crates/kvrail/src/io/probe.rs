@@ -175,7 +175,7 @@ mod tests {
     #[test]
     fn the_setting_turns_direct_io_off_and_the_probe_leaves_nothing() {
         let directory = tempfile::tempdir().unwrap();
-        assert_eq!(probe(directory.path(), Some(false)).unwrap().0, false);
+        assert!(!probe(directory.path(), Some(false)).unwrap().0);
         probe(directory.path(), None).unwrap();
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
     }

@@ -164,11 +164,11 @@ impl KvCache {
                         member,
                         submitted: Instant::now(),
                     };
-                    if let Err(job) = self.running.queue.push_store(job) {
+                    if !self.running.queue.push_store(job) {
                         self.running
                             .shared
                             .present
-                            .remove(&self.shared.place(&job.chunk.key));
+                            .remove(&self.shared.place(&chunk.chunk.key));
                     }
                 }
             }
@@ -236,9 +236,7 @@ impl KvCache {
         let plans: Vec<TransferPlan> = chunks
             .iter()
             .map(|chunk| {
-                let wanted = blocks_per_chunk
-                    .checked_sub(chunk.first_block)
-                    .unwrap_or_default();
+                let wanted = blocks_per_chunk.saturating_sub(chunk.first_block);
                 self.plan(&chunk.blocks, wanted)
             })
             .collect::<Result<_>>()?;

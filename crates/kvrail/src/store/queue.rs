@@ -17,7 +17,7 @@ pub(super) enum Job {
     /// A load with its staging buffer, or without one: then the worker waits for it.
     Load(Box<LoadJob>, Option<StagingRange>),
     /// A store; its staging buffer is filled already.
-    Store(Box<StoreJob>),
+    Store(StoreJob),
 }
 
 /// Waiting transfers, and the number of those under way.
@@ -30,7 +30,7 @@ pub(super) struct TransferQueue {
 #[derive(Debug, Default)]
 struct State {
     loads: VecDeque<Box<LoadJob>>,
-    stores: VecDeque<Box<StoreJob>>,
+    stores: VecDeque<StoreJob>,
     loads_running: usize,
     stores_running: usize,
     closed: bool,
@@ -54,15 +54,20 @@ impl TransferQueue {
     }
 
     /// Adds a store. Staging buffers bound their number: each waiting store owns one.
-    pub(super) fn push_store(&self, job: StoreJob) -> Result<(), StoreJob> {
+    ///
+    /// Returns whether it was taken; a closed queue ends it as failed.
+    pub(super) fn push_store(&self, job: StoreJob) -> bool {
         let mut state = self.lock();
         if state.closed {
-            return Err(job);
+            // Ended without the lock: that completes a ticket.
+            drop(state);
+            drop(job);
+            return false;
         }
-        state.stores.push_back(Box::new(job));
+        state.stores.push_back(job);
         drop(state);
         self.changed.notify_one();
-        Ok(())
+        true
     }
 
     /// Returns whether any load waits or is under way.

@@ -32,14 +32,14 @@ pub(super) struct StoreJob {
 }
 
 /// Runs a store to its end.
-pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: Box<StoreJob>) {
+pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
     let StoreJob {
         cache,
         chunk,
         image,
         member,
         submitted,
-    } = *job;
+    } = job;
     let mount = store.mount(cache.rank, &chunk.key);
     let result = store_chunk(store, mount, &cache, chunk, image);
     let ending = match result {
