@@ -1,0 +1,157 @@
+//! `kvrail bench`: what the store does on a directory, against what the directory can do.
+//!
+//! Chunks of a model's geometry are stored, loaded (from disk, not from the page cache) and
+//! compared; in the same run, interleaved, the same files are written and read with bare system
+//! calls. Caches below the file system (a disk's, a hypervisor's, a server's) are out of reach.
+
+mod clients;
+mod geometry;
+mod kv_memory;
+mod lookup;
+mod random;
+mod raw;
+mod report;
+mod run;
+mod scratch;
+mod statistics;
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, ValueEnum};
+
+use self::geometry::{Geometry, Model};
+use self::report::{ModelReport, Report};
+use self::run::Plan;
+use self::scratch::Scratch;
+pub(crate) use self::scratch::{CLEANUP_COMMAND, CleanupArguments, clean_up};
+use crate::failure::Failure;
+use crate::output::{human_bytes, progress_bar, write_json};
+
+/// The arguments of `kvrail bench`.
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// Directory on the file system to measure; works in a new directory in it, removed at the end
+    #[arg(long)]
+    path: PathBuf,
+    /// Whose chunks to store and load
+    #[arg(long, value_enum)]
+    model: Model,
+    /// Chunks per round
+    #[arg(long, default_value = "32")]
+    chunks: NonZeroUsize,
+    /// How bytes move
+    #[arg(long, value_enum, default_value = "posix")]
+    engine: Engine,
+    /// Threads that do file I/O, of kvrail and of the raw limit alike
+    #[arg(long, default_value = "4", value_parser = clap::value_parser!(u64).range(1..=256))]
+    threads: u64,
+    /// Counted rounds, after one that is not
+    #[arg(long, default_value = "5", value_parser = clap::value_parser!(u64).range(1..=1000))]
+    rounds: u64,
+    /// Chunks submitted at the same time [default: twice the threads, at most half of the staging
+    /// buffers]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1024))]
+    in_flight: Option<u64>,
+    /// Staging memory of the store (`cufile_buffer_size`) in MiB
+    #[arg(long, default_value = "512", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    buffer_mib: u64,
+    /// KV memory in MiB, half of it to store from and half to load into; more chunks than fit are
+    /// stored and loaded in waves
+    #[arg(long, default_value = "1024", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    memory_mib: u64,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// The I/O engines that can be measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Engine {
+    /// A pool of threads with pread and pwrite
+    Posix,
+}
+
+/// Measures and prints.
+pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    let Engine::Posix = arguments.engine;
+    let geometries = arguments.model.geometries();
+    let scratch = Scratch::new(&arguments.path)?;
+    check_space(scratch.path(), &geometries, arguments.chunks.get())?;
+    let mut models = Vec::new();
+    for geometry in geometries {
+        let plan = plan(arguments, geometry);
+        let steps = 2 * plan.chunks * (plan.rounds + 1);
+        let bar = progress_bar(
+            steps as u64,
+            "{msg} [{bar:40}] {pos}/{len} chunks, {eta} left",
+        );
+        bar.set_message(geometry.name);
+        let directory = scratch.path().join(geometry.name);
+        std::fs::create_dir(&directory)
+            .map_err(|error| Failure::io("create", &directory, &error))?;
+        let measurement = run::measure(plan, &directory, &bar)?;
+        bar.finish_and_clear();
+        models.push(ModelReport::new(measurement));
+    }
+    let lookup = lookup::measure(scratch.path(), arguments.threads as usize)?;
+    let report = Report {
+        path: arguments.path.display().to_string(),
+        models,
+        lookup,
+    };
+    // Before the output, so that a reader that hangs does not keep the files.
+    drop(scratch);
+    let mut out = io::stdout().lock();
+    if arguments.json {
+        write_json(&mut out, &report)?;
+    } else {
+        report.write(&mut out)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn plan(arguments: &Arguments, geometry: Geometry) -> Plan {
+    let threads = arguments.threads as usize;
+    let buffer_bytes = (arguments.buffer_mib as usize) << 20;
+    // Half of the staging buffers: the store keeps some for loads and would drop chunks beyond.
+    let fitting = (buffer_bytes / geometry.payload_bytes() / 2).max(1);
+    let in_flight = arguments.in_flight.map(|count| count as usize);
+    Plan {
+        geometry,
+        chunks: arguments.chunks.get(),
+        rounds: arguments.rounds as usize,
+        threads,
+        in_flight: in_flight.unwrap_or_else(|| fitting.min(2 * threads)),
+        buffer_mib: arguments.buffer_mib as usize,
+        memory_bytes: (arguments.memory_mib as usize) << 20,
+    }
+}
+
+/// Refuses to start what cannot end: both sides' files of one round must fit, and the store leaves
+/// a twentieth of the file system free.
+fn check_space(path: &Path, geometries: &[Geometry], chunks: usize) -> Result<(), Failure> {
+    let statistics = rustix::fs::statvfs(path)
+        .map_err(|error| Failure::io("ask for free space", path, &error.into()))?;
+    let largest = geometries
+        .iter()
+        .map(Geometry::payload_bytes)
+        .max()
+        .unwrap_or_default();
+    // 1% covers heads and page tables, and 64 MiB the lookups' small files.
+    let files = (2 * chunks as u64).saturating_mul(largest as u64 + largest as u64 / 100);
+    let kept = statistics.f_blocks.saturating_mul(statistics.f_frsize) / 20;
+    let needed = files.saturating_add(kept).saturating_add(64 << 20);
+    let available = statistics.f_bavail.saturating_mul(statistics.f_frsize);
+    if needed <= available {
+        return Ok(());
+    }
+    let (needed, available) = (human_bytes(needed), human_bytes(available));
+    let place = path.parent().unwrap_or(path).display();
+    Err(Failure::new(format!(
+        "`{place}` has {available} free, {needed} are needed"
+    ))
+    .with_hint("ask for fewer --chunks, or give another --path"))
+}

@@ -1,0 +1,176 @@
+//! The raw limit: the same files, sizes and threads with nothing around the system calls.
+//!
+//! Store: create a temp file, write it whole from an aligned buffer, rename. Load: open, read it
+//! whole into an aligned buffer. With O_DIRECT where the mount takes it, else through the page
+//! cache. No hashing, no gather, no checks but the byte count.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use kvrail::chunk::PAGE_BYTES;
+use rustix::fs::OFlags;
+
+use super::clients::{self, Sample};
+use super::random::Random;
+use crate::failure::Failure;
+
+/// The raw side of a benchmark.
+pub(crate) struct Raw {
+    directory: PathBuf,
+    direct: bool,
+    /// One per thread, used again for each file, so that no page fault is timed.
+    buffers: Vec<AlignedBuffer>,
+}
+
+impl Raw {
+    /// Makes the directory, finds out whether O_DIRECT works there, and fills the buffers.
+    pub(crate) fn new(
+        directory: PathBuf,
+        file_bytes: usize,
+        threads: usize,
+    ) -> Result<Self, Failure> {
+        std::fs::create_dir(&directory)
+            .map_err(|error| Failure::io("create", &directory, &error))?;
+        let buffers = (0..threads)
+            .map(|thread| AlignedBuffer::new(file_bytes, thread))
+            .collect();
+        let direct = probe_direct(&directory)?;
+        Ok(Self {
+            directory,
+            direct,
+            buffers,
+        })
+    }
+
+    /// Returns whether O_DIRECT is used.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Returns the file of an item.
+    pub(crate) fn path(&self, item: u64) -> PathBuf {
+        self.directory.join(format!("{item:08x}"))
+    }
+
+    /// Writes the files of `items`.
+    pub(crate) fn store(&mut self, items: &[u64]) -> Result<Sample, Failure> {
+        let (directory, direct) = (&self.directory, self.direct);
+        clients::run(&mut self.buffers, items, |buffer, item| {
+            let temporary = directory.join(format!(".{item:08x}.tmp"));
+            let target = directory.join(format!("{item:08x}"));
+            write_file(&temporary, buffer.bytes(), direct)
+                .and_then(|()| std::fs::rename(&temporary, &target))
+                .map_err(|error| Failure::io("write", &temporary, &error))
+        })
+    }
+
+    /// Reads the files of `items`.
+    pub(crate) fn load(&mut self, items: &[u64]) -> Result<Sample, Failure> {
+        let (directory, direct) = (&self.directory, self.direct);
+        clients::run(&mut self.buffers, items, |buffer, item| {
+            let path = directory.join(format!("{item:08x}"));
+            read_file(&path, buffer.bytes_mut(), direct)
+                .map_err(|error| Failure::io("read", &path, &error))
+        })
+    }
+}
+
+/// Writes a page with O_DIRECT and reads it back: an open that succeeds proves nothing.
+fn probe_direct(directory: &Path) -> Result<bool, Failure> {
+    let path = directory.join(".probe");
+    let mut page = AlignedBuffer::new(PAGE_BYTES, 0);
+    let outcome = write_file(&path, page.bytes(), true)
+        .and_then(|()| read_file(&path, page.bytes_mut(), true));
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(Failure::io("remove", &path, &error))
+        }
+        _ => Ok(outcome.is_ok()),
+    }
+}
+
+fn options(direct: bool) -> OpenOptions {
+    let mut options = OpenOptions::new();
+    if direct {
+        options.custom_flags(OFlags::DIRECT.bits().cast_signed());
+    }
+    options
+}
+
+fn write_file(path: &Path, bytes: &[u8], direct: bool) -> io::Result<()> {
+    let mut file = options(direct)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(bytes)
+}
+
+fn read_file(path: &Path, target: &mut [u8], direct: bool) -> io::Result<()> {
+    options(direct).read(true).open(path)?.read_exact(target)
+}
+
+/// Writes back and drops a file's pages from the page cache, so that a load is one from disk.
+pub(crate) fn drop_from_page_cache(path: &Path) -> Result<(), Failure> {
+    let file = File::open(path).map_err(|error| Failure::io("open", path, &error))?;
+    file.sync_data()
+        .map_err(|error| Failure::io("sync", path, &error))?;
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)
+        .map_err(|error| Failure::io("drop from the page cache", path, &error.into()))
+}
+
+/// Random bytes that start at a page boundary, as O_DIRECT asks for.
+struct AlignedBuffer {
+    memory: Vec<u8>,
+    start: usize,
+    length: usize,
+}
+
+impl AlignedBuffer {
+    fn new(length: usize, seed: usize) -> Self {
+        let mut memory = vec![0; length + PAGE_BYTES];
+        Random::new(seed as u64).fill(&mut memory);
+        let start = memory.as_ptr().align_offset(PAGE_BYTES);
+        Self {
+            memory,
+            start,
+            length,
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.memory
+            .get(self.start..self.start + self.length)
+            .unwrap_or_default()
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        self.memory
+            .get_mut(self.start..self.start + self.length)
+            .unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_stored_is_read_back_and_nothing_else_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let bytes = 3 * PAGE_BYTES;
+        let mut raw = Raw::new(directory.path().join("raw"), bytes, 2).unwrap();
+        raw.store(&[1, 2, 3]).unwrap();
+        drop_from_page_cache(&raw.path(2)).unwrap();
+        assert_eq!(raw.load(&[3, 2, 1]).unwrap().latencies.len(), 3);
+        let found = std::fs::read_dir(directory.path().join("raw")).unwrap();
+        let sizes: Vec<u64> = found
+            .map(|entry| entry.unwrap().metadata().unwrap().len())
+            .collect();
+        assert_eq!(sizes, [bytes as u64; 3]);
+        let missing = raw.load(&[4]).unwrap_err().to_string();
+        assert!(missing.starts_with("error: read: "), "{missing}");
+    }
+}

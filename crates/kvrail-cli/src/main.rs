@@ -1,0 +1,87 @@
+//! The command `kvrail`: looks into a store, verifies it and measures what it can do.
+//!
+//! Data goes to stdout, messages to stderr. The library never prints; all of it happens here.
+
+mod bench;
+mod completions;
+mod failure;
+mod ls;
+mod output;
+mod stat;
+mod store_directory;
+mod verify;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::failure::Failure;
+
+/// Printed below `--help`: scripts depend on it.
+const EXIT_CODES: &str = "Exit codes:
+  0  done; `verify` found every chunk whole
+  1  bytes are not what was stored: `verify` found damaged chunks, or `bench` loaded wrong bytes
+  2  wrong usage, or the command could not do its work (`error: ...` on stderr says why)";
+
+/// Look into, verify and measure a kvrail store (the directory of `gds_path`).
+#[derive(Debug, Parser)]
+#[command(name = "kvrail", version, after_help = EXIT_CODES, arg_required_else_help = true)]
+pub(crate) struct CommandLine {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// List namespaces, their groups and ranks, and on request every chunk
+    #[command(after_help = EXIT_CODES)]
+    Ls(ls::Arguments),
+    /// Show totals of each namespace: chunks, bytes, ages, leftovers, free space, identity
+    #[command(after_help = EXIT_CODES)]
+    Stat(stat::Arguments),
+    /// Read every chunk and check all of it; changes nothing
+    #[command(after_help = EXIT_CODES)]
+    Verify(verify::Arguments),
+    /// Measure store, load and lookup against the raw limit of the file system
+    #[command(after_help = EXIT_CODES)]
+    Bench(bench::Arguments),
+    /// Print a shell's completion script
+    #[command(after_help = EXIT_CODES)]
+    Completions(completions::Arguments),
+    /// Removes a directory of `bench` when stdin closes, that is, when the parent is gone.
+    #[command(name = bench::CLEANUP_COMMAND, hide = true)]
+    BenchCleanup(bench::CleanupArguments),
+}
+
+fn main() -> ExitCode {
+    match run(CommandLine::parse()) {
+        Ok(code) => code,
+        Err(failure) if failure.is_silent() => ExitCode::SUCCESS,
+        Err(failure) => {
+            let _ = writeln!(std::io::stderr(), "{failure}");
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+fn run(command_line: CommandLine) -> Result<ExitCode, Failure> {
+    match command_line.command {
+        Command::Ls(arguments) => ls::run(&arguments),
+        Command::Stat(arguments) => stat::run(&arguments),
+        Command::Verify(arguments) => verify::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
+        Command::Completions(arguments) => completions::run(&arguments),
+        Command::BenchCleanup(arguments) => bench::clean_up(&arguments),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::CommandLine::command().debug_assert();
+    }
+}
