@@ -1,0 +1,319 @@
+"""The store of kvrail, compiled from Rust.
+
+Times are in seconds, lengths in bytes unless a name says otherwise. Every error is a subclass of
+``KvrailError``; wrong Python types raise ``TypeError`` and numbers that do not fit raise
+``OverflowError``. The GIL is released while a call may block.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+__all__ = [
+    "ClosedError",
+    "Config",
+    "ConfigError",
+    "DamagedError",
+    "KvCache",
+    "KvrailError",
+    "LoadReport",
+    "LoadTicket",
+    "LookupTicket",
+    "MismatchError",
+    "Namespace",
+    "NoSpaceError",
+    "Store",
+    "StoreIoError",
+    "StoreReport",
+    "StoreTicket",
+    "WaitTimeoutError",
+    "__version__",
+    "debug_build",
+]
+
+__version__: str
+debug_build: bool
+
+class KvrailError(Exception):
+    """The base of all errors of this package."""
+
+class ConfigError(KvrailError, ValueError):
+    """A setting or an argument cannot work; the message says what was expected."""
+
+class DamagedError(KvrailError):
+    """Bytes on disk are not what was stored."""
+
+class StoreIoError(KvrailError, OSError):
+    """The operating system refused an operation; ``errno`` says why where it is known."""
+
+class NoSpaceError(StoreIoError):
+    """The file system or a quota is full."""
+
+class WaitTimeoutError(KvrailError, TimeoutError):
+    """A bounded wait ended before the work did; the work goes on."""
+
+class ClosedError(KvrailError):
+    """The store was closed."""
+
+class MismatchError(KvrailError):
+    """A directory holds another namespace than its name says."""
+
+@final
+class Config:
+    """A resolved configuration; immutable. Made by ``Config.resolve``."""
+
+    @staticmethod
+    def resolve(
+        connector_json: str | None,
+        environment: Mapping[str, str],
+        file: tuple[str, str] | None,
+    ) -> Config:
+        """Resolves the sources of the settings, highest rank first.
+
+        ``connector_json`` is a JSON object, ``environment`` holds variables of which only those
+        named ``KVRAIL_*`` and ``LMCACHE_*`` count, ``file`` is the path and the text of a YAML
+        file. Nothing else is read.
+
+        Raises ``ConfigError`` that names key, value and what was expected: an unknown key, a wrong
+        type, a value out of range, no ``gds_path``.
+        """
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens of a chunk."""
+
+    @property
+    def gds_path(self) -> list[str]:
+        """The directories that hold the chunks; at least one."""
+
+    @property
+    def buffer_mib(self) -> int:
+        """Staging memory in MiB (``cufile_buffer_size``)."""
+
+    @property
+    def save_decode_cache(self) -> bool:
+        """Whether chunks that fill up while decoding are stored too."""
+
+    @property
+    def load_failure_policy(self) -> str:
+        """What happens to a request whose load failed: ``"recompute"`` or ``"fail"``."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """One sentence for each setting that has no effect, for the log."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns every key with its effective value and where it came from.
+
+        Each key maps to ``{"value": ..., "origin": ...}``. Keys are named as in the documentation
+        (``chunk_size``, ``extra_config.use_cufile``). None stands for "unlimited" in ``max_size``
+        and for "auto" in ``extra_config.use_direct_io``; ``min_free`` is a float when it is a share
+        and an int when it is bytes. The origin is ``"default"``, a variable's name, the file's path
+        or ``"kv_connector_extra_config"``.
+        """
+
+@final
+class Namespace:
+    """All that must be equal for stored bytes to be interchangeable; immutable."""
+
+    def __new__(cls, model: str, identity_json: str) -> Namespace:
+        """Makes the namespace of a model's name and a JSON object with the rest of the identity.
+
+        Raises ``ConfigError`` when ``identity_json`` is not a JSON object, or too long.
+        """
+
+    @property
+    def id(self) -> str:
+        """16 hex digits that follow from model and identity."""
+
+    @property
+    def directory_name(self) -> str:
+        """The name of the namespace's directory below each ``gds_path``."""
+
+@final
+class Store:
+    """A store of chunks in the directories of a configuration; any thread may use it.
+
+    Several stores, also of other processes and machines, may be open on the same directories.
+    """
+
+    def __new__(
+        cls,
+        config: Config,
+        namespace: Namespace,
+        *,
+        read_only: bool = False,
+        cpus: Sequence[int] | None = None,
+    ) -> Store:
+        """Opens a store: makes its directories, probes each mount, starts the threads.
+
+        ``read_only`` never creates or writes anything. ``cpus`` are the CPUs that the store's
+        threads are pinned to; None leaves them alone.
+
+        Raises ``ConfigError`` for a path that cannot work, ``StoreIoError`` for one that the system
+        refuses, ``MismatchError`` when a directory belongs to another namespace.
+        """
+
+    def lookup(
+        self, keys: Sequence[bytes], *, group: int = 0, ranks: Sequence[int] = ...
+    ) -> LookupTicket:
+        """Counts the leading chunks of ``keys`` that are present for ``group`` on all ``ranks``.
+
+        ``keys`` are chunk keys of 8 to 32 bytes, in the order of the prompt; ``ranks`` is rank 0
+        unless given. Answered in the background.
+
+        Raises ``ConfigError`` for a key of another length.
+        """
+
+    def attach(
+        self,
+        layers: Sequence[tuple[int, int, int, int]],
+        regions: Sequence[tuple[int, int]],
+        owner: object,
+        *,
+        block_count: int,
+        blocks_per_chunk: int,
+        group: int = 0,
+        rank: int = 0,
+    ) -> KvCache:
+        """Attaches the KV cache of one group on one rank.
+
+        Each layer is ``(region index, offset, block_stride, block_bytes)``: its block ``b`` lies
+        ``offset + b * block_stride`` bytes into its region and is ``block_bytes`` long. Each region
+        is ``(address, bytes)`` of host memory. ``owner`` must keep all of it valid for reads and
+        writes while it lives; it is kept alive as long as the store may touch the memory, and let
+        go by the next call into this module after that. Wrong addresses are not detected and crash
+        the process.
+
+        Raises ``ConfigError`` when a block lies outside its region, blocks overlap, or a chunk does
+        not fit into the staging memory.
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the counters since the store was opened; they only grow."""
+
+    def take_notices(self) -> list[tuple[str, str]]:
+        """Takes what there is to log since the last call: ``("warning" | "info", message)``."""
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Returns for each directory how bytes move there, and why."""
+
+    def flush(self, limit_seconds: float) -> None:
+        """Waits until all stores that were accepted are done.
+
+        Raises ``WaitTimeoutError`` after ``limit_seconds``.
+        """
+
+    def close(self, limit_seconds: float) -> None:
+        """Waits for the stores that were accepted, then stops; waiting loads end as failed.
+
+        Chunks of later stores and loads are reported failed. Raises ``WaitTimeoutError`` after
+        ``limit_seconds``; stores that were not done then are given up.
+        """
+
+@final
+class KvCache:
+    """The KV cache of one group on one rank, attached to a store."""
+
+    @property
+    def chunk_file_bytes(self) -> int:
+        """Bytes of a chunk's file."""
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of a chunk's payload: its blocks over all layers."""
+
+    def store(self, chunks: Sequence[tuple[bytes, bytes | None, Sequence[int]]]) -> StoreTicket:
+        """Stores chunks: each is ``(key, parent's key, block ids)``.
+
+        A chunk has exactly ``blocks_per_chunk`` block ids; the parent is the chunk before it in the
+        prompt, or None. The blocks are copied before the call returns and may be reused then; the
+        files are written in the background. A chunk for which no staging buffer is free is dropped.
+
+        Raises ``ConfigError`` for a wrong key, number of blocks or block id; nothing is done then.
+        """
+
+    def load(self, chunks: Sequence[tuple[bytes, bytes | None, int, Sequence[int]]]) -> LoadTicket:
+        """Loads chunks: each is ``(key, parent's key, first_block, block ids)``.
+
+        ``first_block`` counts from the start of the chunk; the block ids are the targets of the
+        chunk's blocks from there to its end, and nothing else is written to. They must be left
+        alone until the ticket is done. Every byte is verified before it is copied.
+
+        Raises ``ConfigError`` for a wrong key, number of blocks or block id; nothing is done then.
+        """
+
+@final
+class LookupTicket:
+    """A lookup in the background; dropping it changes nothing about the work."""
+
+    def poll(self) -> int | None:
+        """Returns the number of leading chunks present, or None while it is not known."""
+
+    def wait(self, limit_seconds: float) -> int:
+        """Waits for the number of leading chunks present.
+
+        Raises ``WaitTimeoutError`` after ``limit_seconds``; the ticket stays good.
+        """
+
+@final
+class StoreTicket:
+    """A store in the background; dropping it changes nothing about the work."""
+
+    def poll(self) -> StoreReport | None:
+        """Returns the report, or None while chunks are on their way."""
+
+    def wait(self, limit_seconds: float) -> StoreReport:
+        """Waits for the report.
+
+        Raises ``WaitTimeoutError`` after ``limit_seconds``; the ticket stays good.
+        """
+
+@final
+class LoadTicket:
+    """A load in the background; dropping it changes nothing about the work."""
+
+    def poll(self) -> LoadReport | None:
+        """Returns the report, or None while chunks are on their way."""
+
+    def wait(self, limit_seconds: float) -> LoadReport:
+        """Waits for the report.
+
+        Raises ``WaitTimeoutError`` after ``limit_seconds``; the ticket stays good and the blocks
+        stay the load's until it is done.
+        """
+
+@final
+class StoreReport:
+    """What became of the chunks of one ``KvCache.store``; the four numbers add up to them."""
+
+    @property
+    def stored(self) -> int:
+        """Chunks written and published."""
+
+    @property
+    def already_present(self) -> int:
+        """Chunks that were there already, or are being written."""
+
+    @property
+    def dropped(self) -> int:
+        """Chunks given up for want of staging memory, space, or a path that is well."""
+
+    @property
+    def failed(self) -> int:
+        """Chunks that failed with an error."""
+
+@final
+class LoadReport:
+    """What became of the chunks of one ``KvCache.load``."""
+
+    @property
+    def loaded(self) -> int:
+        """Chunks verified and copied."""
+
+    @property
+    def failed(self) -> list[int]:
+        """Indices of the other chunks, ascending: their blocks hold no valid KV."""
+
+    @property
+    def errors(self) -> list[str]:
+        """Why, one for each of ``failed``."""

@@ -1,0 +1,148 @@
+//! The store: open, lookup, attach, and what it tells about itself.
+
+use kvrail::store::NoticeLevel;
+use kvrail::{Access, ChunkKey, Error, ErrorKind, KvLayout, LayerSpan, OpenOptions};
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+use pyo3::types::{PyDict, PyList};
+use serde_json::Value;
+
+use crate::config::Config;
+use crate::error::IntoPython;
+use crate::kv_cache::KvCache;
+use crate::namespace::Namespace;
+use crate::pointer;
+use crate::ticket::{LookupTicket, limit};
+
+/// A store of chunks in one or more directories.
+#[pyclass(frozen, module = "kvrail._core")]
+pub(crate) struct Store {
+    inner: kvrail::Store,
+}
+
+#[pymethods]
+impl Store {
+    #[new]
+    #[pyo3(signature = (config, namespace, *, read_only=false, cpus=None))]
+    fn new(
+        py: Python<'_>,
+        config: &Config,
+        namespace: &Namespace,
+        read_only: bool,
+        cpus: Option<Vec<usize>>,
+    ) -> PyResult<Self> {
+        let access = if read_only {
+            Access::ReadOnly
+        } else {
+            Access::ReadWrite
+        };
+        let options = OpenOptions { access, cpus };
+        let namespace = namespace.inner.clone();
+        let inner = py
+            .detach(|| kvrail::Store::open(&config.inner.store, namespace, options))
+            .into_python(py)?;
+        Ok(Self { inner })
+    }
+
+    #[pyo3(signature = (keys, *, group=0, ranks=vec![0]))]
+    fn lookup(
+        &self,
+        py: Python<'_>,
+        keys: Vec<PyBackedBytes>,
+        group: u32,
+        ranks: Vec<u32>,
+    ) -> PyResult<LookupTicket> {
+        let keys = keys
+            .iter()
+            .map(|key| ChunkKey::from_bytes(key))
+            .collect::<kvrail::Result<Vec<_>>>()
+            .into_python(py)?;
+        let inner = py.detach(|| self.inner.lookup(group, &ranks, keys));
+        Ok(LookupTicket { inner })
+    }
+
+    #[pyo3(signature = (
+        layers, regions, owner, *, block_count, blocks_per_chunk, group=0, rank=0,
+    ))]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "they are keyword arguments in Python"
+    )]
+    fn attach(
+        &self,
+        py: Python<'_>,
+        layers: Vec<(usize, usize, usize, usize)>,
+        regions: Vec<(usize, usize)>,
+        owner: Py<PyAny>,
+        block_count: usize,
+        blocks_per_chunk: usize,
+        group: u32,
+        rank: u32,
+    ) -> PyResult<KvCache> {
+        let layers = layers
+            .into_iter()
+            .map(|(region, offset, block_stride, block_bytes)| LayerSpan {
+                region,
+                offset,
+                block_stride,
+                block_bytes,
+            })
+            .collect();
+        let sizes: Vec<usize> = regions.iter().map(|(_, bytes)| *bytes).collect();
+        let regions = pointer::regions(&regions, owner).into_python(py)?;
+        let inner = py
+            .detach(|| {
+                let layout = KvLayout::new(layers, block_count, &sizes)?;
+                self.inner
+                    .attach(group, rank, layout, regions, blocks_per_chunk)
+            })
+            .into_python(py)?;
+        Ok(KvCache { inner })
+    }
+
+    fn metrics<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let snapshot = serde_json::to_value(self.inner.metrics()).map_err(unreadable);
+        let metrics = PyDict::new(py);
+        if let Value::Object(fields) = snapshot.into_python(py)? {
+            for (name, value) in fields {
+                metrics.set_item(name, value.as_f64())?;
+            }
+        }
+        Ok(metrics)
+    }
+
+    fn take_notices(&self) -> Vec<(&'static str, String)> {
+        let level = |level| match level {
+            NoticeLevel::Warning => "warning",
+            NoticeLevel::Info => "info",
+        };
+        let notices = self.inner.take_notices();
+        notices
+            .into_iter()
+            .map(|notice| (level(notice.level), notice.message))
+            .collect()
+    }
+
+    fn describe<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let mounts = py.detach(|| self.inner.describe());
+        let text = serde_json::to_string(&mounts)
+            .map_err(unreadable)
+            .into_python(py)?;
+        let mounts = py.import("json")?.call_method1("loads", (text,))?;
+        Ok(mounts.cast_into()?)
+    }
+
+    fn flush(&self, py: Python<'_>, limit_seconds: f64) -> PyResult<()> {
+        let limit = limit(limit_seconds).into_python(py)?;
+        py.detach(|| self.inner.flush(limit)).into_python(py)
+    }
+
+    fn close(&self, py: Python<'_>, limit_seconds: f64) -> PyResult<()> {
+        let limit = limit(limit_seconds).into_python(py)?;
+        py.detach(|| self.inner.close(limit)).into_python(py)
+    }
+}
+
+fn unreadable(error: serde_json::Error) -> Error {
+    Error::new(ErrorKind::InvalidArgument, "report as JSON").with_source(error)
+}
