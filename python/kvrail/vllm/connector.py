@@ -1,0 +1,308 @@
+"""``KvrailConnector``: the class that vLLM makes once per scheduler and once per worker.
+
+It only decides which side a hook belongs to; the sides are in ``scheduler.py`` and ``worker.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from vllm import __version__ as vllm_version
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from kvrail import STARTUP_CPUS
+from kvrail._core import Config, ConfigError, KvrailError
+from kvrail.vllm import version
+from kvrail.vllm.config import effective_value, resolve_config
+from kvrail.vllm.fingerprint import AdapterFingerprints
+from kvrail.vllm.identity import engine_none_hash
+from kvrail.vllm.lookup import Agreement, DisagreementError, LookupStore, agree
+from kvrail.vllm.metadata import KvrailMetadata
+from kvrail.vllm.request_state import ChunkGeometry
+from kvrail.vllm.scheduler import ConnectorScheduler, SchedulerOptions
+from kvrail.vllm.stats import KvrailPromMetrics, KvrailStats, StatsCollector
+from kvrail.vllm.worker import CLOSE_LIMIT_SECONDS, ConnectorWorker
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+        KVConnectorPromMetrics,
+        KVConnectorStats,
+    )
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+
+class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
+    """Keeps vLLM's KV cache in files."""
+
+    _cache_hit_source = CacheHitSource.DISK
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        version.check(vllm_version)
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._config = resolve_config(self._kv_transfer_config.kv_connector_extra_config)
+        self._worker: ConnectorWorker | None = None
+        self._scheduler: _SchedulerSide | None = None
+        if role is KVConnectorRole.WORKER:
+            self._worker = ConnectorWorker()
+        else:
+            self._apply_failure_policy()
+            self._scheduler = _SchedulerSide(self._config, vllm_config, kv_cache_config)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache may lose a store; nobody waits for it."""
+        return False
+
+    def _apply_failure_policy(self) -> None:
+        """Makes vLLM compute what could not be loaded; vLLM reads this after the constructor."""
+        if self._config.load_failure_policy == "fail":
+            return
+        if self._kv_transfer_config.kv_load_failure_policy != "recompute":
+            self._kv_transfer_config.kv_load_failure_policy = "recompute"
+            logger.info(
+                "kvrail: a failed load is computed again (kv_load_failure_policy = recompute); set "
+                "extra_config.load_failure_policy to fail to have such requests fail"
+            )
+
+    # Worker side.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        assert self._worker is not None
+        self._worker.register_kv_caches(
+            self._config, self._vllm_config, self._kv_cache_config, kv_caches
+        )
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        assert self._worker is not None
+        return self._worker.handshake()
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        assert self._worker is not None
+        self._worker.start_loads(self._step_metadata())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads end between steps, before vLLM schedules the request; no layer waits."""
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,
+    ) -> None:
+        """Stores take whole chunks over all layers after the forward, not layer by layer."""
+
+    def wait_for_save(self) -> None:
+        assert self._worker is not None
+        self._worker.submit_stores(self._step_metadata())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        assert self._worker is not None
+        metadata = self._step_metadata() if self.has_connector_metadata() else None
+        return None, self._worker.take_finished_loads(metadata) or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        assert self._worker is not None
+        return self._worker.take_failed_blocks()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        assert self._worker is not None
+        return self._worker.take_worker_metadata()
+
+    def _step_metadata(self) -> KvrailMetadata:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, KvrailMetadata)
+        return metadata
+
+    # Scheduler side.
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        assert self._scheduler is not None
+        self._scheduler.connect(metadata)
+
+    def on_new_request(self, request: Request) -> None:
+        assert self._scheduler is not None
+        self._scheduler.requests.on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        assert self._scheduler is not None
+        return self._scheduler.requests.get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        assert self._scheduler is not None
+        self._scheduler.requests.update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        assert self._scheduler is not None
+        return self._scheduler.requests.build_connector_meta(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        assert self._scheduler is not None
+        if connector_output.kv_connector_worker_meta is not None:
+            self._scheduler.requests.update_connector_output(
+                connector_output.kv_connector_worker_meta
+            )
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        assert self._scheduler is not None
+        self._scheduler.requests.request_finished(request.request_id)
+        return False, None
+
+    # Both sides.
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        if self._worker is not None:
+            return self._worker.take_stats()
+        assert self._scheduler is not None
+        return self._scheduler.take_stats()
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.shutdown()
+        if self._scheduler is not None:
+            self._scheduler.shutdown()
+
+    @classmethod
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> KVConnectorStats | None:
+        return KvrailStats(data=dict(data) if data else {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:
+        return KvrailPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+class _SchedulerSide:
+    """The request logic together with the store that answers its lookups."""
+
+    def __init__(
+        self, config: Config, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+    ) -> None:
+        self._config = config
+        parallel = vllm_config.parallel_config
+        self._workers = parallel.pipeline_parallel_size * parallel.tensor_parallel_size
+        self._store: LookupStore | None = None
+        self._stats = StatsCollector()
+        transfer = vllm_config.kv_transfer_config
+        assert transfer is not None
+        options = SchedulerOptions(
+            may_load=transfer.is_kv_consumer,
+            may_store=transfer.is_kv_producer,
+            save_decode_cache=config.save_decode_cache,
+            wait_limit_seconds=float(effective_value(config, "extra_config.wait_limit_seconds")),
+        )
+        block_tokens, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
+        self._misfit: str | None = None
+        try:
+            geometry = ChunkGeometry(config.chunk_size, block_tokens, hash_tokens)
+        except ValueError as error:
+            # The worker has refused this size already where it applies to the model; otherwise the
+            # model has groups that are not stored, and nothing will be asked of this geometry.
+            self._misfit = str(error)
+            geometry = ChunkGeometry(config.chunk_size, config.chunk_size, config.chunk_size)
+        self.requests = ConnectorScheduler(
+            geometry, options, adapter_fingerprint=AdapterFingerprints().of
+        )
+
+    def connect(self, handshakes: dict[tuple[int, int], KVConnectorHandshakeMetadata]) -> None:
+        """Opens the store for lookups when all workers agree; otherwise nothing is stored."""
+        try:
+            agreement = agree(handshakes, self._workers)
+        except DisagreementError as error:
+            logger.error("kvrail: nothing is stored or loaded: %s", error)
+            return
+        if isinstance(agreement, str):
+            # The worker has logged it.
+            return
+        if self._misfit is not None:
+            logger.error("kvrail: nothing is stored or loaded: %s", self._misfit)
+            return
+        try:
+            self._store = LookupStore(self._config, agreement, STARTUP_CPUS)
+        except ConfigError:
+            raise
+        except KvrailError as error:
+            logger.error("kvrail: nothing is stored or loaded: %s", error)
+            return
+        self._stats.follow(self._store.store.metrics)
+        self.requests.enable(self._store.lookup, lambda: _hash_problem(agreement))
+
+    def take_stats(self) -> KVConnectorStats | None:
+        counters = self.requests.take_counters()
+        if not counters and not self._stats.due(time.monotonic()):
+            return None
+        if self._store is not None:
+            for level, message in self._store.store.take_notices():
+                logger.log(
+                    logging.WARNING if level == "warning" else logging.INFO, "kvrail: %s", message
+                )
+        return self._stats.take(counters)
+
+    def shutdown(self) -> None:
+        self.requests.disable()
+        self._stats.unfollow()
+        store, self._store = self._store, None
+        if store is None:
+            return
+        try:
+            store.store.close(CLOSE_LIMIT_SECONDS)
+        except KvrailError as error:
+            logger.warning("kvrail: closing the store: %s", error)
+
+
+def _hash_problem(agreement: Agreement) -> str | None:
+    """Why this engine's block hashes are not those of the namespace, or None.
+
+    vLLM starts its hash chains after the connectors were made, so this is asked with the first
+    request.
+    """
+    found = engine_none_hash()
+    if found == agreement.none_hash:
+        return None
+    return (
+        f"vLLM's prefix hashes start from {found}, its workers expected {agreement.none_hash}; set "
+        "PYTHONHASHSEED to the same number for all processes"
+    )

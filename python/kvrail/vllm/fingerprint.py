@@ -1,0 +1,123 @@
+"""Fingerprints of model and adapter folders.
+
+Reading every byte of a large model at each start would take minutes, so a fingerprint covers the
+configuration, the name and size of every weight file, and a sample of its content. Pages spread
+evenly over a file find any training that changed the tensors there; the head of a file holds its
+index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz"})
+CONFIG_NAMES = ("config.json", "adapter_config.json", "model.safetensors.index.json")
+HEAD_BYTES = 64 * 1024
+PAGE_BYTES = 4096
+# One page in every 64th of a file. With 30 files this is 8 MB to read, mostly from the page cache,
+# because the weights have been loaded just before.
+SAMPLED_PAGES = 64
+
+
+class FingerprintError(RuntimeError):
+    """The weights cannot be identified, so nothing computed with them may be shared."""
+
+
+def fingerprint_path(path: Path) -> str:
+    """Hex SHA-256 that identifies the weights in a folder or a single weight file.
+
+    Raises ``FingerprintError`` when there are no weight files or they cannot be read.
+    """
+    try:
+        files = [path] if path.is_file() else sorted(_weight_files(path))
+        if not files:
+            raise FingerprintError(f"no weight files in {path}")
+        digest = hashlib.sha256()
+        root = path.parent if path.is_file() else path
+        for name in CONFIG_NAMES:
+            config = root / name
+            if config.is_file():
+                _add(digest, name.encode(), config.read_bytes())
+        for file in files:
+            _add(digest, file.relative_to(root).as_posix().encode(), b"")
+            _add_sample(digest, file)
+        return digest.hexdigest()
+    except OSError as error:
+        raise FingerprintError(f"cannot read the weights in {path}: {error}") from error
+
+
+def _weight_files(folder: Path) -> Iterable[Path]:
+    """Weight files of a folder and of the folders one level below it."""
+    for pattern in ("*", "*/*"):
+        for file in folder.glob(pattern):
+            if file.suffix in WEIGHT_SUFFIXES and file.is_file():
+                yield file
+
+
+def _add(digest: hashlib._Hash, *parts: bytes) -> None:
+    # Lengths keep two different lists of parts from having the same concatenation.
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+
+
+def _add_sample(digest: hashlib._Hash, file: Path) -> None:
+    with file.open("rb") as stream:
+        size = stream.seek(0, 2)
+        digest.update(size.to_bytes(8, "little"))
+        stream.seek(0)
+        _add(digest, stream.read(HEAD_BYTES))
+        last = max(0, size - PAGE_BYTES)
+        for index in range(SAMPLED_PAGES):
+            stream.seek(last * index // (SAMPLED_PAGES - 1))
+            _add(digest, stream.read(PAGE_BYTES))
+
+
+def resolve_model_path(model: str, revision: str | None, download_dir: str | None) -> Path:
+    """The local folder or file of a model that vLLM has loaded; never downloads anything.
+
+    Raises ``FingerprintError`` when the model is not on a file system that can be read here.
+    """
+    local = Path(model).expanduser()
+    if local.exists():
+        return local
+    try:
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(
+            model, revision=revision, cache_dir=download_dir, local_files_only=True
+        )
+    except Exception as error:
+        # The hub client raises errors of many kinds here, and all mean the same: no local snapshot.
+        raise FingerprintError(f"no local files of the model {model}: {error}") from error
+    return Path(folder)
+
+
+class AdapterFingerprints:
+    """Fingerprints of LoRA adapters, read once per adapter and process.
+
+    vLLM's block hashes hold an adapter's name and path. That is enough within one process, but
+    files outlive the process, and an adapter that is trained again keeps both.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, str, str], bytes | None] = {}
+
+    def of(self, lora_request: object) -> bytes | None:
+        """The adapter's fingerprint, or None when its KV cache must not be shared."""
+        # Such a request replaces a loaded adapter by what its path holds now, which a fingerprint
+        # that was read once does not follow.
+        if getattr(lora_request, "load_inplace", False):
+            return None
+        name = str(getattr(lora_request, "lora_name", ""))
+        path = str(getattr(lora_request, "lora_path", ""))
+        key = (int(getattr(lora_request, "lora_int_id", 0)), name, path)
+        if key not in self._known:
+            try:
+                resolved = resolve_model_path(path, None, None)
+                self._known[key] = bytes.fromhex(fingerprint_path(resolved))
+            except FingerprintError:
+                self._known[key] = None
+        return self._known[key]

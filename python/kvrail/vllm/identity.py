@@ -1,0 +1,242 @@
+"""The identity of a namespace: everything that must be equal for KV cache bytes to be
+interchangeable.
+
+Two instances that differ in any of it use different directories, so a wrong block cannot be found
+rather than having to be recognised. The worker builds the identity, because only there the
+attention backend and the tensors exist; the scheduler takes it over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvrail.vllm.fingerprint import FingerprintError, fingerprint_path, resolve_model_path
+from kvrail.vllm.layout import UnsupportedModelError
+from kvrail.vllm.version import parse
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+    from kvrail.kv_cache import KvMemory
+
+# Keys of a model's configuration that say where it came from, not what it computes.
+_ORIGIN_KEYS = frozenset({"transformers_version"})
+
+
+def model_name(vllm_config: VllmConfig) -> str:
+    """The model's name; of a local path only the last part, so that mounts may differ."""
+    model = vllm_config.model_config.model
+    local = Path(model).expanduser()
+    return local.resolve().name if local.exists() else model
+
+
+def build_identity(
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    group: KVCacheGroupSpec,
+    memory: KvMemory,
+    chunk_size: int,
+) -> dict[str, Any]:
+    """The identity as plain JSON values.
+
+    Raises ``UnsupportedModelError`` when a part of it cannot be known.
+    """
+    from vllm import __version__ as vllm_version
+
+    if vllm_config.weight_transfer_config is not None:
+        raise UnsupportedModelError("the weights change while vLLM runs (weight transfer)")
+    parallel = vllm_config.parallel_config
+    if parallel.prefill_context_parallel_size > 1:
+        raise UnsupportedModelError("prefill context parallelism is not supported")
+    model = vllm_config.model_config
+    number = parse(vllm_version)
+    return {
+        "engine": "vllm",
+        "engine_version": ".".join(map(str, number)) if number else vllm_version,
+        "model": model_name(vllm_config),
+        "model_config": _model_config_hash(model),
+        "weights": _weights(vllm_config, model),
+        "draft_weights": _draft_weights(vllm_config),
+        "long_rope": _uses_long_rope(model),
+        "dtype": str(model.dtype),
+        "quantization": model.quantization,
+        "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        "attention": _attention(vllm_config, group),
+        "layout": _layout_name(vllm_config, kv_cache_config),
+        "chunk_size": chunk_size,
+        "groups": [_group(vllm_config, group, memory)],
+        "parallel": {
+            "tensor": parallel.tensor_parallel_size,
+            "pipeline": parallel.pipeline_parallel_size,
+            "decode_context": parallel.decode_context_parallel_size,
+            "interleave": parallel.cp_kv_cache_interleave_size,
+        },
+        "prefix_hash": prefix_hash(vllm_config.cache_config.prefix_caching_hash_algo),
+    }
+
+
+def prefix_hash(algorithm: str) -> dict[str, str]:
+    """vLLM's prefix-hash algorithm and the value its chains start from.
+
+    A worker process never initialises that value, so it is derived here the way vLLM's engine does.
+    Raises ``UnsupportedModelError`` for an algorithm whose start is random in each process.
+    """
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core import kv_cache_utils
+
+    hash_function = get_hash_fn_by_name(algorithm)
+    seed = kv_cache_utils.resolve_none_hash_seed(hash_function)
+    if seed != kv_cache_utils.resolve_none_hash_seed(hash_function):
+        raise UnsupportedModelError(
+            f"prefix_caching_hash_algo {algorithm} starts from a random value in each process; set "
+            "PYTHONHASHSEED to the same number for all instances, or use sha256"
+        )
+    return {"algorithm": algorithm, "none_hash": bytes(hash_function(seed)).hex()}
+
+
+def engine_none_hash() -> str | None:
+    """The value that this process's vLLM starts its hash chains from; None before vLLM set it."""
+    from vllm.v1.core import kv_cache_utils
+
+    value = getattr(kv_cache_utils, "NONE_HASH", None)
+    return None if value is None else bytes(value).hex()
+
+
+def _weights(vllm_config: VllmConfig, model: ModelConfig) -> dict[str, Any]:
+    load = vllm_config.load_config
+    if load.load_format == "dummy":
+        return {"load_format": "dummy", "seed": model.seed}
+    if model.model_weights and not Path(model.model_weights).exists():
+        # vLLM keeps the address of remote weights here and only the configuration in `model`.
+        raise UnsupportedModelError(
+            f"the weights at {model.model_weights} are not local files and cannot be identified"
+        )
+    return {
+        "fingerprint": _fingerprint(
+            model.model_weights or model.model, model.revision, load.download_dir
+        )
+    }
+
+
+def _fingerprint(model: str, revision: str | None, download_dir: str | None) -> str:
+    try:
+        return fingerprint_path(resolve_model_path(model, revision, download_dir))
+    except FingerprintError as error:
+        raise UnsupportedModelError(str(error)) from error
+
+
+def _draft_weights(vllm_config: VllmConfig) -> str | None:
+    """Fingerprint of a draft model's own weights: its layers share the target's blocks."""
+    speculative = vllm_config.speculative_config
+    draft = getattr(speculative, "draft_model_config", None)
+    if draft is None or draft.model == vllm_config.model_config.model:
+        return None
+    return _fingerprint(draft.model, draft.revision, vllm_config.load_config.download_dir)
+
+
+def _model_config_hash(model: ModelConfig) -> str:
+    # What a callable changed is visible in the configuration itself.
+    overrides = None if callable(model.hf_overrides) else model.hf_overrides
+    text = json.dumps(
+        [_without_origin(model.hf_config.to_dict()), overrides], sort_keys=True, default=str
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_origin(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            str(key): _without_origin(entry)
+            for key, entry in value.items()
+            if not str(key).startswith("_") and key not in _ORIGIN_KEYS
+        }
+    if isinstance(value, list | tuple):
+        return [_without_origin(entry) for entry in value]
+    return value
+
+
+def _uses_long_rope(model: ModelConfig) -> bool | None:
+    """Which of LongRoPE's two tables vLLM uses: the only way the context length changes K."""
+    limits = _long_rope_limits(model.hf_config.to_dict())
+    return model.max_model_len > min(limits) if limits else None
+
+
+def _long_rope_limits(config: dict[str, Any]) -> list[int]:
+    outer = config.get("original_max_position_embeddings")
+    limits = []
+    for key, value in config.items():
+        if not isinstance(value, dict):
+            continue
+        if key in ("rope_parameters", "rope_scaling"):
+            kind = value.get("rope_type", value.get("type"))
+            limit = value.get("original_max_position_embeddings", outer)
+            if kind in ("longrope", "su") and limit is not None:
+                limits.append(int(limit))
+        else:
+            limits.extend(_long_rope_limits(value))
+    return limits
+
+
+def _attention(vllm_config: VllmConfig, group: KVCacheGroupSpec) -> list[str]:
+    """Names of the attention backends, which order the bytes inside a block.
+
+    vLLM's CPU backend packs keys differently for each instruction set, so the instruction set that
+    it chose is part of the name.
+    """
+    layers = vllm_config.compilation_config.static_forward_context
+    names = set()
+    for layer_name in group.layer_names:
+        layer = layers.get(layer_name)
+        if layer is None:
+            raise UnsupportedModelError(f"the attention backend of {layer_name} is not known")
+        name = layer.get_attn_backend().get_name()
+        if name == "CPU_ATTN":
+            instruction_set = getattr(layer, "isa", None)
+            if instruction_set is None:
+                raise UnsupportedModelError(f"the instruction set of {layer_name} is not known")
+            name = f"{name}/{instruction_set}"
+        names.add(name)
+    return sorted(names)
+
+
+def _layout_name(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
+    name = kv_cache_config.kv_cache_layout or vllm_config.cache_config.kv_cache_layout
+    if name is None:
+        raise UnsupportedModelError("vLLM has not resolved a KV cache layout")
+    return str(name)
+
+
+def _group(vllm_config: VllmConfig, group: KVCacheGroupSpec, memory: KvMemory) -> dict[str, Any]:
+    spec = group.kv_cache_spec
+    entry: dict[str, Any] = {
+        "spec": type(spec).__name__,
+        "fields": {
+            field.name: _plain(getattr(spec, field.name)) for field in dataclasses.fields(spec)
+        },
+    }
+    if vllm_config.parallel_config.pipeline_parallel_size == 1:
+        entry["layers"] = [
+            [name, layer.block_bytes]
+            for name, layer in zip(group.layer_names, memory.layers, strict=True)
+        ]
+    else:
+        # Every stage has other layers but one identity must hold for all, so the split stands in.
+        entry["partition"] = os.environ.get("VLLM_PP_LAYER_PARTITION")
+        entry["hidden_layers"] = vllm_config.model_config.get_total_num_hidden_layers()
+        entry["layer_block_bytes"] = sorted({layer.block_bytes for layer in memory.layers})
+    return entry
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)

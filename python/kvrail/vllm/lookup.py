@@ -1,0 +1,84 @@
+"""The scheduler's own, read-only store, opened from what the workers report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvrail._core import Config, LookupTicket, Namespace, Store
+from kvrail.vllm.metadata import KvrailHandshake
+
+
+class DisagreementError(RuntimeError):
+    """The workers do not form one namespace; the message names what differs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What all workers of one engine agree on."""
+
+    model: str
+    identity_json: str
+    ranks: tuple[int, ...]
+    """The ranks whose files a hit needs: each distinct storage rank."""
+    none_hash: str
+
+
+def agree(handshakes: Mapping[tuple[int, int], object], expected_workers: int) -> Agreement | str:
+    """Merges the handshakes of all workers, or returns why nothing is stored.
+
+    Raises ``DisagreementError`` when workers are missing or differ.
+    """
+    known = {
+        rank: shake for rank, shake in handshakes.items() if isinstance(shake, KvrailHandshake)
+    }
+    if len(known) != expected_workers:
+        raise DisagreementError(f"{len(known)} of {expected_workers} workers reported")
+    reasons = [shake.reason for _, shake in sorted(known.items()) if shake.reason is not None]
+    if reasons:
+        return reasons[0]
+    first_rank = min(known)
+    first = known[first_rank]
+    for rank, shake in sorted(known.items()):
+        keys = differing_keys(first.identity_json, shake.identity_json)
+        if keys:
+            raise DisagreementError(
+                f"ranks (pipeline, tensor) {first_rank} and {rank} differ in {', '.join(keys)}"
+            )
+    identity = json.loads(first.identity_json)
+    return Agreement(
+        model=first.model,
+        identity_json=first.identity_json,
+        ranks=tuple(sorted({shake.storage_rank for shake in known.values()})),
+        none_hash=identity["prefix_hash"]["none_hash"],
+    )
+
+
+def differing_keys(ours: str, theirs: str) -> list[str]:
+    """Keys of two identities, given as JSON objects, whose values differ."""
+    if ours == theirs:
+        return []
+    left: dict[str, Any] = json.loads(ours)
+    right: dict[str, Any] = json.loads(theirs)
+    return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
+
+
+class LookupStore:
+    """A store that is asked for keys only and never creates or writes anything."""
+
+    def __init__(
+        self,
+        config: Config,
+        agreement: Agreement,
+        cpus: Sequence[int] | None,
+        open_store: Callable[..., Store] = Store,
+    ) -> None:
+        namespace = Namespace(agreement.model, agreement.identity_json)
+        self.store = open_store(config, namespace, read_only=True, cpus=cpus)
+        self._ranks = agreement.ranks
+
+    def lookup(self, keys: Sequence[bytes]) -> LookupTicket:
+        """Asks for the longest prefix of `keys` that all ranks have."""
+        return self.store.lookup(keys, ranks=self._ranks)

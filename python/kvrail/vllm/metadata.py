@@ -1,0 +1,82 @@
+"""What the scheduler side and the worker side of the connector send each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+
+class LoadChunk(NamedTuple):
+    """One chunk to load, in the form ``KvCache.load`` takes."""
+
+    key: bytes
+    parent: bytes | None
+    first_block: int
+    """Blocks of the chunk before this one are vLLM's own already and are not written to."""
+    block_ids: tuple[int, ...]
+
+
+class StoreChunk(NamedTuple):
+    """One chunk to store, in the form ``KvCache.store`` takes."""
+
+    key: bytes
+    parent: bytes | None
+    block_ids: tuple[int, ...]
+
+
+class RequestLoad(NamedTuple):
+    """All that is loaded for one request; vLLM holds the request back until it is done."""
+
+    request_id: str
+    chunks: tuple[LoadChunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvrailMetadata(KVConnectorMetadata):
+    """The work of one engine step."""
+
+    loads: tuple[RequestLoad, ...] = ()
+    stores: tuple[StoreChunk, ...] = ()
+    no_forward: bool = False
+    """The step computes nothing, so the worker may spend a moment on waiting for a load."""
+
+
+# Most steps have nothing for the connector; they share these two.
+NO_WORK = KvrailMetadata()
+NO_WORK_NO_FORWARD = KvrailMetadata(no_forward=True)
+
+
+@dataclass(frozen=True, slots=True)
+class KvrailWorkerMetadata(KVConnectorWorkerMetadata):
+    """Keys of the chunks that failed to load in this step, by request."""
+
+    failures: dict[str, tuple[bytes, ...]]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """Merges the failures of two workers; a chunk counts as failed when any rank failed."""
+        if not isinstance(other, KvrailWorkerMetadata):
+            raise TypeError(f"cannot merge {type(other).__name__} into kvrail's metadata")
+        merged = dict(self.failures)
+        for request_id, keys in other.failures.items():
+            merged[request_id] = tuple(dict.fromkeys(merged.get(request_id, ()) + keys))
+        return KvrailWorkerMetadata(merged)
+
+
+@dataclass(frozen=True, slots=True)
+class KvrailHandshake(KVConnectorHandshakeMetadata):
+    """What a worker tells the scheduler once, after its KV cache was registered."""
+
+    model: str
+    identity_json: str
+    """The namespace's identity; empty when nothing is stored."""
+    storage_rank: int
+    """The rank whose files this worker reads: its own, or that of the rank it is a replica of."""
+    world_size: int
+    reason: str | None = None
+    """Why nothing is stored or looked up, or None."""

@@ -1,0 +1,82 @@
+"""How requests map to chunks, and what the scheduler side remembers of each request."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+class Ticket(Protocol):
+    """The part of ``LookupTicket`` that the scheduler side uses."""
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, limit_seconds: float) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkGeometry:
+    """Sizes in tokens: of a chunk, of what one block id and one block hash stand for."""
+
+    chunk_size: int
+    block_tokens: int
+    hash_tokens: int
+
+    def __post_init__(self) -> None:
+        for name, size in (("block", self.block_tokens), ("block hash", self.hash_tokens)):
+            if size <= 0 or self.chunk_size % size:
+                raise ValueError(
+                    f"a chunk of {self.chunk_size} tokens is no multiple of the {name}'s {size}"
+                )
+
+    @property
+    def blocks_per_chunk(self) -> int:
+        """Blocks in one chunk."""
+        return self.chunk_size // self.block_tokens
+
+    @property
+    def hashes_per_chunk(self) -> int:
+        """Block hashes in one chunk."""
+        return self.chunk_size // self.hash_tokens
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One request between its arrival and its end."""
+
+    request: Request
+    adapter: bytes | None = None
+    """Fingerprint of the request's LoRA adapter, part of its chunk keys."""
+    keys: list[bytes] = field(default_factory=list)
+    ticket: Ticket | None = None
+    submitted_at: float = 0.0
+    hit_chunks: int | None = None
+    """Leading chunks that the last lookup found, or None while there is no answer."""
+    answered_at: float = 0.0
+    local_tokens: int = 0
+    promised_tokens: int = 0
+    """End of the prefix that vLLM was told can be loaded; 0 when no promise is open."""
+    stored_chunks: int = 0
+    """Leading chunks that need no store: found by the lookup, or submitted before."""
+    load_failed: bool = False
+    counted: bool = False
+
+    def chunk_keys(self, geometry: ChunkGeometry, count: int) -> list[bytes]:
+        """Keys of the leading chunks, at most `count` and no more than there are block hashes for.
+
+        A chunk's key is vLLM's chained hash of its last block, which covers all tokens before it
+        and everything else that vLLM lets a block depend on.
+        """
+        hashes = self.request.block_hashes
+        per_chunk = geometry.hashes_per_chunk
+        keys = self.keys
+        for index in range(len(keys), min(count, len(hashes) // per_chunk)):
+            key = bytes(hashes[(index + 1) * per_chunk - 1])
+            if self.adapter is not None:
+                key = hashlib.sha256(self.adapter + key).digest()
+            keys.append(key)
+        return keys[:count]

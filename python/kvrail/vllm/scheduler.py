@@ -1,0 +1,420 @@
+"""The scheduler side of the connector: what to look up, to load and to store.
+
+It sees keys and block ids, never memory. Nothing here waits for I/O, except for at most one
+millisecond in steps that compute nothing; and no failure of the store leaves a hook as an
+exception, because to vLLM a cache that fails is a cache that misses.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvrail._core import KvrailError, WaitTimeoutError
+from kvrail.vllm.metadata import (
+    NO_WORK,
+    NO_WORK_NO_FORWARD,
+    KvrailMetadata,
+    KvrailWorkerMetadata,
+    LoadChunk,
+    RequestLoad,
+    StoreChunk,
+)
+from kvrail.vllm.request_state import ChunkGeometry, RequestState, Ticket
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+# A chunk that failed to load is taken for absent this long, so that requests with the same prompt
+# do not fail on it one after the other while its file is being replaced.
+BAD_KEY_SECONDS = 60.0
+MAX_BAD_KEYS = 65536
+# A request can wait in vLLM's queue for long; what was absent at its arrival may have come since.
+ANSWER_SECONDS = 5.0
+# Requests are looked up at their arrival, but a burst of them must not delay the next one in turn.
+MAX_EARLY_LOOKUPS = 64
+# A step without work for the model would be repeated at once; waiting here spares the spinning.
+IDLE_WAIT_SECONDS = 0.001
+
+Lookup = Callable[[Sequence[bytes]], Ticket]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOptions:
+    """What the role and the configuration allow."""
+
+    may_load: bool = True
+    may_store: bool = True
+    save_decode_cache: bool = False
+    wait_limit_seconds: float = 30.0
+
+
+class ConnectorScheduler:
+    """State of all requests; each public method is one hook of vLLM's scheduler."""
+
+    def __init__(
+        self,
+        geometry: ChunkGeometry,
+        options: SchedulerOptions,
+        *,
+        adapter_fingerprint: Callable[[Any], bytes | None] = lambda lora_request: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._geometry = geometry
+        self._options = options
+        self._adapter_fingerprint = adapter_fingerprint
+        self._clock = clock
+        self._lookup: Lookup | None = None
+        self._late_check: Callable[[], str | None] | None = None
+        self._states: dict[str, RequestState] = {}
+        # The two sets below keep a step with nothing to do from walking over all requests.
+        self._waiting: dict[str, RequestState] = {}
+        self._storing: set[str] = set()
+        self._loads: list[RequestLoad] = []
+        self._bad_keys: OrderedDict[bytes, float] = OrderedDict()
+        self._reported: set[str] = set()
+        self._counters: dict[str, float] = {}
+
+    # Life of the connector.
+
+    def enable(self, lookup: Lookup, late_check: Callable[[], str | None] | None = None) -> None:
+        """Starts looking up and storing.
+
+        `late_check` is called once, with the first request, and returns a reason to stop or None.
+        """
+        self._lookup = lookup
+        self._late_check = late_check
+
+    def disable(self) -> None:
+        """Ends all lookups, loads and stores that were not handed to the worker yet."""
+        self._lookup = None
+        self._waiting.clear()
+        self._storing.clear()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is looked up or stored."""
+        return self._lookup is not None
+
+    def take_counters(self) -> dict[str, float]:
+        """What was counted since the last call."""
+        counters, self._counters = self._counters, {}
+        return counters
+
+    # Hooks, in the order of a request's life.
+
+    def on_new_request(self, request: Request) -> None:
+        """Looks the request up early, so that the answer is there when vLLM asks."""
+        state = self._state_of(request)
+        if state is None or len(self._waiting) >= MAX_EARLY_LOOKUPS or not self._may_load(state):
+            return
+        limit = self._loadable_chunks(state)
+        if limit > 0:
+            self._submit(state, limit)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, local_tokens: int
+    ) -> tuple[int | None, bool]:
+        """Tokens beyond `local_tokens` that can be loaded; None while the lookup is under way."""
+        state = self._state_of(request)
+        if state is None:
+            return 0, False
+        state.promised_tokens = 0
+        state.local_tokens = local_tokens
+        if not self._may_load(state):
+            return 0, False
+        limit = self._loadable_chunks(state)
+        if local_tokens >= limit * self._geometry.chunk_size:
+            return 0, False
+        hit_chunks = self._answer(state, limit)
+        if hit_chunks is None:
+            return None, False
+        hit_tokens = self._good_prefix(state, min(hit_chunks, limit)) * self._geometry.chunk_size
+        if hit_tokens <= local_tokens:
+            return 0, False
+        state.promised_tokens = hit_tokens
+        return hit_tokens - local_tokens, True
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """Turns the promise of the last lookup into a load, once vLLM has blocks for it."""
+        state = self._states.get(request.request_id)
+        if state is None:
+            return
+        self._count_tokens(state, num_external_tokens)
+        # vLLM calls again when it allocates more after the load; the promise is spent by then.
+        end, state.promised_tokens = state.promised_tokens, 0
+        if num_external_tokens <= 0 or end == 0:
+            return
+        start = end - num_external_tokens
+        block_ids = blocks.get_block_ids()[0]
+        chunks = self._load_chunks(state, start, end, block_ids)
+        self._loads.append(RequestLoad(request.request_id, chunks))
+        state.stored_chunks = max(state.stored_chunks, end // self._geometry.chunk_size)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KvrailMetadata:
+        """The worker's part of this step."""
+        no_forward = scheduler_output.total_num_scheduled_tokens == 0
+        if no_forward and self._waiting:
+            self._wait_for_an_answer()
+        stores: list[StoreChunk] = []
+        if self._storing and not no_forward:
+            self._plan_stores(scheduler_output, stores)
+        if not self._loads and not stores:
+            return NO_WORK_NO_FORWARD if no_forward else NO_WORK
+        loads, self._loads = tuple(self._loads), []
+        return KvrailMetadata(loads, tuple(stores), no_forward)
+
+    def update_connector_output(self, worker_metadata: object) -> None:
+        """Learns which loads failed."""
+        if not isinstance(worker_metadata, KvrailWorkerMetadata):
+            return
+        forget_at = self._clock() + BAD_KEY_SECONDS
+        for request_id, keys in worker_metadata.failures.items():
+            for key in keys:
+                self._bad_keys.pop(key, None)
+                self._bad_keys[key] = forget_at
+            while len(self._bad_keys) > MAX_BAD_KEYS:
+                self._bad_keys.popitem(last=False)
+            state = self._states.get(request_id)
+            if state is None:
+                continue
+            # vLLM computes the failed blocks again. Asking this request's luck a second time could
+            # fail as well, for ever.
+            state.load_failed = True
+            failed = [state.keys.index(key) for key in keys if key in state.keys]
+            state.stored_chunks = min([state.stored_chunks, *failed])
+            if self._options.may_store and self.enabled:
+                self._storing.add(request_id)
+
+    def request_finished(self, request_id: str) -> None:
+        """Forgets a request that ended or was aborted; a load under way is the worker's to end."""
+        self._states.pop(request_id, None)
+        self._waiting.pop(request_id, None)
+        self._storing.discard(request_id)
+
+    # Requests.
+
+    def _state_of(self, request: Request) -> RequestState | None:
+        """The request's state, made on first sight; None when kvrail leaves the request alone."""
+        state = self._states.get(request.request_id)
+        if state is not None or self._lookup is None:
+            return state
+        if self._late_check is not None:
+            reason, self._late_check = self._late_check(), None
+            if reason is not None:
+                logger.error("kvrail: nothing is stored or loaded: %s", reason)
+                self.disable()
+                return None
+        # A session that is continued rewrites its own tokens, and with them its hashes.
+        if getattr(request, "resumable", False):
+            return None
+        adapter = None
+        if request.lora_request is not None:
+            adapter = self._adapter_fingerprint(request.lora_request)
+            if adapter is None:
+                self._report(
+                    f"adapter {request.lora_request.lora_name}",
+                    "its weights cannot be identified, so its requests are not stored or loaded",
+                )
+                return None
+        state = RequestState(request, adapter)
+        self._states[request.request_id] = state
+        if self._options.may_store and (
+            self._options.save_decode_cache
+            or request.num_prompt_tokens >= self._geometry.chunk_size
+        ):
+            self._storing.add(request.request_id)
+        return state
+
+    def _may_load(self, state: RequestState) -> bool:
+        return (
+            self._lookup is not None
+            and self._options.may_load
+            and not state.load_failed
+            and not state.request.skip_reading_prefix_cache
+        )
+
+    def _loadable_chunks(self, state: RequestState) -> int:
+        """Chunks that a load may cover: the last token is left to compute, to sample from."""
+        request = state.request
+        return min(
+            (request.num_tokens - 1) // self._geometry.chunk_size,
+            len(request.block_hashes) // self._geometry.hashes_per_chunk,
+        )
+
+    # Lookups.
+
+    def _submit(self, state: RequestState, count: int) -> None:
+        assert self._lookup is not None
+        state.hit_chunks = None
+        state.submitted_at = self._clock()
+        try:
+            state.ticket = self._lookup(state.chunk_keys(self._geometry, count))
+        except KvrailError as error:
+            self._fail_lookup(state, error)
+            return
+        self._waiting[state.request.request_id] = state
+
+    def _answer(self, state: RequestState, count: int) -> int | None:
+        """Leading chunks present, or None while that is not known."""
+        if state.hit_chunks is not None and self._clock() - state.answered_at > ANSWER_SECONDS:
+            state.hit_chunks = None
+        if state.hit_chunks is None and state.ticket is None:
+            self._submit(state, count)
+        return self._poll(state)
+
+    def _poll(self, state: RequestState) -> int | None:
+        ticket = state.ticket
+        if ticket is None:
+            return state.hit_chunks
+        try:
+            found = ticket.poll()
+        except KvrailError as error:
+            self._fail_lookup(state, error)
+            return state.hit_chunks
+        if found is not None:
+            self._settle(state, found)
+        elif self._clock() - state.submitted_at > self._options.wait_limit_seconds:
+            self._count("lookup_timeouts", 1)
+            self._report("lookup", "no answer within the wait limit, taken for a miss")
+            self._settle(state, 0)
+        return state.hit_chunks
+
+    def _settle(self, state: RequestState, found: int) -> None:
+        state.ticket = None
+        state.hit_chunks = found
+        state.answered_at = self._clock()
+        if not state.load_failed:
+            state.stored_chunks = max(state.stored_chunks, self._good_prefix(state, found))
+        self._waiting.pop(state.request.request_id, None)
+
+    def _fail_lookup(self, state: RequestState, error: KvrailError) -> None:
+        self._report(f"lookup {type(error).__name__}", error)
+        self._count("lookup_errors", 1)
+        self._settle(state, 0)
+
+    def _wait_for_an_answer(self) -> None:
+        state = next(iter(self._waiting.values()))
+        if state.ticket is None:
+            return
+        try:
+            self._settle(state, state.ticket.wait(IDLE_WAIT_SECONDS))
+        except WaitTimeoutError:
+            return
+        except KvrailError as error:
+            self._fail_lookup(state, error)
+
+    def _good_prefix(self, state: RequestState, count: int) -> int:
+        """`count`, cut at the first chunk that failed to load a short while ago."""
+        if not self._bad_keys:
+            return count
+        now = self._clock()
+        # The oldest stand first, and all are kept for the same time.
+        while self._bad_keys and next(iter(self._bad_keys.values())) <= now:
+            self._bad_keys.popitem(last=False)
+        for index, key in enumerate(state.chunk_keys(self._geometry, count)):
+            if key in self._bad_keys:
+                return index
+        return count
+
+    # Loads and stores.
+
+    def _load_chunks(
+        self, state: RequestState, start: int, end: int, block_ids: Sequence[int]
+    ) -> tuple[LoadChunk, ...]:
+        size, block_tokens = self._geometry.chunk_size, self._geometry.block_tokens
+        keys = state.chunk_keys(self._geometry, end // size)
+        chunks = []
+        for index in range(start // size, end // size):
+            chunk_start = index * size
+            begin = max(start, chunk_start)
+            chunks.append(
+                LoadChunk(
+                    keys[index],
+                    keys[index - 1] if index else None,
+                    (begin - chunk_start) // block_tokens,
+                    tuple(block_ids[begin // block_tokens : (chunk_start + size) // block_tokens]),
+                )
+            )
+        return tuple(chunks)
+
+    def _plan_stores(self, output: SchedulerOutput, stores: list[StoreChunk]) -> None:
+        for new in output.scheduled_new_reqs:
+            if new.req_id in self._storing:
+                self._plan_request(new.req_id, new.num_computed_tokens, output, stores)
+        cached = output.scheduled_cached_reqs
+        for req_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            if req_id in self._storing:
+                self._plan_request(req_id, computed, output, stores)
+
+    def _plan_request(
+        self, req_id: str, computed: int, output: SchedulerOutput, stores: list[StoreChunk]
+    ) -> None:
+        """Stores the chunks that are complete when this step's forward is done."""
+        state = self._states[req_id]
+        self._poll(state)
+        geometry, request = self._geometry, state.request
+        limit = len(request.block_hashes) * geometry.hash_tokens
+        if not self._options.save_decode_cache:
+            limit = min(limit, request.num_prompt_tokens)
+        # Tokens with a hash are final, so drafts that may yet be rejected lie beyond the limit.
+        tokens = min(computed + output.num_scheduled_tokens[req_id], limit)
+        first, end = state.stored_chunks, tokens // geometry.chunk_size
+        if first < end:
+            block_state = output.kv_connector_block_state
+            assert block_state is not None
+            # Never remembered: a request that was preempted has other blocks now.
+            block_ids = block_state.resolve_block_ids(req_id)[0]
+            keys = state.chunk_keys(geometry, end)
+            per_chunk = geometry.blocks_per_chunk
+            stores.extend(
+                StoreChunk(
+                    keys[index],
+                    keys[index - 1] if index else None,
+                    tuple(block_ids[index * per_chunk : (index + 1) * per_chunk]),
+                )
+                for index in range(first, end)
+            )
+            state.stored_chunks = end
+        if (
+            not self._options.save_decode_cache
+            and state.stored_chunks >= request.num_prompt_tokens // geometry.chunk_size
+        ):
+            self._storing.discard(req_id)
+
+    # Counting and reporting.
+
+    def _count_tokens(self, state: RequestState, hit_tokens: int) -> None:
+        if state.counted or state.hit_chunks is None:
+            return
+        state.counted = True
+        possible = self._loadable_chunks(state) * self._geometry.chunk_size
+        self._count("requests_looked_up", 1)
+        self._count("hit_tokens", hit_tokens)
+        self._count("miss_tokens", max(0, possible - state.local_tokens - hit_tokens))
+
+    def _count(self, name: str, amount: float) -> None:
+        if amount:
+            self._counters[name] = self._counters.get(name, 0.0) + amount
+
+    def _report(self, kind: str, problem: object) -> None:
+        """Logs the first problem of each kind; the rest is in the counters."""
+        if kind not in self._reported and len(self._reported) < 100:
+            self._reported.add(kind)
+            logger.warning("kvrail: %s: %s", kind, problem)
+
+
+def merge_counters(target: dict[str, float], source: Mapping[str, float]) -> None:
+    """Adds `source` to `target`, key by key."""
+    for name, amount in source.items():
+        target[name] = target.get(name, 0.0) + amount

@@ -1,0 +1,172 @@
+"""Counters of the connector, for vLLM's periodic log line and for ``/metrics``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import REGISTRY, Counter
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+from vllm.v1.metrics.utils import create_metric_per_engine
+
+# The store's counters are read at most this often, except in steps that moved something.
+POLL_SECONDS = 0.5
+
+# Counter -> its documentation in /metrics, where it is called `kvrail:<counter>`. Counters of the
+# scheduler are in tokens and requests, those of the store in chunks of one rank.
+COUNTERS: dict[str, str] = {
+    "requests_looked_up": "Requests whose prompt was looked up.",
+    "hit_tokens": "Prompt tokens taken from the store.",
+    "miss_tokens": "Prompt tokens in whole chunks that neither vLLM nor the store had.",
+    "lookup_timeouts": "Lookups that were not answered in time and count as misses.",
+    "lookup_errors": "Lookups that failed and count as misses.",
+    "lookups": "Lookups answered by the store.",
+    "lookup_seconds": "Time spent in lookups, in seconds.",
+    "chunks_looked_up": "Chunks that lookups asked for.",
+    "chunks_found": "Chunks that lookups found on all ranks.",
+    "chunks_loaded": "Chunks loaded and verified.",
+    "bytes_loaded": "Payload bytes loaded.",
+    "load_seconds": "Time spent in loads, in seconds, summed over chunks.",
+    "loads_failed": "Chunks that could not be loaded, for any reason.",
+    "chunks_missing": "Chunks that were gone when they were to be loaded.",
+    "chunks_damaged": "Chunks that failed verification.",
+    "chunks_set_aside": "Files of damaged chunks that were moved out of the way.",
+    "chunks_stored": "Chunks written.",
+    "bytes_stored": "Payload bytes written.",
+    "store_seconds": "Time spent in stores, in seconds, summed over chunks.",
+    "chunks_already_present": "Chunks that were not written because they were there.",
+    "stores_dropped_no_buffer": "Stores dropped because the staging memory was in use.",
+    "stores_dropped_no_space": "Stores dropped because the file system was full.",
+    "stores_dropped_path_unwell": "Stores dropped because their path fails or is read-only.",
+    "stores_failed": "Stores that failed for another reason.",
+    "leftovers_removed": "Temporary files of writers that died, removed.",
+}
+
+METRIC_PREFIX = "kvrail:"
+
+# Shown in the log line even when 0 would be the more common value; all others only when they moved.
+_LOG_ALWAYS = ("hit_tokens", "miss_tokens")
+
+
+@dataclass
+class KvrailStats(KVConnectorStats):
+    """Increments of counters since the last report; ``data`` maps counter to amount."""
+
+    def reset(self) -> None:
+        """Clears all counters."""
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        """Adds the increments of another worker, side or interval."""
+        for name, amount in other.data.items():
+            self.data[name] = self.data.get(name, 0.0) + amount
+        return self
+
+    def is_empty(self) -> bool:
+        """Whether nothing was counted."""
+        return not self.data
+
+    def reduce(self) -> dict[str, int | float]:
+        """The log line: counters that moved, sizes in MB, rates in GB/s of one I/O thread."""
+        values: dict[str, int | float] = {name: int(self.data.get(name, 0)) for name in _LOG_ALWAYS}
+        for name in COUNTERS:
+            amount = self.data.get(name, 0.0)
+            if not amount or name in values or name.endswith("_seconds"):
+                continue
+            if name.startswith("bytes_"):
+                values[f"MB_{name.removeprefix('bytes_')}"] = round(amount / 1e6, 1)
+            else:
+                values[name] = int(amount)
+        for verb, seconds in (("loaded", "load_seconds"), ("stored", "store_seconds")):
+            moved, spent = self.data.get(f"bytes_{verb}", 0.0), self.data.get(seconds, 0.0)
+            if moved and spent:
+                values[f"GB_per_second_{verb}"] = round(moved / spent / 1e9, 2)
+        return values
+
+
+class StatsCollector:
+    """Turns running totals into increments, without looking at them in every step."""
+
+    def __init__(self) -> None:
+        self._totals: Callable[[], Mapping[str, float]] | None = None
+        self._seen: dict[str, float] = {}
+        self._touched = False
+        self._next_poll = 0.0
+
+    def follow(self, totals: Callable[[], Mapping[str, float]]) -> None:
+        """Reads the totals of a store from now on."""
+        self._totals = totals
+        self._seen = {}
+
+    def unfollow(self) -> None:
+        """Reads no totals any more."""
+        self._totals = None
+
+    def touch(self) -> None:
+        """Notes that something happened that the next report should show."""
+        self._touched = True
+
+    def due(self, now: float) -> bool:
+        """Whether it is time to look at the totals, by a monotonic clock in seconds."""
+        return self._totals is not None and (self._touched or now >= self._next_poll)
+
+    def take(self, extra: Mapping[str, float] | None = None) -> KvrailStats | None:
+        """The increments since the last call plus `extra`; None when there are none."""
+        self._touched = False
+        self._next_poll = time.monotonic() + POLL_SECONDS
+        data = dict(extra) if extra else {}
+        totals = self._totals() if self._totals is not None else {}
+        for name, total in totals.items():
+            increment = total - self._seen.get(name, 0.0)
+            if increment > 0:
+                self._seen[name] = total
+                data[name] = data.get(name, 0.0) + increment
+        return KvrailStats(data=data) if data else None
+
+
+class KvrailPromMetrics(KVConnectorPromMetrics):
+    """The counters in vLLM's ``/metrics``."""
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        counter_class = metric_types[Counter]
+        _forget_metrics()
+        self._counters: dict[str, dict[int, Any]] = {
+            name: create_metric_per_engine(
+                counter_class(
+                    name=f"{METRIC_PREFIX}{name}",
+                    documentation=documentation,
+                    labelnames=labelnames,
+                ),
+                per_engine_labelvalues,
+            )
+            for name, documentation in COUNTERS.items()
+        }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Adds the increments of one report."""
+        for name, amount in transfer_stats_data.items():
+            counters = self._counters.get(name)
+            if counters is not None:
+                counters[engine_idx].inc(amount)
+
+
+def _forget_metrics() -> None:
+    """Removes the metrics of an earlier engine in this process, as vLLM does with its own.
+
+    Prometheus refuses a name twice, so a second engine could not start without this.
+    """
+    for collector in list(REGISTRY._collector_to_names):
+        if str(getattr(collector, "_name", "")).startswith(METRIC_PREFIX):
+            REGISTRY.unregister(collector)

@@ -1,0 +1,306 @@
+"""The worker side of the connector: moves what the scheduler side planned.
+
+Loads run in the background and are polled once per step. Stores copy the blocks into staging memory
+before ``submit_stores`` returns and are written in the background, so vLLM may reuse a block as
+soon as the step is over. For the same reason nothing has to be done when vLLM preempts a request.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvrail import STARTUP_CPUS
+from kvrail._core import (
+    Config,
+    DamagedError,
+    KvCache,
+    KvrailError,
+    LoadReport,
+    LoadTicket,
+    MismatchError,
+    Namespace,
+    Store,
+    WaitTimeoutError,
+)
+from kvrail.vllm import layout
+from kvrail.vllm.identity import build_identity, model_name
+from kvrail.vllm.metadata import KvrailHandshake, KvrailMetadata, KvrailWorkerMetadata, RequestLoad
+from kvrail.vllm.stats import StatsCollector
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from kvrail.vllm.stats import KvrailStats
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+# A step without work for the model would be repeated at once; waiting here spares the spinning.
+IDLE_WAIT_SECONDS = 0.002
+# vLLM kills its workers a few seconds after it asked them to end. Stores that are not written by
+# then are lost, which costs a miss later and nothing else.
+CLOSE_LIMIT_SECONDS = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRank:
+    """The place of a worker in its engine."""
+
+    global_rank: int
+    storage_rank: int
+    """The rank whose files are read: this one, or that of the rank it is a replica of."""
+    world_size: int
+
+    @property
+    def stores(self) -> bool:
+        """Whether this rank writes; replicas hold the same bytes, so one of them does."""
+        return self.global_rank == self.storage_rank
+
+    @classmethod
+    def current(cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> WorkerRank:
+        """The rank of this process."""
+        from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+        parallel = vllm_config.parallel_config
+        tensor_rank = get_tp_group().rank_in_group
+        first = get_pp_group().rank_in_group * parallel.tensor_parallel_size
+        replica = tensor_rank % max(1, kv_cache_config.kv_tp_replicas)
+        return cls(
+            global_rank=first + tensor_rank,
+            storage_rank=first + tensor_rank - replica,
+            world_size=parallel.pipeline_parallel_size * parallel.tensor_parallel_size,
+        )
+
+
+class ConnectorWorker:
+    """One worker's store, its attached KV cache and the loads under way."""
+
+    def __init__(self, open_store: Callable[..., Store] = Store) -> None:
+        self._open_store = open_store
+        self._store: Store | None = None
+        self._kv_cache: KvCache | None = None
+        self._stores_here = True
+        self._loading: dict[str, tuple[RequestLoad, LoadTicket]] = {}
+        self._settled: list[tuple[RequestLoad, LoadReport | None]] = []
+        self._failed_blocks: set[int] = set()
+        self._failures: dict[str, tuple[bytes, ...]] = {}
+        self._reported: set[str] = set()
+        self._stats = StatsCollector()
+        self._handshake: KvrailHandshake | None = None
+
+    # Start and end.
+
+    def register_kv_caches(
+        self,
+        config: Config,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        kv_caches: dict[str, Any],
+    ) -> None:
+        """Opens the store and attaches this worker's KV cache to it.
+
+        A model that cannot be stored is served without kvrail, and the log says why. A
+        configuration that cannot work raises a ``KvrailError``, which ends vLLM's start.
+        """
+        rank = WorkerRank.current(vllm_config, kv_cache_config)
+        self._stores_here = rank.stores
+        reason = None
+        identity_json = ""
+        try:
+            identity_json = self._attach(config, vllm_config, kv_cache_config, kv_caches, rank)
+        except (layout.UnsupportedModelError, MismatchError, DamagedError) as error:
+            self.shutdown()
+            reason = str(error)
+            if rank.global_rank == 0:
+                logger.warning("kvrail: nothing is stored or loaded: %s", reason)
+        self._handshake = KvrailHandshake(
+            model=model_name(vllm_config),
+            identity_json=identity_json,
+            storage_rank=rank.storage_rank,
+            world_size=rank.world_size,
+            reason=reason,
+        )
+
+    def _attach(
+        self,
+        config: Config,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        kv_caches: dict[str, Any],
+        rank: WorkerRank,
+    ) -> str:
+        group = layout.select_group(kv_cache_config)
+        block_tokens = layout.tokens_per_block(
+            group, vllm_config.parallel_config.decode_context_parallel_size
+        )
+        blocks_per_chunk = layout.blocks_per_chunk(config.chunk_size, block_tokens)
+        memory = layout.plan_memory(group, kv_caches, kv_cache_config.num_blocks)
+        layout.check_buffer(config.buffer_mib, memory.block_bytes * blocks_per_chunk)
+        identity = build_identity(vllm_config, kv_cache_config, group, memory, config.chunk_size)
+        identity_json = json.dumps(identity, sort_keys=True)
+        namespace = Namespace(model_name(vllm_config), identity_json)
+        store = self._open_store(config, namespace, cpus=STARTUP_CPUS)
+        self._store = store
+        kv_cache = memory.attach(store, blocks_per_chunk=blocks_per_chunk, rank=rank.storage_rank)
+        layout.check_buffer(config.buffer_mib, kv_cache.chunk_file_bytes)
+        self.adopt(store, kv_cache)
+        if rank.global_rank == 0:
+            logger.info(
+                "kvrail: %s: chunks of %d tokens, %d bytes each per rank; %s",
+                namespace.directory_name,
+                config.chunk_size,
+                kv_cache.payload_bytes,
+                "; ".join(
+                    ", ".join(f"{key} {value}" for key, value in mount.items())
+                    for mount in store.describe()
+                ),
+            )
+        return identity_json
+
+    def adopt(self, store: Store, kv_cache: KvCache) -> None:
+        """Works with a store that is open and a KV cache that is attached to it."""
+        self._store = store
+        self._kv_cache = kv_cache
+        self._stats.follow(store.metrics)
+
+    def handshake(self) -> KvrailHandshake | None:
+        """What the scheduler side needs to know; None before the KV cache was registered."""
+        return self._handshake
+
+    def shutdown(self) -> None:
+        """Closes the store; stores under way get a few seconds."""
+        store, self._store, self._kv_cache = self._store, None, None
+        if store is None:
+            return
+        self._stats.unfollow()
+        try:
+            store.close(CLOSE_LIMIT_SECONDS)
+        except KvrailError as error:
+            logger.warning("kvrail: closing the store: %s", error)
+
+    # Hooks of one step, in their order.
+
+    def start_loads(self, metadata: KvrailMetadata) -> None:
+        """Submits this step's loads."""
+        for load in metadata.loads:
+            self._stats.touch()
+            if self._kv_cache is None:
+                self._settled.append((load, None))
+                continue
+            try:
+                self._loading[load.request_id] = (load, self._kv_cache.load(load.chunks))
+            except KvrailError as error:
+                self._report("load", error)
+                self._settled.append((load, None))
+
+    def submit_stores(self, metadata: KvrailMetadata) -> None:
+        """Copies this step's chunks into staging memory; they are written in the background."""
+        if not metadata.stores or self._kv_cache is None or not self._stores_here:
+            return
+        self._stats.touch()
+        try:
+            self._kv_cache.store(metadata.stores)
+        except KvrailError as error:
+            self._report("store", error)
+
+    def take_finished_loads(self, metadata: KvrailMetadata | None) -> set[str]:
+        """Requests whose loads ended, well or not; failed blocks are known from here on."""
+        if not self._loading and not self._settled:
+            return set()
+        self._poll_loads()
+        if not self._settled and metadata is not None and metadata.no_forward:
+            self._wait_for_a_load()
+        settled, self._settled = self._settled, []
+        for load, report in settled:
+            self._stats.touch()
+            self._note_failures(load, report)
+        return {load.request_id for load, _ in settled}
+
+    def take_failed_blocks(self) -> set[int]:
+        """Blocks that hold nothing because their load failed; vLLM computes them instead."""
+        if not self._failed_blocks:
+            return set()
+        blocks, self._failed_blocks = self._failed_blocks, set()
+        return blocks
+
+    def take_stats(self) -> KvrailStats | None:
+        """What the store counted since the last call; also hands the store's notices to the log."""
+        if not self._stats.due(time.monotonic()):
+            return None
+        self._log_notices()
+        return self._stats.take()
+
+    def take_worker_metadata(self) -> KvrailWorkerMetadata | None:
+        """The failures of this step, for the scheduler side."""
+        if not self._failures:
+            return None
+        failures, self._failures = self._failures, {}
+        return KvrailWorkerMetadata(failures)
+
+    # Loads.
+
+    def _poll_loads(self) -> None:
+        for request_id, (load, ticket) in list(self._loading.items()):
+            try:
+                report = ticket.poll()
+            except KvrailError as error:
+                self._settle_error(request_id, load, error)
+                continue
+            if report is not None:
+                self._settle(request_id, load, report)
+
+    def _wait_for_a_load(self) -> None:
+        request_id, (load, ticket) = next(iter(self._loading.items()))
+        try:
+            report = ticket.wait(IDLE_WAIT_SECONDS)
+        except WaitTimeoutError:
+            # A load is never given up here: the store may still write to the blocks, and it ends
+            # every load within its own limit.
+            return
+        except KvrailError as error:
+            self._settle_error(request_id, load, error)
+            return
+        self._settle(request_id, load, report)
+
+    def _settle(self, request_id: str, load: RequestLoad, report: LoadReport | None) -> None:
+        del self._loading[request_id]
+        self._settled.append((load, report))
+
+    def _settle_error(self, request_id: str, load: RequestLoad, error: KvrailError) -> None:
+        self._report("load", error)
+        self._settle(request_id, load, None)
+
+    def _note_failures(self, load: RequestLoad, report: LoadReport | None) -> None:
+        """Without a report nothing is known to have arrived, so everything failed."""
+        failed = range(len(load.chunks)) if report is None else report.failed
+        if report is not None and report.errors:
+            self._report(f"load of {load.request_id}", report.errors[0])
+        keys = []
+        for index in failed:
+            chunk = load.chunks[index]
+            self._failed_blocks.update(chunk.block_ids)
+            keys.append(chunk.key)
+        if keys:
+            self._failures[load.request_id] = tuple(keys)
+
+    # Reporting.
+
+    def _log_notices(self) -> None:
+        if self._store is None:
+            return
+        for level, message in self._store.take_notices():
+            logger.log(
+                logging.WARNING if level == "warning" else logging.INFO, "kvrail: %s", message
+            )
+
+    def _report(self, operation: str, error: object) -> None:
+        """Logs the first problem of each kind; the store counts and reports the rest."""
+        kind = f"{operation.split()[0]} {type(error).__name__}"
+        if kind not in self._reported:
+            self._reported.add(kind)
+            logger.warning("kvrail: %s: %s", operation, error)

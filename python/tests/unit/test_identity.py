@@ -1,0 +1,227 @@
+"""The identity of a namespace: what changes it, what does not, and when there is none."""
+
+from __future__ import annotations
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
+from kvrail.vllm import layout
+from kvrail.vllm.identity import build_identity, engine_none_hash, model_name, prefix_hash
+from kvrail.vllm.layout import UnsupportedModelError
+
+LAYERS = ["model.layers.0.attn", "model.layers.1.attn"]
+
+
+class Layer:
+    def __init__(self, isa: str | None) -> None:
+        if isa is not None:
+            self.isa = isa
+
+    def get_attn_backend(self):
+        return SimpleNamespace(get_name=lambda: "CPU_ATTN")
+
+
+class HfConfig:
+    def __init__(self, **values) -> None:
+        self.values = values
+
+    def to_dict(self) -> dict:
+        return copy.deepcopy(self.values)
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """A configuration with the fields of vLLM's that an identity is made of."""
+    folder = tmp_path / "tiny-model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    model = SimpleNamespace(
+        model=str(folder),
+        model_weights="",
+        revision=None,
+        seed=0,
+        dtype=torch.float32,
+        quantization=None,
+        hf_overrides={},
+        hf_config=HfConfig(hidden_size=8, _name_or_path="a", transformers_version="5"),
+        max_model_len=4096,
+        get_total_num_hidden_layers=lambda: 2,
+    )
+    config = SimpleNamespace(
+        model_config=model,
+        load_config=SimpleNamespace(load_format="auto", download_dir=None),
+        cache_config=SimpleNamespace(
+            cache_dtype="auto", prefix_caching_hash_algo="sha256", kv_cache_layout=None
+        ),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            cp_kv_cache_interleave_size=1,
+        ),
+        compilation_config=SimpleNamespace(
+            static_forward_context={name: Layer("vec") for name in LAYERS}
+        ),
+        speculative_config=None,
+        weight_transfer_config=None,
+    )
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=8, dtype=torch.float32)
+    group = KVCacheGroupSpec(list(LAYERS), spec)
+    kv_config = KVCacheConfig(
+        num_blocks=4, kv_cache_tensors=[], kv_cache_groups=[group], kv_cache_layout="LBNHC"
+    )
+    return SimpleNamespace(vllm=config, kv=kv_config, group=group, folder=folder, chunk_size=256)
+
+
+def identify(setup) -> dict:
+    caches = {name: torch.zeros(4, 2, 16, 16) for name in LAYERS}
+    memory = layout.plan_memory(setup.group, caches, 4)
+    identity = build_identity(setup.vllm, setup.kv, setup.group, memory, setup.chunk_size)
+    assert json.loads(json.dumps(identity)) == identity, "an identity is plain JSON"
+    return identity
+
+
+def test_the_same_twice(setup):
+    assert identify(setup) == identify(setup)
+
+
+def other_weights(setup):
+    (setup.folder / "model.safetensors").write_bytes(b"others!")
+
+
+def other_isa(setup):
+    for name in LAYERS:
+        setup.vllm.compilation_config.static_forward_context[name] = Layer("amx")
+
+
+def assign(path: str, value):
+    def change(setup):
+        target = setup
+        *parents, last = path.split(".")
+        for parent in parents:
+            target = getattr(target, parent)
+        setattr(target, last, value)
+
+    change.__name__ = path
+    return change
+
+
+CHANGES = [
+    other_weights,
+    other_isa,
+    assign("chunk_size", 512),
+    assign("kv.kv_cache_layout", "BLHNC"),
+    assign("vllm.model_config.dtype", torch.bfloat16),
+    assign("vllm.model_config.quantization", "fp8"),
+    assign("vllm.model_config.hf_overrides", {"rope_theta": 5}),
+    assign("vllm.model_config.hf_config", HfConfig(hidden_size=16)),
+    assign("vllm.cache_config.cache_dtype", "fp8"),
+    assign("vllm.cache_config.prefix_caching_hash_algo", "sha256_cbor"),
+    assign("vllm.parallel_config.tensor_parallel_size", 2),
+    assign("vllm.parallel_config.pipeline_parallel_size", 2),
+    assign("vllm.parallel_config.decode_context_parallel_size", 2),
+    assign("vllm.parallel_config.cp_kv_cache_interleave_size", 16),
+    assign("vllm.load_config.load_format", "dummy"),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_difference_that_matters(setup, change):
+    before = identify(setup)
+    change(setup)
+    assert identify(setup) != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        assign("vllm.model_config.max_model_len", 99),
+        assign("vllm.model_config.seed", 7),
+        assign(
+            "vllm.model_config.hf_config",
+            HfConfig(hidden_size=8, _name_or_path="b", transformers_version="6"),
+        ),
+        assign("kv.num_blocks", 4000),
+    ],
+    ids=lambda change: change.__name__,
+)
+def test_a_difference_that_does_not_matter(setup, change):
+    before = identify(setup)
+    change(setup)
+    assert identify(setup) == before
+
+
+def test_a_model_on_another_mount_is_the_same(setup):
+    before = identify(setup)
+    elsewhere = setup.folder.parent / "mount"
+    elsewhere.mkdir()
+    moved = elsewhere / setup.folder.name
+    setup.folder.rename(moved)
+    setup.vllm.model_config.model = str(moved)
+    assert identify(setup) == before
+    assert model_name(setup.vllm) == "tiny-model"
+
+
+@pytest.mark.parametrize(("length", "expected"), [(4096, False), (4097, True)])
+def test_long_rope_depends_on_the_context_length(setup, length, expected):
+    setup.vllm.model_config.hf_config = HfConfig(
+        original_max_position_embeddings=4096, rope_parameters={"rope_type": "longrope"}
+    )
+    setup.vllm.model_config.max_model_len = length
+    assert identify(setup)["long_rope"] is expected
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (assign("vllm.weight_transfer_config", object()), "weights change"),
+        (assign("vllm.parallel_config.prefill_context_parallel_size", 2), "prefill context"),
+        (assign("vllm.model_config.model_weights", "s3://bucket/model"), "s3://bucket/model"),
+        (assign("vllm.compilation_config.static_forward_context", {}), "backend of model"),
+        (
+            assign(
+                "vllm.compilation_config.static_forward_context",
+                {name: Layer(None) for name in LAYERS},
+            ),
+            "instruction set",
+        ),
+        (assign("kv.kv_cache_layout", None), "layout"),
+        (lambda setup: (setup.folder / "model.safetensors").unlink(), "no weight files"),
+    ],
+)
+def test_no_identity_without_all_of_it(setup, change, reason):
+    change(setup)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        identify(setup)
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha256_cbor"])
+@pytest.mark.parametrize("seed", [None, "17"])
+def test_the_worker_derives_the_hash_that_the_engine_uses(monkeypatch, algorithm, seed):
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    if seed is not None:
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+    monkeypatch.setattr(kv_cache_utils, "NONE_HASH", b"untouched", raising=False)
+    derived = prefix_hash(algorithm)["none_hash"]
+    assert engine_none_hash() == b"untouched".hex(), "deriving it must not set it"
+    monkeypatch.setattr(kv_cache_utils, "_NONE_HASH_SEED", None)
+    kv_cache_utils.init_none_hash(get_hash_fn_by_name(algorithm))
+    assert engine_none_hash() == derived
+
+
+def test_a_random_hash_start_is_refused(monkeypatch):
+    pytest.importorskip("xxhash", reason="vLLM's xxhash algorithms need the package xxhash")
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    with pytest.raises(UnsupportedModelError, match="set PYTHONHASHSEED"):
+        prefix_hash("xxhash")
+    monkeypatch.setenv("PYTHONHASHSEED", "1")
+    assert prefix_hash("xxhash") == prefix_hash("xxhash")

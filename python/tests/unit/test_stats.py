@@ -1,0 +1,81 @@
+"""Counters on their way to vLLM's log line and to Prometheus."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from kvrail.vllm.stats import COUNTERS, KvrailPromMetrics, KvrailStats, StatsCollector
+
+
+def test_the_log_line():
+    stats = KvrailStats(
+        data={"hit_tokens": 512.0, "bytes_loaded": 2e9, "load_seconds": 0.5, "chunks_loaded": 2.0}
+    )
+    assert stats.reduce() == {
+        "hit_tokens": 512,
+        "miss_tokens": 0,
+        "MB_loaded": 2000.0,
+        "chunks_loaded": 2,
+        "GB_per_second_loaded": 4.0,
+    }
+
+
+def test_aggregation_adds_and_reset_clears():
+    stats = KvrailStats(data={"chunks_stored": 1.0})
+    merged = stats.aggregate(KvrailStats(data={"chunks_stored": 2.0, "stores_failed": 1.0}))
+    assert merged.data == {"chunks_stored": 3.0, "stores_failed": 1.0}
+    assert not merged.is_empty()
+    merged.reset()
+    assert merged.is_empty()
+
+
+def test_increments_of_totals():
+    totals = {"chunks_stored": 0.0, "store_seconds": 0.0}
+    collector = StatsCollector()
+    assert not collector.due(1e9)
+    collector.follow(lambda: totals)
+    assert collector.due(1e9)
+    assert collector.take() is None
+    totals["chunks_stored"] = 4.0
+    assert collector.take({"hit_tokens": 7.0}).data == {"chunks_stored": 4.0, "hit_tokens": 7.0}
+    assert collector.take() is None
+    assert not collector.due(0.0)
+    collector.touch()
+    assert collector.due(0.0)
+
+
+def test_prometheus():
+    registry = CollectorRegistry()
+
+    def counter(**arguments):
+        return Counter(registry=registry, **arguments)
+
+    metrics = KvrailPromMetrics(
+        SimpleNamespace(kv_transfer_config=None),
+        {Counter: counter, Gauge: Gauge, Histogram: Histogram},
+        ["model_name", "engine"],
+        {0: ["m", "0"], 1: ["m", "1"]},
+    )
+    metrics.observe({"hit_tokens": 5.0, "a_counter_of_a_later_version": 1.0}, engine_idx=1)
+    metrics.observe({"hit_tokens": 2.0}, engine_idx=1)
+    labels = {"model_name": "m", "engine": "1"}
+    assert registry.get_sample_value("kvrail:hit_tokens_total", labels) == 7.0
+    for name in COUNTERS:
+        value = registry.get_sample_value(
+            f"kvrail:{name}_total", {"model_name": "m", "engine": "0"}
+        )
+        assert value == 0.0
+
+
+def test_a_second_engine_in_one_process_registers_its_metrics():
+    for _ in range(2):
+        metrics = KvrailPromMetrics(
+            SimpleNamespace(kv_transfer_config=None),
+            {Counter: Counter, Gauge: Gauge, Histogram: Histogram},
+            ["engine"],
+            {0: ["0"]},
+        )
+        metrics.observe({"hit_tokens": 2.0})
+        assert REGISTRY.get_sample_value("kvrail:hit_tokens_total", {"engine": "0"}) == 2.0
