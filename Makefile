@@ -1,0 +1,92 @@
+# The commands of kvrail's developers; `make help` lists them. Each prints what it does and how long
+# it took. What they need beside Rust and Python 3.11 they install themselves (CONTRIBUTING.md).
+
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+# Two steps at once would mix their output and fight over cargo's locks.
+.NOTPARALLEL:
+
+STEP := scripts/step
+WITHIN := scripts/within
+# Seconds after which a test that hangs is ended with a stack trace.
+PYTEST := python -m pytest -ra --durations=5 --timeout=600
+
+.PHONY: help environment model build demo test bench bench-overhead fmt clean clean-cache requirements \
+  tools fmt-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test
+
+help: ## List the commands.
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' Makefile
+
+demo: build model ## Show kvrail at work: a real vLLM, restarted, takes a long prompt from disk.
+	@$(STEP) 'demo: a long document, read once, then taken from disk' $(WITHIN) python scripts/demo.py
+
+test: fmt-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test ## Run all checks and tests.
+	@printf '\nall checks and tests passed\n'
+
+environment: ## Make the virtual environment with vLLM in the cache folder.
+	@$(STEP) 'environment: vLLM and the Python tools' scripts/environment
+
+model: environment ## Make the model of demo and tests in the cache folder.
+	@$(STEP) 'model: SmolLM2-135M-Instruct' $(WITHIN) python scripts/make_model.py
+
+build: environment ## Build the release versions of the command and the Python package.
+	@$(STEP) 'build: command and Python package' scripts/build
+
+tools: environment
+	@$(STEP) 'tools: cargo-nextest, rustfmt, clippy' scripts/rust_tools
+
+fmt-check: tools ## Check the format of the Rust code.
+	@$(STEP) 'fmt-check: cargo fmt' cargo fmt --all --check
+
+clippy: tools ## Lint the Rust code.
+	@$(STEP) 'clippy: all targets, warnings are errors' \
+	  $(WITHIN) cargo clippy --workspace --all-targets --locked -- -D warnings
+
+rust-test: tools ## Run the Rust tests.
+	@$(STEP) 'rust-test: cargo nextest' env PATH="$$(scripts/rust_tools):$$PATH" \
+	  $(WITHIN) cargo nextest run --workspace --locked --no-fail-fast
+
+doc-test: tools ## Run the examples in the Rust documentation.
+	@$(STEP) 'doc-test: examples in the documentation' $(WITHIN) cargo test --workspace --locked --doc
+
+doc: tools ## Build the Rust documentation; warnings are errors.
+	@$(STEP) 'doc: cargo doc' env RUSTDOCFLAGS='-D warnings' \
+	  $(WITHIN) cargo doc --workspace --locked --no-deps
+
+python-lint: environment ## Lint the Python code and check its format.
+	@$(STEP) 'python-lint: ruff check' $(WITHIN) ruff check python scripts
+	@$(STEP) 'python-lint: ruff format' $(WITHIN) ruff format --check python scripts
+
+stub-test: build ## Check the type stubs of kvrail._core against the built module.
+	@$(STEP) 'stub-test: stubs of kvrail._core' $(WITHIN) python -m mypy.stubtest kvrail._core
+
+python-test: build ## Run the Python tests that start no vLLM engine.
+	@$(STEP) 'python-test: unit and store' $(WITHIN) $(PYTEST) python/tests/unit python/tests/store
+
+e2e-test: build model ## Run the end-to-end tests with real vLLM processes.
+	@$(STEP) 'e2e-test: real vLLM processes' $(WITHIN) $(PYTEST) python/tests/e2e
+
+bench: build ## Measure store, load and lookup against the raw disk, for four models.
+	@for model in llama-3.1-8b llama-3.1-70b-tp8 deepseek-v3 smollm2-135m; do \
+	  $(STEP) "bench: $$model" $(WITHIN) kvrail bench --path target/bench --model $$model --chunks 64; \
+	done
+
+bench-overhead: build model ## Measure what kvrail costs a vLLM whose prompts never hit.
+	@$(STEP) 'bench-overhead: vLLM with and without kvrail' $(WITHIN) python scripts/bench_overhead.py
+
+fmt: tools ## Format the Rust and Python code.
+	@$(STEP) 'fmt: Rust' cargo fmt --all
+	@$(STEP) 'fmt: Python' $(WITHIN) ruff format python scripts
+
+requirements: ## Resolve requirements/*.in again into requirements/lock.txt.
+	@cd requirements && $(STEP:%=../%) 'requirements: lock.txt' ../scripts/uv pip compile --quiet \
+	  --python-version 3.11 --override overrides.txt --no-annotate --no-header \
+	  --output-file lock.txt vllm.in dev.in
+
+clean: ## Remove what was built in the checkout.
+	@$(STEP) 'clean: target' rm -rf target
+
+clean-cache: ## Remove what the cache folder holds: environments, model, tools. All checkouts share it.
+	@cd "$$(scripts/cache_folder)" && rm -rf venv-* uv-* uv.lock cargo-tools* model.lock \
+	  SmolLM2-* .SmolLM2-* demo-* overhead-*
