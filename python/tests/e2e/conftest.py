@@ -1,0 +1,79 @@
+"""Fixtures of the end-to-end tests: models, engines, and the answers of vLLM without kvrail."""
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests of this folder where what they test is not installed, and says so."""
+    missing = [name for name in ("vllm", "kvrail") if importlib.util.find_spec(name) is None]
+    if not missing:
+        return
+    reason = f"needs {' and '.join(missing)}, not installed"
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with full attention."""
+    import tiny_model
+
+    return tiny_model.build_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def sliding_window(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Mistral whose layers see a window of tokens."""
+    import tiny_model
+
+    return tiny_model.build_sliding_window(tmp_path_factory.mktemp("models") / "tiny-window")
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Starts engines; ends those that a failed test left."""
+    from harness import Engines
+
+    engines = Engines(tmp_path_factory.mktemp("engines"))
+    yield engines
+    engines.close()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory for the chunks of one test file; kvrail creates it."""
+    folder = tmp_path_factory.mktemp("store")
+    yield folder / "kv"
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def plain(engines: Any, llama: Path) -> dict[str, Any]:
+    """The answers of vLLM without kvrail to all prompts, in float32."""
+    import prompts
+    from harness import Job, step
+
+    steps = [
+        step("generate", "main", prompts=prompts.main_prompts()),
+        step("generate", "others", prompts=prompts.other_prompts(), together=True),
+        step(
+            "generate",
+            "crowd",
+            prompts=prompts.crowd_prompts(),
+            max_tokens=prompts.CROWD_TOKENS,
+            together=True,
+        ),
+    ]
+    result, _ = engines.run(Job(llama, steps))
+    print(f"vLLM without kvrail started in {result['start_seconds']:.1f} s")
+    return result["main"] | result["others"] | result["crowd"]

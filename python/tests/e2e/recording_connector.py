@@ -1,0 +1,167 @@
+"""kvrail's connector, watched: it records the bytes of every block stored and loaded.
+
+vLLM loads it by `kv_connector_module_path`. The bytes are read from vLLM's own tensors, not from
+where kvrail thinks they lie. Each event is one line of JSON in the file that `E2E_RECORD` names.
+The file that `E2E_CONTROL` names, when it exists, says what damage to do to loads: the negative
+controls.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kvrail._core as core
+
+_kv_caches: dict[str, torch.Tensor] = {}
+_real_store = core.Store
+
+
+class RecordingStore:
+    """A store whose attached memory records what passes through it."""
+
+    def __init__(self, config: Any, namespace: Any, **options: Any) -> None:
+        self._store = _real_store(config, namespace, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def attach(self, *arguments: Any, **options: Any) -> Any:
+        """Attaches, and watches what is attached."""
+        cache = self._store.attach(*arguments, **options)
+        return RecordingKvCache(cache, options.get("rank", 0))
+
+
+class RecordingKvCache:
+    """Memory of one rank; records blocks before they are stored and after they were loaded."""
+
+    def __init__(self, cache: Any, rank: int) -> None:
+        self._cache = cache
+        self._rank = rank
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def store(self, chunks: Sequence[tuple[bytes, bytes | None, Sequence[int]]]) -> Any:
+        """Stores; the bytes are recorded before, as kvrail must have copied them on return."""
+        for key, parent, block_ids in chunks:
+            _record(
+                event="store",
+                rank=self._rank,
+                key=key.hex(),
+                parent=parent.hex() if parent else None,
+                blocks=[block_hash(block) for block in block_ids],
+            )
+        return self._cache.store(chunks)
+
+    def load(self, chunks: Sequence[tuple[bytes, bytes | None, int, Sequence[int]]]) -> Any:
+        """Loads; chunks vanish before it if the control says so."""
+        control = _control()
+        if control == "delete":
+            for key, *_ in chunks[-1:]:
+                _delete(key.hex())
+        return RecordingTicket(self._cache.load(chunks), chunks, self._rank, control)
+
+
+class RecordingTicket:
+    """A load under way; records the blocks once, when it is done."""
+
+    def __init__(self, ticket: Any, chunks: Sequence[Any], rank: int, control: str) -> None:
+        self._ticket = ticket
+        self._chunks = chunks
+        self._rank = rank
+        self._control = control
+        self._report: Any = None
+
+    def poll(self) -> Any:
+        """The report, once the load is done and recorded."""
+        return self._done(self._ticket.poll())
+
+    def wait(self, limit_seconds: float) -> Any:
+        """The report, after a wait."""
+        return self._done(self._ticket.wait(limit_seconds))
+
+    def _done(self, report: Any) -> Any:
+        if report is None or self._report is not None:
+            return self._report
+        self._report = report
+        _tamper(self._control, self._chunks[0][3])
+        for index, (key, _, first_block, block_ids) in enumerate(self._chunks):
+            _record(
+                event="load",
+                rank=self._rank,
+                key=key.hex(),
+                first_block=first_block,
+                blocks=[block_hash(block) for block in block_ids],
+                failed=index in report.failed,
+            )
+        return report
+
+
+def block_hash(block: int) -> str:
+    """SHA-256 of one block's bytes over all layers, in the order of the layers."""
+    digest = hashlib.sha256()
+    for tensor in _kv_caches.values():
+        digest.update(tensor[block].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tamper(control: str, block_ids: Sequence[int]) -> None:
+    for tensor in _kv_caches.values():
+        if control == "zero":
+            tensor[block_ids[0]].zero_()
+        elif control == "swap":
+            first, second = block_ids[0], block_ids[1]
+            kept = tensor[first].clone()
+            tensor[first].copy_(tensor[second])
+            tensor[second].copy_(kept)
+
+
+def _control() -> str:
+    path = os.environ.get("E2E_CONTROL")
+    return Path(path).read_text() if path and os.path.exists(path) else ""
+
+
+def _delete(key: str) -> None:
+    for path in Path(os.environ["E2E_STORE"]).glob(f"*/g*r*/*/{key}.safetensors"):
+        path.unlink()
+
+
+def _record(**event: Any) -> None:
+    line = json.dumps(event | {"process": os.getpid(), "at": time.time()}) + "\n"
+    # One write to a file opened for appending is not mixed with another process's.
+    target = os.open(os.environ["E2E_RECORD"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.write(target, line.encode())
+    finally:
+        os.close(target)
+
+
+core.Store = RecordingStore  # type: ignore[misc, assignment]
+
+from kvrail.vllm import KvrailConnector  # noqa: E402  (after the store was replaced)
+
+
+class RecordingConnector(KvrailConnector):
+    """`KvrailConnector` with the store above underneath."""
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Keeps the tensors, to read the blocks from."""
+        _kv_caches.clear()
+        _kv_caches.update(kv_caches)
+        super().register_kv_caches(kv_caches)
+
+    def on_new_request(self, request: Any) -> None:
+        """Records the request's block hashes, from which chunk keys come."""
+        _record(
+            event="request",
+            prompt=hashlib.sha256(json.dumps(list(request.prompt_token_ids)).encode()).hexdigest(),
+            salt=request.cache_salt,
+            hashes=[bytes(block).hex() for block in request.block_hashes],
+        )
+        super().on_new_request(request)

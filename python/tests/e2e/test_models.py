@@ -1,0 +1,74 @@
+"""Other shapes of a model: two tensor-parallel ranks, and attention over a sliding window."""
+
+from pathlib import Path
+from typing import Any
+
+from harness import (
+    Engines,
+    Job,
+    assert_loaded_is_stored,
+    assert_same_answers,
+    chunk_keys,
+    chunk_path,
+    moved,
+    step,
+)
+from prompts import CHUNK_TOKENS, chunks_in, loadable_tokens, main_prompts, reuse_prompts, select
+
+HITS = "vllm:external_prefix_cache_hits_total"
+
+
+def test_a_hit_needs_the_chunks_of_all_ranks(
+    engines: Engines, llama: Path, plain: dict[str, Any], store: Path
+) -> None:
+    prompts = select(reuse_prompts(), "first", "second", "third")
+    engine = {"tensor_parallel_size": 2}
+    # Without this vLLM asks for a NUMA node for each rank.
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    steps = [
+        step("generate", "cold", prompts=prompts),
+        step("wait_for_chunks", directory=str(store), files=2 * chunks_in(prompts)),
+    ]
+    cold, writer = engines.run(Job(llama, steps, store, engine=engine, environment=environment))
+    for rank in (0, 1):
+        stored = {path.stem for path in store.glob(f"*/g0r{rank}/*/*.safetensors")}
+        assert stored == {r["key"] for r in writer.records("store") if r["rank"] == rank}
+        assert len(stored) == chunks_in(prompts)
+    # Of the first prompt rank 1 loses the third chunk, of the second rank 0 loses the first.
+    for name, rank, index in (("reuse first", 1, 2), ("reuse second", 0, 0)):
+        chunk_path(store, chunk_keys(writer, prompts[name])[index], rank).unlink()
+    steps = [step("generate", "warm", prompts=prompts)]
+    warm, reader = engines.run(Job(llama, steps, store, engine=engine, environment=environment))
+    hits = {name: moved(answer, HITS) for name, answer in warm["warm"].items()}
+    assert hits == {
+        "reuse first": 2 * CHUNK_TOKENS,
+        "reuse second": 0,
+        "reuse third": loadable_tokens(1500),
+    }
+    assert_same_answers("two ranks cold", plain, cold["cold"])
+    assert_same_answers("two ranks warm", plain, warm["warm"])
+    blocks = assert_loaded_is_stored([writer], [reader])
+    print(f"compared the bytes of {blocks} blocks")
+    assert blocks == 2 * 2 * (sum(hits.values()) // CHUNK_TOKENS)
+
+
+def test_a_sliding_window_is_left_alone(
+    engines: Engines, sliding_window: Path, store: Path, tmp_path: Path
+) -> None:
+    prompts = {name: main_prompts()[name] for name in ("tail", "long")}
+    steps = [
+        step("generate", "first", prompts=prompts),
+        step("pause", seconds=0.5),
+        step("generate", "second", prompts=prompts),
+        step("list_chunks", "chunks", directory=str(tmp_path / "kv")),
+    ]
+    result, running = engines.run(Job(sliding_window, steps, tmp_path / "kv"))
+    without, _ = engines.run(Job(sliding_window, [step("generate", prompts=prompts)]))
+    assert result["chunks"] == {} and running.records("store") == []
+    for answer in result["second"].values():
+        assert moved(answer, HITS) == 0 and answer["cached_tokens"] == 0
+    assert_same_answers("window first", without["generate"], result["first"])
+    assert_same_answers("window second", without["generate"], result["second"])
+    reasons = [line for line in running.log().splitlines() if "nothing is stored" in line]
+    print(reasons)
+    assert len(reasons) == 1 and "sliding window" in reasons[0].lower()

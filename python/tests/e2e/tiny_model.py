@@ -1,0 +1,125 @@
+"""Builds tiny models with random but fixed weights, small enough to serve in seconds.
+
+The weights are scaled so that attention is sharp: a restored block that holds wrong bytes then
+moves the log-probabilities far more than rounding does. The folders are ordinary Hugging Face ones.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+LAYERS = 4
+HIDDEN = 256
+HEADS = 4
+KV_HEADS = 2
+HEAD_SIZE = HIDDEN // HEADS
+INTERMEDIATE = 512
+BOS_ID = 256
+EOS_ID = 257
+VOCABULARY = 258
+MAX_POSITIONS = 8192
+# Scores are q.k / sqrt(head size) of two normalised vectors; this gain gives them a standard
+# deviation of several units, so that softmax picks a few tokens instead of averaging all of them.
+ATTENTION_GAIN = 2.0
+SLIDING_WINDOW = 256
+
+
+def build_llama(folder: Path, seed: int = 7) -> Path:
+    """Writes a Llama with full attention in every layer to `folder` and returns the folder."""
+    config = _llama_config("LlamaForCausalLM", "llama")
+    _write_model(folder, config, _llama_weights(seed))
+    return folder
+
+
+def build_sliding_window(folder: Path, seed: int = 7) -> Path:
+    """Writes a Mistral whose layers see `SLIDING_WINDOW` tokens only, and returns the folder."""
+    config = _llama_config("MistralForCausalLM", "mistral")
+    config["sliding_window"] = SLIDING_WINDOW
+    _write_model(folder, config, _llama_weights(seed))
+    return folder
+
+
+def _llama_config(architecture: str, model_type: str) -> dict[str, object]:
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "attention_bias": False,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "head_dim": HEAD_SIZE,
+        "hidden_act": "silu",
+        "hidden_size": HIDDEN,
+        "initializer_range": 0.02,
+        "intermediate_size": INTERMEDIATE,
+        "max_position_embeddings": MAX_POSITIONS,
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS,
+        "num_key_value_heads": KV_HEADS,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "vocab_size": VOCABULARY,
+    }
+
+
+def _llama_weights(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
+        scale = gain / math.sqrt(columns)
+        return torch.randn(rows, columns, generator=generator, dtype=torch.float32) * scale
+
+    weights = {
+        "model.embed_tokens.weight": matrix(VOCABULARY, HIDDEN, math.sqrt(HIDDEN)),
+        "model.norm.weight": torch.ones(HIDDEN),
+        "lm_head.weight": matrix(VOCABULARY, HIDDEN, 2.0),
+    }
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}"
+        weights |= {
+            f"{prefix}.input_layernorm.weight": torch.ones(HIDDEN),
+            f"{prefix}.post_attention_layernorm.weight": torch.ones(HIDDEN),
+            f"{prefix}.self_attn.q_proj.weight": matrix(HIDDEN, HIDDEN, ATTENTION_GAIN),
+            f"{prefix}.self_attn.k_proj.weight": matrix(
+                KV_HEADS * HEAD_SIZE, HIDDEN, ATTENTION_GAIN
+            ),
+            f"{prefix}.self_attn.v_proj.weight": matrix(KV_HEADS * HEAD_SIZE, HIDDEN),
+            f"{prefix}.self_attn.o_proj.weight": matrix(HIDDEN, HIDDEN),
+            f"{prefix}.mlp.gate_proj.weight": matrix(INTERMEDIATE, HIDDEN),
+            f"{prefix}.mlp.up_proj.weight": matrix(INTERMEDIATE, HIDDEN),
+            f"{prefix}.mlp.down_proj.weight": matrix(HIDDEN, INTERMEDIATE),
+        }
+    return weights
+
+
+def _write_model(folder: Path, config: dict[str, object], weights: dict[str, torch.Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    generation = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_tokenizer(folder)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken("<bos>", special=True), AddedToken("<eos>", special=True)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "model_max_length": MAX_POSITIONS,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
