@@ -203,13 +203,23 @@ impl KvCache {
         };
         let format = &self.shared.format;
         let mut image = image.split_to(format.file_bytes());
+        if let Err(error) = self.fill(plan, &mut image) {
+            store.present.remove(&place);
+            return Err(error);
+        }
+        Ok(Ok(image))
+    }
+
+    /// Gathers the payload into its place in the image.
+    fn fill(&self, plan: &TransferPlan, image: &mut StagingRange) -> Result<()> {
+        let format = &self.shared.format;
         let start = format.payload_offset();
         let end = start + format.payload_bytes();
         let target = super::image::bytes_mut(image.as_mut_slice(), start..end)?;
         gather(plan, &self.shared.regions, target)?;
         // The slot held other bytes before: what is padding now must be zero again.
         super::image::bytes_mut(image.as_mut_slice(), end..end + format.pad_bytes())?.fill(0);
-        Ok(Ok(image))
+        Ok(())
     }
 
     /// Takes a buffer for a store, unless the ones that are left are kept for loads.
