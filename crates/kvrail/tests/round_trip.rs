@@ -378,6 +378,19 @@ fn a_manifest_of_another_namespace_is_refused() {
 }
 
 #[test]
+fn a_directory_that_is_removed_while_in_use_is_made_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = open(directory.path());
+    let cache = Cache::attach(&store, 0, Geometry::default());
+    let namespace = directory.path().join(namespace().directory_name());
+    std::fs::remove_dir_all(&namespace).unwrap();
+    assert_eq!(cache.load(&[(0, 0, vec![0, 1])]).failed, [0]);
+    assert_eq!(cache.store(&[(0, vec![0, 1])]).stored, 1);
+    assert_eq!(cache.load(&[(0, 0, vec![2, 3])]).loaded, 1);
+    assert!(namespace.join("manifest.json").is_file());
+}
+
+#[test]
 fn a_closed_store_answers_everything() {
     let directory = tempfile::tempdir().unwrap();
     let store = open(directory.path());

@@ -50,7 +50,7 @@ pub(super) struct CacheShared {
     pub(super) format: ChunkFormat,
     pub(super) regions: Vec<Region>,
     pub(super) pool: StagingPool,
-    layout: KvLayout,
+    pub(super) layout: KvLayout,
     blocks_per_chunk: usize,
     namespace: String,
     tokens: usize,
@@ -148,13 +148,12 @@ impl KvCache {
     /// [`ErrorKind::InvalidArgument`] for a wrong number of blocks or a block outside the KV
     /// cache: nothing is stored then.
     pub fn store(&self, chunks: &[StoreChunk]) -> Result<StoreTicket> {
-        let plans: Vec<TransferPlan> = chunks
-            .iter()
-            .map(|chunk| self.plan(&chunk.blocks, self.shared.blocks_per_chunk))
-            .collect::<Result<_>>()?;
+        for chunk in chunks {
+            self.check_blocks(&chunk.blocks, self.shared.blocks_per_chunk)?;
+        }
         let (ticket, members) = start_store(chunks.len());
-        for ((chunk, plan), member) in chunks.iter().zip(&plans).zip(members) {
-            match self.stage(chunk.chunk, plan)? {
+        for (chunk, member) in chunks.iter().zip(members) {
+            match self.stage(chunk)? {
                 Err(ending) => member.end(ending),
                 Ok(image) => {
                     let job = StoreJob {
@@ -177,10 +176,10 @@ impl KvCache {
     }
 
     /// Gathers one chunk, or says why not.
-    fn stage(&self, chunk: ChunkRef, plan: &TransferPlan) -> Result<Result<StagingRange, Ending>> {
+    fn stage(&self, chunk: &StoreChunk) -> Result<Result<StagingRange, Ending>> {
         let store = &self.running.shared;
         let metrics = &store.metrics;
-        match store.mount(self.shared.rank, &chunk.key).paused() {
+        match store.mount(self.shared.rank, &chunk.chunk.key).paused() {
             Some(Pause::NoSpace) => {
                 metrics.stores_dropped_no_space.add(1);
                 return Ok(Err(Ending::Dropped));
@@ -191,7 +190,7 @@ impl KvCache {
             }
             None => {}
         }
-        let place = self.shared.place(&chunk.key);
+        let place = self.shared.place(&chunk.chunk.key);
         if !store.present.insert(place) {
             metrics.chunks_already_present.add(1);
             return Ok(Err(Ending::AlreadyPresent));
@@ -203,7 +202,7 @@ impl KvCache {
         };
         let format = &self.shared.format;
         let mut image = image.split_to(format.file_bytes());
-        if let Err(error) = self.fill(plan, &mut image) {
+        if let Err(error) = self.fill(&chunk.blocks, &mut image) {
             store.present.remove(&place);
             return Err(error);
         }
@@ -211,12 +210,13 @@ impl KvCache {
     }
 
     /// Gathers the payload into its place in the image.
-    fn fill(&self, plan: &TransferPlan, image: &mut StagingRange) -> Result<()> {
+    fn fill(&self, blocks: &[usize], image: &mut StagingRange) -> Result<()> {
+        let plan = TransferPlan::new(&self.shared.layout, blocks)?;
         let format = &self.shared.format;
         let start = format.payload_offset();
         let end = start + format.payload_bytes();
         let target = super::image::bytes_mut(image.as_mut_slice(), start..end)?;
-        gather(plan, &self.shared.regions, target)?;
+        gather(&plan, &self.shared.regions, target)?;
         // The slot held other bytes before: what is padding now must be zero again.
         super::image::bytes_mut(image.as_mut_slice(), end..end + format.pad_bytes())?.fill(0);
         Ok(())
@@ -243,24 +243,22 @@ impl KvCache {
     /// cache: nothing is loaded then.
     pub fn load(&self, chunks: Vec<LoadChunk>) -> Result<LoadTicket> {
         let blocks_per_chunk = self.shared.blocks_per_chunk;
-        let plans: Vec<TransferPlan> = chunks
-            .iter()
-            .map(|chunk| {
-                let wanted = blocks_per_chunk.saturating_sub(chunk.first_block);
-                self.plan(&chunk.blocks, wanted)
-            })
-            .collect::<Result<_>>()?;
+        for chunk in &chunks {
+            self.check_blocks(
+                &chunk.blocks,
+                blocks_per_chunk.saturating_sub(chunk.first_block),
+            )?;
+        }
         let (ticket, members) = start_load(chunks.len());
         let format = &self.shared.format;
         let jobs = chunks
             .into_iter()
-            .zip(plans)
             .zip(members)
-            .map(|((chunk, plan), member)| LoadJob {
+            .map(|(chunk, member)| LoadJob {
                 cache: Arc::clone(&self.shared),
                 chunk: chunk.chunk,
                 payload: chunk.first_block * format.block_bytes()..format.payload_bytes(),
-                plan,
+                blocks: chunk.blocks,
                 member,
                 started: None,
             })
@@ -279,14 +277,19 @@ impl KvCache {
         Ok(ticket)
     }
 
-    fn plan(&self, blocks: &[usize], expected: usize) -> Result<TransferPlan> {
+    /// Checks the number of a chunk's blocks, and that they lie in the KV cache.
+    fn check_blocks(&self, blocks: &[usize], expected: usize) -> Result<()> {
+        let invalid = |message| Err(Error::new(ErrorKind::InvalidArgument, message));
         if blocks.len() != expected || expected == 0 {
-            let message = format!(
+            return invalid(format!(
                 "{} blocks: expected {expected} (at least one)",
                 blocks.len()
-            );
-            return Err(Error::new(ErrorKind::InvalidArgument, message));
+            ));
         }
-        TransferPlan::new(&self.shared.layout, blocks)
+        let count = self.shared.layout.block_count();
+        match blocks.iter().find(|block| **block >= count) {
+            Some(block) => invalid(format!("block {block}: the KV cache has {count} blocks")),
+            None => Ok(()),
+        }
     }
 }

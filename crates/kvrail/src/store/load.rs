@@ -29,10 +29,10 @@ const BUFFER_PATIENCE: Duration = Duration::from_millis(20);
 pub(super) struct LoadJob {
     pub(super) cache: Arc<CacheShared>,
     pub(super) chunk: ChunkRef,
-    /// Payload bytes that are wanted: those of the blocks of `plan`.
+    /// Payload bytes that are wanted.
     pub(super) payload: Range<usize>,
-    /// Where they go.
-    pub(super) plan: TransferPlan,
+    /// Where they go. Planned when the load runs: a waiting plan of many layers is large.
+    pub(super) blocks: Vec<usize>,
     pub(super) member: Member<LoadReport>,
     /// When the work on it began; the wait limit counts from here.
     pub(super) started: Option<Instant>,
@@ -69,7 +69,7 @@ pub(super) fn run(
     let ending = match result {
         Ok(()) => {
             store.metrics.chunks_loaded.add(1);
-            store.metrics.bytes_loaded.add(job.plan.bytes() as u64);
+            store.metrics.bytes_loaded.add(job.payload.len() as u64);
             store.metrics.load_seconds.add_duration(started.elapsed());
             store.present.insert(job.cache.place(&job.chunk.key));
             Ending::Loaded
@@ -103,7 +103,8 @@ fn load_chunk(
         })
         .and_then(|verified| {
             let payload = image::bytes(verified.image.as_slice(), verified.payload)?;
-            scatter(&job.plan, &job.cache.regions, payload)
+            let plan = TransferPlan::new(&job.cache.layout, &job.blocks)?;
+            scatter(&plan, &job.cache.regions, payload)
         });
     let Err(error) = result else { return Ok(()) };
     if is_missing(&error) {

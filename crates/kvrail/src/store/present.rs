@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use crate::chunk::ChunkKey;
 
-/// How long knowledge holds: others may remove chunks.
-const HOLDS: Duration = Duration::from_secs(300);
+/// How long knowledge holds. Others may remove chunks, and until then they are not stored again;
+/// gathering a chunk once in this time for nothing costs little.
+const HOLDS: Duration = Duration::from_secs(30);
 /// Chunks remembered: about 6 MB.
 const CHUNKS_MAX: usize = 65_536;
 

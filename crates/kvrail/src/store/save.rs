@@ -7,6 +7,7 @@ use std::time::Instant;
 use super::batch::{Ending, Member};
 use super::image::{self, WRITE_REQUEST_BYTES};
 use super::kv_cache::CacheShared;
+use super::manifest::ensure_manifest;
 use super::mount::Mount;
 use super::notice::Topic;
 use super::publish::TemporaryFile;
@@ -155,13 +156,15 @@ fn is_present(mount: &Mount, target: &Path, file_bytes: usize) -> Result<bool> {
     }
 }
 
-/// Creates the temp file, and its folder when somebody removed it.
+/// Creates the temp file, and the namespace's directory again when somebody removed it.
 fn create_temporary(store: &StoreShared, mount: &Mount) -> Result<TemporaryFile> {
     let folder = mount.directory.temporary();
     let path = folder.join(store.writer.file_name("chunk"));
     match TemporaryFile::create(path.clone(), mount.report.direct) {
         Err(error) if is_missing_folder(&error) => {
             super::directory::create_directory(&folder)?;
+            let sync = store.durability == Durability::Full;
+            ensure_manifest(&mount.directory, &store.namespace, &store.writer, sync)?;
             TemporaryFile::create(path, mount.report.direct)
         }
         result => result,
