@@ -163,6 +163,7 @@ def run_server(arguments: argparse.Namespace, number: int, prompt: str, folder: 
 def print_table(cold: Run, warm: Run, chunk_count: int) -> bool:
     """Prints what was measured; tells whether the demo shows what it should."""
     ratio = warm.answer.first_token_seconds / cold.answer.first_token_seconds
+    # The connector adds up the time of the chunks, which several threads load side by side.
     speed = "not measured"
     if warm.load_seconds > 0:
         speed = f"{warm.load_bytes / 1e9 / warm.load_seconds:.2f} GB/s"
@@ -176,7 +177,7 @@ def print_table(cold: Run, warm: Run, chunk_count: int) -> bool:
         ("tokens taken from disk, cold", f"{cold.disk_tokens} of {cold.answer.prompt_tokens}"),
         ("tokens taken from disk, warm", f"{warm.disk_tokens} of {prompt_tokens}"),
         ("bytes loaded, warm", f"{warm.load_bytes / 1e6:.1f} MB"),
-        ("speed of the load", speed),
+        ("speed of the load, per I/O thread", speed),
         ("both answers the same text", "yes" if same else "NO"),
     ]
     width = max(len(name) for name, _ in rows)

@@ -76,4 +76,5 @@ def plain(engines: Any, llama: Path) -> dict[str, Any]:
     ]
     result, _ = engines.run(Job(llama, steps))
     print(f"vLLM without kvrail started in {result['start_seconds']:.1f} s")
-    return result["main"] | result["others"] | result["crowd"]
+    answers: dict[str, Any] = result["main"] | result["others"] | result["crowd"]
+    return answers

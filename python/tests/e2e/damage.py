@@ -27,7 +27,7 @@ def payload_bytes(path: Path) -> int:
     with path.open("rb") as file:
         head = json.loads(file.read(PAGE_BYTES)[8:])
     begin, end = head["kvcache"]["data_offsets"]
-    return end - begin
+    return int(end) - int(begin)
 
 
 def _flip(offset: Callable[[Path], int]) -> Callable[[Path, Path], None]:

@@ -66,7 +66,7 @@ def abort(
     parameters = _parameters(8)
     for name, tokens in (aborted | kept).items():
         engine.add_request(name, _input(tokens, None), parameters)
-    outputs = {}
+    outputs: dict[str, Any] = {}
     for _ in range(steps):
         outputs |= {output.request_id: output for output in engine.step() if output.finished}
     unfinished = [name for name in aborted if name not in outputs]
@@ -105,7 +105,10 @@ def wait_for_chunks(llm: Any, directory: str, files: int, seconds: float = 20.0)
         paths = chunk_files(Path(directory))
         return [str(path) for path in paths] if len(paths) >= files else None
 
-    return _wait(found, seconds, lambda: f"{files} chunk files, not {chunk_files(Path(directory))}")
+    paths: list[str] = _wait(
+        found, seconds, lambda: f"{files} chunk files, not {chunk_files(Path(directory))}"
+    )
+    return paths
 
 
 def list_chunks(llm: Any, directory: str) -> dict[str, list[int]]:

@@ -91,7 +91,8 @@ class Running:
         status = self.exit_status(seconds)
         if status != 0:
             raise AssertionError(f"the engine ended with {status}:\n{self.log()[-6000:]}")
-        return json.loads(self.files.with_suffix(".result").read_text())
+        result: dict[str, Any] = json.loads(self.files.with_suffix(".result").read_text())
+        return result
 
     def exit_status(self, seconds: float = JOB_SECONDS) -> int:
         """The exit status; processes that take longer are killed."""
@@ -229,7 +230,9 @@ def chunk_keys(running: Running, tokens: list[int], salt: str | None = None) -> 
     prompt = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
     for record in running.records("request"):
         if record["prompt"] == prompt and record["salt"] == salt:
-            return record["hashes"][1::2]
+            # A chunk is two blocks here, and its key is the hash of its last block.
+            keys: list[str] = record["hashes"][1::2]
+            return keys
     raise AssertionError("the engine never saw this prompt")
 
 
@@ -242,4 +245,5 @@ def chunk_path(store: Path, key: str, rank: int = 0) -> Path:
 
 def moved(answer: dict[str, Any], name: str) -> float:
     """How much the counters whose name begins with `name` moved during this answer."""
-    return sum(value for key, value in answer["moved"].items() if key.startswith(name))
+    changes: dict[str, float] = answer["moved"]
+    return sum(change for key, change in changes.items() if key.startswith(name))

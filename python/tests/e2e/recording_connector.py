@@ -142,7 +142,7 @@ def _record(**event: Any) -> None:
         os.close(target)
 
 
-core.Store = RecordingStore  # type: ignore[misc, assignment]
+core.Store = RecordingStore  # type: ignore
 
 from kvrail.vllm import KvrailConnector  # noqa: E402  (after the store was replaced)
 

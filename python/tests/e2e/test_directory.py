@@ -88,7 +88,9 @@ def test_a_directory_that_becomes_read_only(
         counters.get(f"kvrail:{name}_total", 0)
         for name in ("stores_failed", "stores_dropped_path_unwell")
     )
-    assert lost == chunks_in(select(directory_prompts(), " new", "large")), counters
+    # Of the last prompt, which came when the counters were about to be read, some may be missing.
+    asked = chunks_in(select(directory_prompts(), " new", "large"))
+    assert asked <= lost <= asked + chunks_in(select(directory_prompts(), "newer")), counters
     chunks = {path for path in read_only["files"] if path.suffix == ".safetensors"}
     assert len(chunks) == chunks_in(select(directory_prompts(), " known"))
     assert read_only["files"] - chunks == {chunks.pop().parents[2] / "manifest.json"}

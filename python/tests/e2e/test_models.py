@@ -71,4 +71,4 @@ def test_a_sliding_window_is_left_alone(
     assert_same_answers("window second", without["generate"], result["second"])
     reasons = [line for line in running.log().splitlines() if "nothing is stored" in line]
     print(reasons)
-    assert len(reasons) == 1 and "sliding window" in reasons[0].lower()
+    assert len(reasons) == 1 and "SlidingWindow" in reasons[0]

@@ -4,7 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Engines, Job, Running, assert_same_answers, chunk_keys, moved, step
+from harness import (
+    Engines,
+    Job,
+    Running,
+    assert_loaded_is_stored,
+    assert_same_answers,
+    chunk_keys,
+    moved,
+    step,
+)
 from prompts import chunks_in, loadable_tokens, reuse_prompts, select
 
 HITS = "vllm:external_prefix_cache_hits_total"
@@ -89,3 +98,38 @@ def test_a_producer_only_stores_and_a_consumer_only_loads(
     for result in (consumed, produced_result):
         assert_same_answers("cold", plain, result["cold"])
         assert_same_answers("warm", plain, result["warm"])
+
+
+def test_decoded_tokens_are_stored_only_when_asked_to(
+    engines: Engines, llama: Path, tmp_path: Path
+) -> None:
+    """1500 tokens and 60 decoded ones end in a sixth chunk."""
+    store = tmp_path / "kv"
+    prompts = select(reuse_prompts(), "third")
+    kept, left = "kept", "left"
+    steps = [step("generate", prompts=prompts, max_tokens=60)]
+    saved, writer = engines.run(
+        Job(
+            llama,
+            [*steps, step("wait_for_chunks", directory=str(store), files=chunks_in(prompts) + 1)],
+            store,
+            settings={"save_decode_cache": True},
+        )
+    )
+    tokens = prompts["reuse third"] + saved["generate"]["reuse third"]["tokens"]
+    steps = [
+        step("generate", kept, prompts={"follow-up": tokens}),
+        step("generate", left, prompts={"follow-up": tokens}, salt="fresh"),
+        # 60 decoded tokens of a salt of their own end in a sixth chunk, too, but are not stored.
+        step("generate", "decoded", prompts=prompts, salt="fresh decode", max_tokens=60),
+        step("pause", seconds=0.5),
+    ]
+    result, reader = engines.run(Job(llama, steps, store))
+    assert moved(result[kept]["follow-up"], HITS) == 1536
+    assert moved(result[left]["follow-up"], HITS) == 0
+    assert_same_answers("decoded", result[left], result[kept])
+    assert assert_loaded_is_stored([writer], [reader]) == 12
+    keys = chunk_keys(reader, prompts["reuse third"], "fresh decode")
+    stored = {record["key"] for record in reader.records("store")}
+    assert len(keys) == chunks_in(prompts) and set(keys) <= stored
+    assert len(stored) == 6 + len(keys)

@@ -95,6 +95,15 @@ def _counter(address: str, name: str) -> float:
     return 0.0
 
 
+def _wait_for_counter(address: str, name: str, value: float) -> None:
+    """Counters come with the steps of the engine, at most twice a second; so keep it stepping."""
+    deadline = time.monotonic() + 10
+    while (found := _counter(address, name)) != value:
+        assert time.monotonic() < deadline, f"{name} is {found}, not {value}"
+        _complete(address, [1, 2, 3])
+        time.sleep(0.1)
+
+
 def test_the_command_of_lmcache_runs_on_kvrail(
     engines: Engines, llama: Path, plain: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -109,14 +118,11 @@ def test_the_command_of_lmcache_runs_on_kvrail(
         while len(list((tmp_path / "kv").glob("*/g0r0/*/*.safetensors"))) < chunks:
             assert time.monotonic() < deadline, logs[0].read_text()[-6000:]
             time.sleep(0.1)
-        # Counters of the worker come with the next step of the engine.
-        _complete(address, prompt[:10])
-        assert _counter(address, "kvrail:chunks_stored_total") == chunks
+        _wait_for_counter(address, "kvrail:chunks_stored_total", chunks)
     with _served(llama, tmp_path, logs[1]) as address:
         warm = _complete(address, prompt)
-        _complete(address, prompt[:10])
+        _wait_for_counter(address, "kvrail:chunks_loaded_total", chunks)
         assert _counter(address, DISK) == loadable_tokens(len(prompt))
-        assert _counter(address, "kvrail:chunks_loaded_total") == chunks
         assert _counter(address, "kvrail:hit_tokens_total") == loadable_tokens(len(prompt))
         assert _counter(address, "kvrail:bytes_loaded_total") > 0
         metrics = [li for li in _get(f"{address}/metrics").splitlines() if li.startswith("kvrail:")]
@@ -126,5 +132,3 @@ def test_the_command_of_lmcache_runs_on_kvrail(
     largest = max(abs(ours - theirs) for ours, theirs in pairs)
     print(f"served cold and warm: largest difference of log-probabilities {largest:.2e}")
     assert largest <= 1e-4
-    for log in logs:
-        assert "kvrail: the connector name LMCacheConnectorV1 means kvrail here" in log.read_text()

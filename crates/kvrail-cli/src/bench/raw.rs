@@ -3,6 +3,9 @@
 //! Store: create a temp file, write it whole from an aligned buffer, rename. Load: open, read it
 //! whole into an aligned buffer. With O_DIRECT where the mount takes it, else through the page
 //! cache. No hashing, no gather, no checks but the byte count.
+//!
+//! One thread moves a file whole, in order. It is what bare system calls reach in that shape, not a
+//! bound: kvrail reads parts of one file on several threads, so a ratio above 1 is possible.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
