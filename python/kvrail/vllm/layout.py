@@ -82,16 +82,6 @@ def blocks_per_chunk(chunk_size: int, block_tokens: int) -> int:
     return chunk_size // block_tokens
 
 
-def check_buffer(buffer_mib: int, chunk_file_bytes: int) -> None:
-    """Raises ``ConfigError`` when the staging memory cannot hold one chunk file."""
-    if buffer_mib * 1024 * 1024 < chunk_file_bytes:
-        needed = -(-chunk_file_bytes // (1024 * 1024))
-        raise ConfigError(
-            f"`cufile_buffer_size` = {buffer_mib}: expected at least {needed} (MiB), because one "
-            f"chunk of this model takes {chunk_file_bytes} bytes"
-        )
-
-
 def plan_memory(group: KVCacheGroupSpec, kv_caches: dict[str, Any], block_count: int) -> KvMemory:
     """The memory of a group's layers, in the order of the group's layer names.
 

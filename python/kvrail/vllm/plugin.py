@@ -61,7 +61,8 @@ def _register() -> None:
             if _in_first_process() and _may_mean_lmcache():
                 logger.info("kvrail: the connector name %s means kvrail here", LMCACHE_NAME)
     elif _in_first_process() and _may_mean_lmcache():
-        logger.info(
+        # A warning, since vLLM sets up its logging after the plugins: Python itself prints those.
+        logger.warning(
             "kvrail: the package lmcache is installed, so the connector name %s means LMCache; set "
             "%s=1 or configure the connector %s to use kvrail",
             LMCACHE_NAME,

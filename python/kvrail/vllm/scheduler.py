@@ -118,7 +118,7 @@ class ConnectorScheduler:
             return
         limit = self._loadable_chunks(state)
         if limit > 0:
-            self._submit(state, limit)
+            self._submit(state)
 
     def get_num_new_matched_tokens(
         self, request: Request, local_tokens: int
@@ -134,7 +134,7 @@ class ConnectorScheduler:
         limit = self._loadable_chunks(state)
         if local_tokens >= limit * self._geometry.chunk_size:
             return 0, False
-        hit_chunks = self._answer(state, limit)
+        hit_chunks = self._answer(state)
         if hit_chunks is None:
             return None, False
         hit_tokens = self._good_prefix(state, min(hit_chunks, limit)) * self._geometry.chunk_size
@@ -254,8 +254,15 @@ class ConnectorScheduler:
 
     # Lookups.
 
-    def _submit(self, state: RequestState, count: int) -> None:
+    def _submit(self, state: RequestState) -> None:
         assert self._lookup is not None
+        # One chunk more than may be loaded where the prompt ends with one: if it is there, it need
+        # not be stored again.
+        request = state.request
+        count = min(
+            request.num_tokens // self._geometry.chunk_size,
+            len(request.block_hashes) // self._geometry.hashes_per_chunk,
+        )
         state.hit_chunks = None
         state.submitted_at = self._clock()
         try:
@@ -265,12 +272,12 @@ class ConnectorScheduler:
             return
         self._waiting[state.request.request_id] = state
 
-    def _answer(self, state: RequestState, count: int) -> int | None:
+    def _answer(self, state: RequestState) -> int | None:
         """Leading chunks present, or None while that is not known."""
         if state.hit_chunks is not None and self._clock() - state.answered_at > ANSWER_SECONDS:
             state.hit_chunks = None
         if state.hit_chunks is None and state.ticket is None:
-            self._submit(state, count)
+            self._submit(state)
         return self._poll(state)
 
     def _poll(self, state: RequestState) -> int | None:

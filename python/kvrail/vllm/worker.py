@@ -140,14 +140,12 @@ class ConnectorWorker:
         )
         blocks_per_chunk = layout.blocks_per_chunk(config.chunk_size, block_tokens)
         memory = layout.plan_memory(group, kv_caches, kv_cache_config.num_blocks)
-        layout.check_buffer(config.buffer_mib, memory.block_bytes * blocks_per_chunk)
         identity = build_identity(vllm_config, kv_cache_config, group, memory, config.chunk_size)
         identity_json = json.dumps(identity, sort_keys=True)
         namespace = Namespace(model_name(vllm_config), identity_json)
         store = self._open_store(config, namespace, cpus=STARTUP_CPUS)
         self._store = store
         kv_cache = memory.attach(store, blocks_per_chunk=blocks_per_chunk, rank=rank.storage_rank)
-        layout.check_buffer(config.buffer_mib, kv_cache.chunk_file_bytes)
         self.adopt(store, kv_cache)
         if rank.global_rank == 0:
             logger.info(

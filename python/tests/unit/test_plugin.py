@@ -64,7 +64,7 @@ def test_the_way_to_choose_is_said_only_to_who_may_mean_it(registry, monkeypatch
     argument = '{"kv_connector":"LMCacheConnectorV1"}' if mentioned else "{}"
     monkeypatch.setattr(sys, "argv", ["vllm", "serve", "--kv-transfer-config", argument])
     lines = []
-    monkeypatch.setattr(plugin.logger, "info", lambda text, *rest: lines.append(text % rest))
+    monkeypatch.setattr(plugin.logger, "warning", lambda text, *rest: lines.append(text % rest))
     plugin.register()
     assert len(lines) == mentioned
     assert all("KVRAIL_TAKEOVER=1" in line for line in lines)
