@@ -48,11 +48,13 @@ rust-test: tools ## Run the Rust tests.
 	  $(WITHIN) cargo nextest run --workspace --locked --no-fail-fast
 
 doc-test: tools ## Run the examples in the Rust documentation.
-	@$(STEP) 'doc-test: examples in the documentation' $(WITHIN) cargo test --workspace --locked --doc
+	@$(STEP) 'doc-test: examples in the documentation' $(WITHIN) cargo test --locked --package kvrail --doc
 
 doc: tools ## Build the Rust documentation; warnings are errors.
 	@$(STEP) 'doc: cargo doc' env RUSTDOCFLAGS='-D warnings' \
-	  $(WITHIN) cargo doc --workspace --locked --no-deps
+	  $(WITHIN) cargo doc --locked --no-deps --package kvrail --package kvrail-python
+	@$(STEP) 'doc: cargo doc of the command' env RUSTDOCFLAGS='-D warnings' \
+	  $(WITHIN) cargo doc --locked --no-deps --package kvrail-cli --target-dir target/doc-command
 
 python-lint: environment ## Lint the Python code and check its format.
 	@$(STEP) 'python-lint: ruff check' $(WITHIN) ruff check python scripts
@@ -68,9 +70,8 @@ e2e-test: build model ## Run the end-to-end tests with real vLLM processes.
 	@$(STEP) 'e2e-test: real vLLM processes' $(WITHIN) $(PYTEST) python/tests/e2e
 
 bench: build ## Measure store, load and lookup against the raw disk, for four models.
-	@for model in llama-3.1-8b llama-3.1-70b-tp8 deepseek-v3 smollm2-135m; do \
-	  $(STEP) "bench: $$model" $(WITHIN) kvrail bench --path target/bench --model $$model --chunks 64; \
-	done
+	@mkdir -p target/bench
+	@$(STEP) 'bench: store, load and lookup' $(WITHIN) kvrail bench --path target/bench --model all
 
 bench-overhead: build model ## Measure what kvrail costs a vLLM whose prompts never hit.
 	@$(STEP) 'bench-overhead: vLLM with and without kvrail' $(WITHIN) python scripts/bench_overhead.py
