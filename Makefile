@@ -48,13 +48,15 @@ rust-test: tools ## Run the Rust tests.
 	  $(WITHIN) cargo nextest run --workspace --locked --no-fail-fast
 
 doc-test: tools ## Run the examples in the Rust documentation.
-	@$(STEP) 'doc-test: examples in the documentation' $(WITHIN) cargo test --locked --package kvrail --doc
+	@$(STEP) 'doc-test: examples in the documentation' $(WITHIN) \
+	  cargo test --workspace --exclude kvrail-python --locked --doc
 
+# The command and the library have the same name and so the same page; the library's is kept.
 doc: tools ## Build the Rust documentation; warnings are errors.
-	@$(STEP) 'doc: cargo doc' env RUSTDOCFLAGS='-D warnings' \
-	  $(WITHIN) cargo doc --locked --no-deps --package kvrail --package kvrail-python
-	@$(STEP) 'doc: cargo doc of the command' env RUSTDOCFLAGS='-D warnings' \
-	  $(WITHIN) cargo doc --locked --no-deps --package kvrail-cli --target-dir target/doc-command
+	@$(STEP) 'doc: the command' env RUSTDOCFLAGS='-D warnings' \
+	  $(WITHIN) cargo doc --package kvrail-cli --locked --no-deps
+	@$(STEP) 'doc: the libraries' env RUSTDOCFLAGS='-D warnings' \
+	  $(WITHIN) cargo doc --workspace --exclude kvrail-cli --locked --no-deps
 
 python-lint: environment ## Lint the Python code and check its format.
 	@$(STEP) 'python-lint: ruff check' $(WITHIN) ruff check python scripts

@@ -98,7 +98,7 @@ pub(super) fn open(
     Ok(running)
 }
 
-/// Returns what each thread does first: it leaves the CPU of the thread that opened the store.
+/// Returns what each thread does first: it moves to `cpus`, where the caller names some.
 fn thread_start(cpus: Option<&[usize]>) -> Arc<dyn Fn() + Send + Sync> {
     let Some(cpus) = cpus else {
         return Arc::new(|| ());
