@@ -121,7 +121,7 @@ impl Opening<'_> {
             Access::ReadOnly => self.open_for_reading(root, &directory, "opened read-only")?,
             Access::ReadWrite => match self.prepare(root, &directory) {
                 Ok(report) => report,
-                Err(error) if is_refused(&error) && root.is_dir() => {
+                Err(error) if is_refused(&error) && is_readable(root) => {
                     self.notices.warn(Topic::ReadOnly, || {
                         format!("cannot write here, chunks are loaded only: {error}")
                     });
@@ -221,6 +221,12 @@ impl Opening<'_> {
         };
         Error::config("gds_path", root.display(), format!("{expected} ({error})"))
     }
+}
+
+/// Returns whether this process may list a directory and open what is in it.
+fn is_readable(directory: &Path) -> bool {
+    let wanted = rustix::fs::Access::READ_OK | rustix::fs::Access::EXEC_OK;
+    directory.is_dir() && rustix::fs::access(directory, wanted).is_ok()
 }
 
 /// Returns whether the system refuses to write, rather than anything being wrong.
