@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -154,6 +155,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--child", choices=("with", "without"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    # Unwinding on SIGTERM removes the folder of the run, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     cache_folder().mkdir(parents=True, exist_ok=True)
     arguments.model = arguments.model or make_model(cache_folder().absolute())
     if arguments.child:
