@@ -1,8 +1,9 @@
 """Measures what kvrail costs a vLLM whose prompts never hit.
 
 Each run is a process of its own that answers the same number of random prompts, all distinct, with
-an empty store, so that every lookup is a miss and every chunk is stored. Runs without and with
-kvrail alternate; the median of the pairs' ratios is the result.
+an empty store, so that every lookup is a miss and every chunk is stored. Three kinds of runs take
+turns: without a connector, with one that does nothing (what vLLM itself does differently as soon as
+there is any connector), and with kvrail. The medians of the rounds' ratios are the result.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from vllm_server import clean_environment
 
 PROMPT_TOKENS = 2000
 ANSWER_TOKENS = 16
+KINDS = ("without", "idle", "kvrail")
 RUN_LIMIT_SECONDS = 900.0
 LOG_TAIL_LINES = 40
 
@@ -46,13 +48,21 @@ def run_child(arguments: argparse.Namespace) -> None:
     """Answers the prompts in this process and prints the seconds that took as JSON."""
     from vllm import LLM, SamplingParams
 
-    connector = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}
+    connectors = {
+        "without": None,
+        "idle": {
+            "kv_connector": "IdleConnector",
+            "kv_connector_module_path": "idle_connector",
+            "kv_role": "kv_both",
+        },
+        "kvrail": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"},
+    }
     engine = LLM(
         str(arguments.model),
         dtype="bfloat16",
         enforce_eager=True,
         max_model_len=8192,
-        kv_transfer_config=connector if arguments.child == "with" else None,
+        kv_transfer_config=connectors[arguments.child],
     )
     sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
     vocabulary_size = engine.get_tokenizer().vocab_size
@@ -68,6 +78,8 @@ def run_child(arguments: argparse.Namespace) -> None:
 def measure(arguments: argparse.Namespace, seed: int, kind: str) -> float:
     """Runs one child and returns its seconds; its store is removed afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="overhead-", dir=cache_folder()))
+    # A process that is killed leaves its sockets behind. Their paths must be short.
+    sockets = tempfile.TemporaryDirectory(prefix="kvrail-")
     try:
         (folder / "gds-backend.yaml").write_text(
             "local_cpu: false\nchunk_size: 256\n"
@@ -77,12 +89,12 @@ def measure(arguments: argparse.Namespace, seed: int, kind: str) -> float:
             {
                 "LMCACHE_CONFIG_FILE": str(folder / "gds-backend.yaml"),
                 "LMCACHE_USE_EXPERIMENTAL": "True",
-                # With any connector vLLM sets one more core aside, which on a machine of two cores
-                # makes it set aside none and compute on twice as many. Both runs get the same.
-                "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
+                "VLLM_RPC_BASE_PATH": sockets.name,
             }
         )
-        if kind == "without":
+        if arguments.reserved_cores is not None:
+            environment["VLLM_CPU_NUM_OF_RESERVED_CPU"] = str(arguments.reserved_cores)
+        if kind != "kvrail":
             # Not even the plugin that registers the connector is loaded.
             environment["VLLM_PLUGINS"] = ""
         command = [sys.executable, __file__, "--child", kind, "--seed", str(seed)]
@@ -100,8 +112,9 @@ def measure(arguments: argparse.Namespace, seed: int, kind: str) -> float:
         seconds = result_seconds(child)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if (kind == "with") != (chunks > 0):
-        raise RuntimeError(f"the run {kind} kvrail left {chunks} chunk files")
+        sockets.cleanup()
+    if (kind == "kvrail") != (chunks > 0):
+        raise RuntimeError(f"the run of kind {kind!r} left {chunks} chunk files")
     return seconds
 
 
@@ -114,46 +127,54 @@ def result_seconds(child: subprocess.CompletedProcess[str]) -> float:
     raise RuntimeError("\n".join([f"the run ended with {child.returncode}:", *output]))
 
 
-def run_pairs(arguments: argparse.Namespace) -> None:
-    """Runs the pairs and prints each, then the medians."""
+def run_rounds(arguments: argparse.Namespace) -> None:
+    """Runs the rounds and prints each, then the medians."""
     tokens = arguments.prompts * PROMPT_TOKENS
     print(
         f"{arguments.prompts} prompts of {PROMPT_TOKENS} tokens, {ANSWER_TOKENS} tokens of answer; "
-        f"{arguments.pairs} pairs",
+        f"{arguments.rounds} rounds",
         flush=True,
     )
-    results: dict[str, list[float]] = {"without": [], "with": []}
-    for pair in range(arguments.pairs):
-        # Which comes first alternates, so that a machine that slows down favours neither.
-        order = ("without", "with") if pair % 2 == 0 else ("with", "without")
-        for kind in order:
+    results: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for number in range(arguments.rounds):
+        # Which comes first changes, so that a machine that slows down favours none.
+        first = number % len(KINDS)
+        for kind in KINDS[first:] + KINDS[:first]:
             started = time.monotonic()
-            results[kind].append(measure(arguments, pair, kind))
+            results[kind].append(measure(arguments, number, kind))
             print(
-                f"  pair {pair + 1}: {kind:>7} kvrail {results[kind][-1]:7.2f} s "
+                f"  round {number + 1}: {kind:>7} {results[kind][-1]:7.2f} s "
                 f"({time.monotonic() - started:.0f} s with the start of vLLM)",
                 flush=True,
             )
-    pairs = zip(results["with"], results["without"], strict=True)
-    ratios = sorted(with_kvrail / without for with_kvrail, without in pairs)
     for kind, seconds in results.items():
         middle = statistics.median(seconds)
         print(
-            f"{kind:>7} kvrail: median {middle:.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), "
+            f"{kind:>7}: median {middle:.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), "
             f"{tokens / middle:.0f} prompt tokens/s"
         )
-    print(f"with / without, median of the pairs: {statistics.median(ratios):.3f}")
-    print(f"all pairs: {', '.join(f'{ratio:.3f}' for ratio in ratios)}")
+    for above, below in (("kvrail", "without"), ("idle", "without"), ("kvrail", "idle")):
+        ratios = [a / b for a, b in zip(results[above], results[below], strict=True)]
+        shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+        print(f"{above} / {below}: median {statistics.median(ratios):.3f} of {shown}")
 
 
 def main() -> int:
     """Runs the benchmark, or one run of it as a child process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="model folder (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--pairs", type=int, default=5, help="pairs of runs")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of three runs")
     parser.add_argument("--prompts", type=int, default=8, help="prompts of one run")
+    # With any connector vLLM sets one more core aside, which on a machine of two cores makes it set
+    # aside none and compute on twice as many. All kinds get the same.
+    parser.add_argument(
+        "--reserved-cores",
+        type=lambda text: None if text == "default" else int(text),
+        default=1,
+        help="VLLM_CPU_NUM_OF_RESERVED_CPU, or `default` for what vLLM does without it",
+    )
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--child", choices=("with", "without"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     # Unwinding on SIGTERM removes the folder of the run, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -162,7 +183,7 @@ def main() -> int:
     if arguments.child:
         run_child(arguments)
     else:
-        run_pairs(arguments)
+        run_rounds(arguments)
     return 0
 
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,10 @@ class VllmServer:
         program = Path(sys.executable).with_name("vllm")
         address = ["--host", HOST, "--port", str(self.port)]
         self.command = [str(program), "serve", str(model), *options, *address]
-        self._environment = clean_environment(environment)
+        # A process that is killed leaves its sockets behind. Their paths must be short.
+        self._sockets = tempfile.TemporaryDirectory(prefix="kvrail-")
+        self._environment = clean_environment({"VLLM_RPC_BASE_PATH": self._sockets.name})
+        self._environment.update(environment)
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> VllmServer:
@@ -166,6 +170,7 @@ class VllmServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        self._sockets.cleanup()
         return in_time
 
     def log_tail(self) -> str:

@@ -1,8 +1,10 @@
 """Fixtures of the end-to-end tests: models, engines, and the answers of vLLM without kvrail."""
 
 import importlib.util
+import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def socket_folder() -> Iterator[None]:
+    """Where vLLM's processes put their sockets: one that is killed leaves its own behind."""
+    with tempfile.TemporaryDirectory(prefix="kvrail-") as folder:
+        os.environ["VLLM_RPC_BASE_PATH"] = folder
+        yield
+        del os.environ["VLLM_RPC_BASE_PATH"]
 
 
 @pytest.fixture(scope="session")
