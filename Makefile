@@ -13,7 +13,7 @@ WITHIN := scripts/within
 PYTEST := python -m pytest -ra --durations=5 --timeout=600
 
 .PHONY: help environment model build demo test bench bench-overhead fmt clean clean-cache requirements \
-  tools fmt-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test
+  tools kernels-check fmt-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' Makefile
@@ -21,7 +21,7 @@ help: ## List the commands.
 demo: build model ## Show kvrail at work: a real vLLM, restarted, takes a long prompt from disk.
 	@$(STEP) 'demo: a long document, read once, then taken from disk' $(WITHIN) python scripts/demo.py
 
-test: fmt-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test ## Run all checks and tests.
+test: fmt-check kernels-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test ## Run all checks and tests.
 	@printf '\nall checks and tests passed\n'
 
 environment: ## Make the virtual environment with vLLM in the cache folder.
@@ -38,6 +38,9 @@ tools: environment
 
 fmt-check: tools ## Check the format of the Rust code.
 	@$(STEP) 'fmt-check: cargo fmt' cargo fmt --all --check
+
+kernels-check: environment ## Check that the CUDA kernels' source and PTX belong together.
+	@$(STEP) 'kernels-check: kvrail.cu and kvrail.ptx' scripts/kernels --check
 
 clippy: tools ## Lint the Rust code.
 	@$(STEP) 'clippy: all targets, warnings are errors' \

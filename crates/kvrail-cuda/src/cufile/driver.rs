@@ -1,0 +1,151 @@
+//! The loaded library, its opened driver, and memory registered with it.
+#![expect(unsafe_code, reason = "calls cuFile")]
+
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
+use std::ptr;
+use std::sync::Arc;
+
+use super::check;
+use super::file::FileHandle;
+use super::sys::Api;
+use crate::error::Result;
+use crate::library::Loaded;
+
+/// The library, loaded; its driver is not opened.
+#[derive(Debug, Clone)]
+pub struct CuFile {
+    inner: Arc<Library>,
+}
+
+#[derive(Debug)]
+pub(super) struct Library {
+    pub(super) api: Api,
+    library: Loaded,
+}
+
+impl CuFile {
+    /// Loads the library.
+    ///
+    /// # Errors
+    /// [`ErrorKind::LibraryMissing`](crate::ErrorKind::LibraryMissing) or
+    /// [`ErrorKind::SymbolMissing`](crate::ErrorKind::SymbolMissing).
+    pub fn load(candidates: &[PathBuf]) -> Result<Self> {
+        let library = Loaded::open(candidates)?;
+        let api = Api::find(&library)?;
+        Ok(Self {
+            inner: Arc::new(Library { api, library }),
+        })
+    }
+
+    /// Returns what the library was loaded from.
+    pub fn library(&self) -> &Path {
+        self.inner.library.path()
+    }
+
+    /// Returns the version, major and minor, where the library tells it (1.14 is `(1, 14)`).
+    pub fn version(&self) -> Option<(u32, u32)> {
+        let mut version = 0;
+        let function = self.inner.api.version?;
+        // SAFETY: the pointer is to a live integer.
+        check("cuFileGetVersion", unsafe { function(&raw mut version) }).ok()?;
+        let version = u32::try_from(version).ok()?;
+        Some((version / 1000, version % 1000 / 10))
+    }
+
+    /// Returns whether one call can move many pieces of memory (cuFile 1.20 and later).
+    pub fn has_vectored(&self) -> bool {
+        self.inner.api.read_vectored.is_some() && self.inner.api.write_vectored.is_some()
+    }
+
+    /// Opens the driver.
+    ///
+    /// It may never return: libcufile 1.16 and later spin where `/proc/modules` does not exist.
+    /// Try it in a child process first.
+    ///
+    /// # Errors
+    /// What the library said.
+    pub fn open_driver(&self) -> Result<CuFileDriver> {
+        // SAFETY: the call has no arguments.
+        check("cuFileDriverOpen", unsafe {
+            (self.inner.api.driver_open)()
+        })?;
+        Ok(CuFileDriver {
+            inner: Arc::new(Opened {
+                library: Arc::clone(&self.inner),
+            }),
+        })
+    }
+}
+
+/// The opened driver; closed when the last clone, file and buffer is dropped.
+#[derive(Debug, Clone)]
+pub struct CuFileDriver {
+    inner: Arc<Opened>,
+}
+
+#[derive(Debug)]
+struct Opened {
+    library: Arc<Library>,
+}
+
+impl CuFileDriver {
+    pub(super) fn api(&self) -> &Api {
+        &self.inner.library.api
+    }
+
+    /// Registers an open file. The file must stay open as long as the handle lives.
+    ///
+    /// # Errors
+    /// What the library said: 5027 without a udev record, 5030 in many containers.
+    pub fn register_file(&self, file: BorrowedFd<'_>) -> Result<FileHandle> {
+        FileHandle::register(self.clone(), file)
+    }
+
+    /// Registers `bytes` bytes of device or host memory, until the value is dropped.
+    ///
+    /// # Safety
+    /// The memory stays allocated until then.
+    ///
+    /// # Errors
+    /// What the library said: 5036 when the memory cannot be pinned for I/O.
+    pub unsafe fn register_buffer(&self, address: u64, bytes: usize) -> Result<RegisteredBuffer> {
+        let start = pointer(address);
+        // SAFETY: the caller vouches for the range; the flags must be zero.
+        let status = unsafe { (self.api().register_buffer)(start, bytes, 0) };
+        check("cuFileBufRegister", status)?;
+        Ok(RegisteredBuffer {
+            driver: self.clone(),
+            address,
+        })
+    }
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        let api = &self.library.api;
+        if let Some(close) = api.driver_close_v2.or(api.driver_close) {
+            // SAFETY: the driver was opened by us, and nothing of it is in use any more.
+            let _ = unsafe { close() };
+        }
+    }
+}
+
+/// Memory that cuFile knows, until this is dropped.
+#[derive(Debug)]
+pub struct RegisteredBuffer {
+    driver: CuFileDriver,
+    address: u64,
+}
+
+impl Drop for RegisteredBuffer {
+    fn drop(&mut self) {
+        // SAFETY: the memory was registered by us at this address.
+        let _ = unsafe { (self.driver.api().deregister_buffer)(pointer(self.address)) };
+    }
+}
+
+/// Returns an address as cuFile takes it.
+pub(super) fn pointer(address: u64) -> *mut std::ffi::c_void {
+    usize::try_from(address).map_or(ptr::null_mut(), ptr::with_exposed_provenance_mut)
+}

@@ -1,0 +1,18 @@
+//! cuFile: files straight to and from registered memory.
+
+mod driver;
+mod file;
+pub(crate) mod sys;
+
+pub use driver::{CuFile, CuFileDriver, RegisteredBuffer};
+pub use file::FileHandle;
+
+use crate::error::{Error, Result};
+
+/// Turns a status into a result.
+pub(crate) fn check(operation: &'static str, status: sys::Status) -> Result<()> {
+    match status.error {
+        0 => Ok(()),
+        code => Err(Error::cufile(operation, code, status.cuda)),
+    }
+}

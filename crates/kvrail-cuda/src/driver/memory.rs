@@ -1,0 +1,99 @@
+//! Memory of a device, and host memory pinned for it.
+#![expect(unsafe_code, reason = "calls the CUDA driver")]
+
+use super::context::Context;
+use super::sys::Pointer;
+use crate::error::{Error, ErrorKind, Result, check};
+
+/// An address in device memory, `CUdeviceptr`.
+pub type DevicePointer = u64;
+
+/// Device memory of our own, freed when dropped.
+#[derive(Debug)]
+pub struct DeviceMemory {
+    context: Context,
+    address: Pointer,
+    bytes: usize,
+}
+
+impl DeviceMemory {
+    pub(super) fn new(context: Context, bytes: usize) -> Result<Self> {
+        let mut address = 0;
+        // SAFETY: the pointer is to a live integer.
+        let allocated = context.call("cuMemAlloc", |api| unsafe {
+            (api.allocate)(&raw mut address, bytes)
+        });
+        match allocated {
+            Ok(()) => Ok(Self {
+                context,
+                address,
+                bytes,
+            }),
+            Err(error) if error.kind() == ErrorKind::OutOfMemory => {
+                let free = context.memory_info().map_or(0, |(free, _)| free);
+                let message = format!("asked for {bytes} bytes, {free} are free");
+                Err(Error::new(ErrorKind::OutOfMemory, "cuMemAlloc", message))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Returns the address of the first byte.
+    pub fn address(&self) -> DevicePointer {
+        self.address
+    }
+
+    /// Returns the length in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        // SAFETY: the memory is ours; freeing waits for what the device still does with it.
+        let _ = self
+            .context
+            .call("cuMemFree", |api| unsafe { (api.free)(self.address) });
+    }
+}
+
+/// Host memory that the devices reach directly, until this is dropped.
+#[derive(Debug)]
+pub struct PinnedRange {
+    context: Context,
+    address: usize,
+    bytes: usize,
+}
+
+impl PinnedRange {
+    pub(super) fn new(context: Context, address: usize, bytes: usize) -> Result<Self> {
+        let start = std::ptr::with_exposed_provenance_mut(address);
+        // SAFETY: the caller of `Context::pin` vouches for the range.
+        context.call("cuMemHostRegister", |api| unsafe {
+            (api.pin)(start, bytes, super::sys::HOST_REGISTER)
+        })?;
+        Ok(Self {
+            context,
+            address,
+            bytes,
+        })
+    }
+
+    /// Returns the length in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for PinnedRange {
+    fn drop(&mut self) {
+        let start = std::ptr::with_exposed_provenance_mut(self.address);
+        let unpinned = self.context.run(|| {
+            // SAFETY: the range was pinned by `new` and is still mapped.
+            let code = unsafe { (self.context.api().unpin)(start) };
+            check("cuMemHostUnregister", code)
+        });
+        drop(unpinned);
+    }
+}

@@ -1,0 +1,215 @@
+//! kvrail's own kernels: many copies in one launch, and the hashes of pages.
+//!
+//! `kvrail.cu` is the source, `kvrail.ptx` what the driver gets: PTX of CUDA 12.0 for compute
+//! capability 8.0, which every later driver and GPU takes. `scripts/kernels` makes one from the
+//! other. `reference` does the same on the CPU.
+#![expect(unsafe_code, reason = "launches kernels")]
+
+pub mod reference;
+
+use std::ffi::{CStr, CString, c_uint, c_void};
+use std::ptr;
+
+use crate::driver::sys::Handle;
+use crate::driver::{Context, DevicePointer, Stream};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Bytes of a page, the unit of [`Kernels::hash_pages`].
+pub const PAGE_BYTES: usize = 4096;
+/// Longest piece that one descriptor of [`Kernels::copy`] should have: a block of threads copies
+/// one piece, and many blocks keep the memory busy.
+pub const COPY_PIECE_BYTES: usize = 64 << 10;
+
+/// Threads of a block of each kernel, as `__launch_bounds__` in the source says.
+const COPY_THREADS: c_uint = 256;
+const HASH_THREADS: c_uint = 128;
+/// Pages that a block of the hash kernel takes at a time: eight threads to a page.
+const HASH_PAGES: usize = HASH_THREADS as usize / 8;
+/// Blocks of one launch at most; more work than that is done in rounds.
+const BLOCKS_MAX: usize = 1 << 20;
+
+const PTX: &str = include_str!("kvrail.ptx");
+
+/// One copy of [`Kernels::copy`], as the device reads it.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CopyDescriptor {
+    /// Address of the first byte to read.
+    pub source: u64,
+    /// Address of the first byte to write.
+    pub target: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+}
+
+/// A run of pages of [`Kernels::hash_pages`], as the device reads it.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HashDescriptor {
+    /// Address of the first page, a multiple of 8.
+    pub source: u64,
+    /// Where the hash of the first page goes: an index into the hashes.
+    pub first_page: u64,
+    /// Number of pages.
+    pub pages: u64,
+}
+
+/// The kernels, compiled by the driver for the device of a context.
+#[derive(Debug)]
+pub struct Kernels {
+    context: Context,
+    module: Handle,
+    copy: Handle,
+    hash_pages: Handle,
+}
+
+// SAFETY: modules and functions may be used from any thread.
+unsafe impl Send for Kernels {}
+// SAFETY: as above.
+unsafe impl Sync for Kernels {}
+
+impl Kernels {
+    /// Has the driver compile the kernels.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] when driver or GPU are too old, else what the driver said.
+    pub fn load(context: &Context) -> Result<Self> {
+        let text = CString::new(PTX).map_err(|_| {
+            Error::new(
+                ErrorKind::InvalidArgument,
+                "cuModuleLoadData",
+                "PTX with a zero byte",
+            )
+        })?;
+        let mut module = ptr::null_mut();
+        // SAFETY: the text ends with a zero; the driver copies what it keeps.
+        context.call("cuModuleLoadData", |api| unsafe {
+            (api.module_load)(&raw mut module, text.as_ptr().cast())
+        })?;
+        let mut kernels = Self {
+            context: context.clone(),
+            module,
+            copy: ptr::null_mut(),
+            hash_pages: ptr::null_mut(),
+        };
+        kernels.copy = kernels.function(c"kvrail_copy")?;
+        kernels.hash_pages = kernels.function(c"kvrail_hash_pages")?;
+        Ok(kernels)
+    }
+
+    /// Puts `count` copies on a stream; they run in any order among themselves.
+    ///
+    /// # Safety
+    /// `descriptors` is device memory with `count` [`CopyDescriptor`]s when the stream gets there;
+    /// what they name is device memory, or pinned; no target overlaps anything else.
+    ///
+    /// # Errors
+    /// What the driver said.
+    pub unsafe fn copy(
+        &self,
+        stream: &Stream,
+        descriptors: DevicePointer,
+        count: usize,
+    ) -> Result<()> {
+        let (mut descriptors, mut number) = (descriptors, count as u64);
+        let arguments = [(&raw mut descriptors).cast(), (&raw mut number).cast()];
+        self.launch(stream, self.copy, count, COPY_THREADS, arguments)
+    }
+
+    /// Puts the hashing of `pages` pages, in `count` runs, on a stream: XXH3-64 of each page.
+    ///
+    /// # Safety
+    /// `descriptors` is device memory with `count` [`HashDescriptor`]s of `pages` pages together
+    /// when the stream gets there; `hashes` has room at every index that they name.
+    ///
+    /// # Errors
+    /// What the driver said.
+    pub unsafe fn hash_pages(
+        &self,
+        stream: &Stream,
+        descriptors: DevicePointer,
+        count: usize,
+        pages: usize,
+        hashes: DevicePointer,
+    ) -> Result<()> {
+        let (mut descriptors, mut number) = (descriptors, count as u64);
+        let (mut all, mut target) = (pages as u64, hashes);
+        let arguments = [
+            (&raw mut descriptors).cast(),
+            (&raw mut number).cast(),
+            (&raw mut all).cast(),
+            (&raw mut target).cast(),
+        ];
+        let blocks = pages.div_ceil(HASH_PAGES);
+        self.launch(stream, self.hash_pages, blocks, HASH_THREADS, arguments)
+    }
+
+    fn launch<const N: usize>(
+        &self,
+        stream: &Stream,
+        function: Handle,
+        blocks: usize,
+        threads: c_uint,
+        mut arguments: [*mut c_void; N],
+    ) -> Result<()> {
+        if blocks == 0 {
+            return Ok(());
+        }
+        let blocks = c_uint::try_from(blocks.min(BLOCKS_MAX)).unwrap_or(c_uint::MAX);
+        // SAFETY: the arguments are those of the kernel's declaration, and the driver copies them
+        // before it returns; the caller vouches for what they point to.
+        self.context.call("cuLaunchKernel", |api| unsafe {
+            (api.launch)(
+                function,
+                blocks,
+                1,
+                1,
+                threads,
+                1,
+                1,
+                0,
+                stream.handle(),
+                arguments.as_mut_ptr(),
+                ptr::null_mut(),
+            )
+        })
+    }
+
+    fn function(&self, name: &CStr) -> Result<Handle> {
+        let mut function = ptr::null_mut();
+        // SAFETY: the module is live, the name ends with a zero.
+        self.context.call("cuModuleGetFunction", |api| unsafe {
+            (api.module_function)(&raw mut function, self.module, name.as_ptr())
+        })?;
+        Ok(function)
+    }
+}
+
+impl Drop for Kernels {
+    fn drop(&mut self) {
+        // SAFETY: the module is ours.
+        let _ = self.context.call("cuModuleUnload", |api| unsafe {
+            (api.module_unload)(self.module)
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_are_what_the_kernels_read() {
+        assert_eq!(size_of::<CopyDescriptor>(), 24);
+        assert_eq!(size_of::<HashDescriptor>(), 24);
+    }
+
+    #[test]
+    fn the_ptx_is_old_enough_for_cuda_12_0_and_capability_8_0() {
+        assert!(
+            PTX.lines().any(|line| line == ".version 8.0"),
+            "PTX ISA 8.0 is that of CUDA 12.0"
+        );
+        assert!(PTX.lines().any(|line| line == ".target sm_80"));
+    }
+}

@@ -1,0 +1,143 @@
+//! cuFile on a mock: registration, transfers, faults, balance.
+#![expect(unsafe_code, reason = "hands device addresses of the test to cuFile")]
+#![allow(clippy::unwrap_used, reason = "a test that meets an error has failed")]
+
+use std::fs::File;
+use std::os::fd::AsFd;
+
+use kvrail_cuda::{Context, CuFile, CuFileDriver, Cuda, DeviceMemory, Priority};
+use mock_support::Mocks;
+
+const BYTES: usize = 64 << 10;
+
+struct Bench {
+    mocks: Mocks,
+    driver: CuFileDriver,
+    context: Context,
+    memory: DeviceMemory,
+    file: File,
+    _folder: tempfile::TempDir,
+}
+
+fn start() -> Bench {
+    let mocks = Mocks::load();
+    let cuda = Cuda::load(&[mocks.cuda().to_path_buf()]).unwrap();
+    let context = cuda.retain_primary(0).unwrap();
+    let library = CuFile::load(&[mocks.cufile().to_path_buf()]).unwrap();
+    assert_eq!(
+        (library.version(), library.has_vectored()),
+        (Some((1, 14)), false)
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(folder.path().join("file"))
+        .unwrap();
+    Bench {
+        driver: library.open_driver().unwrap(),
+        memory: context.allocate(2 * BYTES).unwrap(),
+        context,
+        mocks,
+        file,
+        _folder: folder,
+    }
+}
+
+impl Bench {
+    fn fill(&self, byte: u8) {
+        let bytes = vec![byte; 2 * BYTES];
+        let stream = self.context.stream(Priority::Low).unwrap();
+        // SAFETY: the memory is as long.
+        unsafe { stream.copy_to_device(self.memory.address(), bytes.as_ptr(), bytes.len()) }
+            .unwrap();
+    }
+
+    fn byte(&self, offset: usize) -> u8 {
+        // SAFETY: one byte of the allocation, by its alias.
+        unsafe {
+            *self
+                .mocks
+                .translate(self.memory.address() + offset as u64, 1)
+        }
+    }
+}
+
+#[test]
+fn what_is_written_is_read_back_and_everything_is_given_back() {
+    let bench = start();
+    let address = bench.memory.address();
+    // SAFETY: the memory lives longer.
+    let buffer = unsafe { bench.driver.register_buffer(address, 2 * BYTES) }.unwrap();
+    // SAFETY: refused.
+    let again = unsafe { bench.driver.register_buffer(address, 2 * BYTES) };
+    assert_eq!(again.unwrap_err().code(), Some(5023));
+    let handle = bench.driver.register_file(bench.file.as_fd()).unwrap();
+    assert_eq!(
+        bench
+            .driver
+            .register_file(bench.file.as_fd())
+            .unwrap_err()
+            .code(),
+        Some(5028)
+    );
+    bench.fill(7);
+    // SAFETY: the range lies in the registered memory.
+    let written = unsafe { handle.write(address, BYTES, 4096, 0) };
+    assert_eq!(written.unwrap(), BYTES);
+    bench.fill(1);
+    // SAFETY: as above.
+    let read = unsafe { handle.read(address, BYTES, 4096, BYTES) };
+    assert_eq!(read.unwrap(), BYTES);
+    assert_eq!(
+        (
+            bench.byte(BYTES - 1),
+            bench.byte(BYTES),
+            bench.byte(2 * BYTES - 1)
+        ),
+        (1, 7, 7)
+    );
+    // SAFETY: as above; the file ends before.
+    let behind = unsafe { handle.read(address, BYTES, 1 << 20, 0) };
+    assert_eq!(behind.unwrap(), 0);
+    // SAFETY: the library refuses a range outside the registration.
+    let outside = unsafe { handle.read(address, BYTES, 0, BYTES + 4096) };
+    assert_eq!(outside.unwrap_err().code(), Some(5014));
+    let Bench { mocks, driver, .. } = bench;
+    drop(driver);
+    drop(handle);
+    drop(buffer);
+    assert_eq!(mocks.balance().1, 0);
+}
+
+#[test]
+fn faults_are_values() {
+    let bench = start();
+    let address = bench.memory.address();
+    bench.mocks.script_cufile(
+        "cuFileBufRegister nth=1 error=5036\ncuFileHandleRegister nth=1 error=5027\n\
+         cuFileRead nth=1 error=5030\ncuFileRead nth=2 short=4096\ncuFileWrite nth=1 error=5048",
+    );
+    // SAFETY: the memory lives longer.
+    let refused = unsafe { bench.driver.register_buffer(address, BYTES) }.unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "cuFileBufRegister: 5036, GPU memory cannot be pinned for I/O (BAR1 full?)"
+    );
+    // SAFETY: as above.
+    let _buffer = unsafe { bench.driver.register_buffer(address, BYTES) }.unwrap();
+    let refused = bench.driver.register_file(bench.file.as_fd()).unwrap_err();
+    assert!(refused.to_string().contains("no udev record"), "{refused}");
+    let handle = bench.driver.register_file(bench.file.as_fd()).unwrap();
+    // SAFETY: the range lies in the registered memory.
+    let write = || unsafe { handle.write(address, BYTES, 0, 0) };
+    // SAFETY: as above.
+    let read = || unsafe { handle.read(address, BYTES, 0, 0) };
+    assert_eq!(write().unwrap_err().code(), Some(5048));
+    assert_eq!(write().unwrap(), BYTES);
+    assert_eq!(read().unwrap_err().code(), Some(5030));
+    assert_eq!(read().unwrap(), 4096);
+    assert_eq!(read().unwrap(), BYTES);
+    assert_eq!(bench.mocks.cufile_calls("cuFileRead"), 3);
+}

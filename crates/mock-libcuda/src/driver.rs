@@ -1,0 +1,520 @@
+//! The driver's functions. Streams are synchronous: work is done when the call returns.
+#![allow(
+    clippy::missing_safety_doc,
+    missing_docs,
+    reason = "the functions and their contracts are those of cuda.h"
+)]
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ptr;
+
+use kvrail_cuda::{CopyDescriptor, HashDescriptor, reference};
+use mock_script::Action;
+
+use crate::control::enter;
+use crate::memory::{device_limit, memory};
+use crate::objects::{count, current, device_count, pop, push};
+
+type Handle = *mut c_void;
+
+const INVALID: c_int = 1;
+const OUT_OF_MEMORY: c_int = 2;
+const NO_DEVICE: c_int = 101;
+const NO_CONTEXT: c_int = 201;
+const NOT_FOUND: c_int = 500;
+const ILLEGAL_ADDRESS: c_int = 700;
+
+/// Counts the call; returns what the script wants instead of the work.
+macro_rules! begin {
+    ($name:literal) => {
+        match enter($name) {
+            Some(Action::Error(code)) => return code,
+            action => action,
+        }
+    };
+    ($name:literal, $device:ident) => {
+        begin!($name);
+        let Some($device) = current() else {
+            return NO_CONTEXT;
+        };
+    };
+}
+
+/// Writes a result, if there is room for it.
+unsafe fn put<T>(target: *mut T, value: T) -> c_int {
+    if target.is_null() {
+        return INVALID;
+    }
+    // SAFETY: the caller's pointer, not null.
+    unsafe { target.write(value) };
+    0
+}
+
+unsafe fn put_text(target: *mut c_char, room: c_int, text: &str) -> c_int {
+    let room = usize::try_from(room).unwrap_or(0);
+    if target.is_null() || room <= text.len() {
+        return INVALID;
+    }
+    // SAFETY: there is room for the text and its zero.
+    unsafe { ptr::copy_nonoverlapping(text.as_ptr().cast(), target, text.len()) };
+    // SAFETY: as above.
+    unsafe { target.add(text.len()).write(0) };
+    0
+}
+
+/// A handle that means nothing but "number `value`".
+fn handle(value: usize) -> Handle {
+    ptr::without_provenance_mut(value)
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuInit(_flags: c_uint) -> c_int {
+    begin!("cuInit");
+    if device_count() == 0 { 100 } else { 0 }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDriverGetVersion(version: *mut c_int) -> c_int {
+    begin!("cuDriverGetVersion");
+    // SAFETY: passed on.
+    unsafe { put(version, 12_080) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetCount(number: *mut c_int) -> c_int {
+    begin!("cuDeviceGetCount");
+    // SAFETY: passed on.
+    unsafe { put(number, c_int::try_from(device_count()).unwrap_or(0)) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> c_int {
+    begin!("cuDeviceGet");
+    if usize::try_from(ordinal).is_ok_and(|ordinal| ordinal < device_count()) {
+        // SAFETY: passed on.
+        return unsafe { put(device, ordinal) };
+    }
+    NO_DEVICE
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, room: c_int, _device: c_int) -> c_int {
+    begin!("cuDeviceGetName");
+    // SAFETY: passed on.
+    unsafe { put_text(name, room, "Mock GPU") }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetPCIBusId(id: *mut c_char, room: c_int, device: c_int) -> c_int {
+    begin!("cuDeviceGetPCIBusId");
+    // SAFETY: passed on.
+    unsafe { put_text(id, room, &format!("0000:{:02x}:00.0", device + 1)) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) -> c_int {
+    begin!("cuDeviceTotalMem");
+    // SAFETY: passed on.
+    unsafe { put(bytes, device_limit()) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetAttribute(
+    value: *mut c_int,
+    attribute: c_int,
+    _device: c_int,
+) -> c_int {
+    begin!("cuDeviceGetAttribute");
+    let known = match attribute {
+        75 => 9,
+        76 => 0,
+        _ => return INVALID,
+    };
+    // SAFETY: passed on.
+    unsafe { put(value, known) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut Handle, device: c_int) -> c_int {
+    begin!("cuDevicePrimaryCtxRetain");
+    count(1);
+    // The handle is the device's number and one: never null.
+    // SAFETY: passed on.
+    unsafe { put(context, handle(usize::try_from(device).unwrap_or(0) + 1)) }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuDevicePrimaryCtxRelease_v2(_device: c_int) -> c_int {
+    begin!("cuDevicePrimaryCtxRelease");
+    count(-1);
+    0
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxPushCurrent_v2(context: Handle) -> c_int {
+    begin!("cuCtxPushCurrent");
+    match context.addr().checked_sub(1) {
+        Some(device) => {
+            push(device);
+            0
+        }
+        None => NO_CONTEXT,
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxPopCurrent_v2(context: *mut Handle) -> c_int {
+    begin!("cuCtxPopCurrent");
+    match pop() {
+        // SAFETY: passed on.
+        Some(device) => unsafe { put(context, handle(device + 1)) },
+        None => NO_CONTEXT,
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(
+    least: *mut c_int,
+    greatest: *mut c_int,
+) -> c_int {
+    begin!("cuCtxGetStreamPriorityRange", _device);
+    // SAFETY: passed on.
+    let first = unsafe { put(least, 0) };
+    // SAFETY: passed on.
+    first | unsafe { put(greatest, -5) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> c_int {
+    begin!("cuMemGetInfo", device);
+    // SAFETY: passed on.
+    let first = unsafe { put(free, device_limit() - memory().used(device)) };
+    // SAFETY: passed on.
+    first | unsafe { put(total, device_limit()) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> c_int {
+    begin!("cuMemAlloc", device);
+    match memory().allocate(device, bytes) {
+        // SAFETY: passed on.
+        Some(start) => unsafe { put(address, start) },
+        None => OUT_OF_MEMORY,
+    }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemFree_v2(address: u64) -> c_int {
+    begin!("cuMemFree", _device);
+    if memory().free(address) { 0 } else { INVALID }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemHostRegister_v2(start: *mut c_void, bytes: usize, _flags: c_uint) -> c_int {
+    begin!("cuMemHostRegister", _device);
+    match memory().pinned.insert(start.expose_provenance(), bytes) {
+        None => 0,
+        Some(_) => 712,
+    }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemHostUnregister(start: *mut c_void) -> c_int {
+    begin!("cuMemHostUnregister", _device);
+    match memory().pinned.remove(&start.expose_provenance()) {
+        Some(_) => 0,
+        None => 713,
+    }
+}
+
+/// Copies between addresses of which either may be the device's.
+unsafe fn transfer(action: Option<Action>, target: u64, source: u64, bytes: usize) -> c_int {
+    let memory = memory();
+    let at = |address| {
+        if memory.is_device(address) {
+            return memory.alias(address, bytes);
+        }
+        (address != 0).then(|| ptr::with_exposed_provenance_mut(address as usize))
+    };
+    let (Some(target), Some(source)) = (at(target), at(source)) else {
+        return ILLEGAL_ADDRESS;
+    };
+    // SAFETY: device ranges were checked, host ranges are the caller's.
+    unsafe { ptr::copy(source, target, bytes) };
+    if action == Some(Action::Flip) && bytes > 0 {
+        // SAFETY: inside the range.
+        let middle = unsafe { target.add(bytes / 2) };
+        // SAFETY: as above.
+        unsafe { *middle ^= 4 };
+    }
+    0
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
+    target: u64,
+    source: *const c_void,
+    bytes: usize,
+    _stream: Handle,
+) -> c_int {
+    let action = begin!("cuMemcpyHtoDAsync");
+    let Some(_) = current() else {
+        return NO_CONTEXT;
+    };
+    // SAFETY: passed on.
+    unsafe { transfer(action, target, source.expose_provenance() as u64, bytes) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
+    target: *mut c_void,
+    source: u64,
+    bytes: usize,
+    _stream: Handle,
+) -> c_int {
+    let action = begin!("cuMemcpyDtoHAsync");
+    let Some(_) = current() else {
+        return NO_CONTEXT;
+    };
+    // SAFETY: passed on.
+    unsafe { transfer(action, target.expose_provenance() as u64, source, bytes) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemcpyDtoDAsync_v2(
+    target: u64,
+    source: u64,
+    bytes: usize,
+    _stream: Handle,
+) -> c_int {
+    let action = begin!("cuMemcpyDtoDAsync");
+    let Some(_) = current() else {
+        return NO_CONTEXT;
+    };
+    // SAFETY: passed on.
+    unsafe { transfer(action, target, source, bytes) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemcpyBatchAsync(
+    targets: *mut u64,
+    sources: *mut u64,
+    bytes: *mut usize,
+    number: usize,
+    _attributes: *mut c_void,
+    _starts: *mut usize,
+    _attribute_count: usize,
+    _failed_at: *mut usize,
+    _stream: Handle,
+) -> c_int {
+    let action = begin!("cuMemcpyBatchAsync");
+    let Some(_) = current() else {
+        return NO_CONTEXT;
+    };
+    for index in 0..number {
+        // SAFETY: the lists have `number` entries.
+        let (target, source) = unsafe { (*targets.add(index), *sources.add(index)) };
+        // SAFETY: as above.
+        let length = unsafe { *bytes.add(index) };
+        // SAFETY: passed on.
+        let code = unsafe { transfer(action, target, source, length) };
+        if code != 0 {
+            return code;
+        }
+    }
+    0
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamCreateWithPriority(
+    stream: *mut Handle,
+    _flags: c_uint,
+    _priority: c_int,
+) -> c_int {
+    begin!("cuStreamCreateWithPriority", _device);
+    count(1);
+    // SAFETY: passed on.
+    unsafe { put(stream, handle(16)) }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuStreamDestroy_v2(_stream: Handle) -> c_int {
+    begin!("cuStreamDestroy", _device);
+    count(-1);
+    0
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuStreamSynchronize(_stream: Handle) -> c_int {
+    begin!("cuStreamSynchronize", _device);
+    0
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuStreamWaitEvent(_stream: Handle, _event: Handle, _flags: c_uint) -> c_int {
+    begin!("cuStreamWaitEvent", _device);
+    0
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventCreate(event: *mut Handle, _flags: c_uint) -> c_int {
+    begin!("cuEventCreate", _device);
+    count(1);
+    // SAFETY: passed on.
+    unsafe { put(event, handle(32)) }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuEventRecord(_event: Handle, _stream: Handle) -> c_int {
+    begin!("cuEventRecord", _device);
+    0
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuEventQuery(_event: Handle) -> c_int {
+    begin!("cuEventQuery", _device);
+    0
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventElapsedTime(time: *mut f32, _from: Handle, _to: Handle) -> c_int {
+    begin!("cuEventElapsedTime", _device);
+    // SAFETY: passed on.
+    unsafe { put(time, 1.0) }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuEventDestroy_v2(_event: Handle) -> c_int {
+    begin!("cuEventDestroy", _device);
+    count(-1);
+    0
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleLoadData(module: *mut Handle, image: *const c_void) -> c_int {
+    begin!("cuModuleLoadData", _device);
+    // SAFETY: PTX ends with a zero.
+    let text = unsafe { CStr::from_ptr(image.cast()) }.to_string_lossy();
+    if !text.contains(".visible .entry kvrail_copy(") {
+        return 218;
+    }
+    count(1);
+    // SAFETY: passed on.
+    unsafe { put(module, handle(64)) }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuModuleUnload(_module: Handle) -> c_int {
+    begin!("cuModuleUnload", _device);
+    count(-1);
+    0
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleGetFunction(
+    function: *mut Handle,
+    _module: Handle,
+    name: *const c_char,
+) -> c_int {
+    begin!("cuModuleGetFunction", _device);
+    // SAFETY: the name ends with a zero.
+    let number = match unsafe { CStr::from_ptr(name) }.to_bytes() {
+        b"kvrail_copy" => 1,
+        b"kvrail_hash_pages" => 2,
+        _ => return NOT_FOUND,
+    };
+    // SAFETY: passed on.
+    unsafe { put(function, handle(number)) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuLaunchKernel(
+    function: Handle,
+    _grid_x: c_uint,
+    _grid_y: c_uint,
+    _grid_z: c_uint,
+    _block_x: c_uint,
+    _block_y: c_uint,
+    _block_z: c_uint,
+    _shared: c_uint,
+    _stream: Handle,
+    arguments: *mut *mut c_void,
+    _extra: *mut *mut c_void,
+) -> c_int {
+    let action = begin!("cuLaunchKernel");
+    let Some(_) = current() else {
+        return NO_CONTEXT;
+    };
+    // SAFETY: both kernels have at least two arguments of 8 bytes, and the second one four.
+    let argument = |index| unsafe { **arguments.add(index).cast::<*const u64>() };
+    let (descriptors, number) = (argument(0), argument(1) as usize);
+    match function.addr() {
+        // SAFETY: as the kernel's contract says.
+        1 => unsafe { run_copy(descriptors, number, action) },
+        // SAFETY: as the kernel's contract says.
+        2 => unsafe { run_hash(descriptors, number, argument(3), action) },
+        _ => INVALID,
+    }
+}
+
+unsafe fn run_copy(descriptors: u64, number: usize, action: Option<Action>) -> c_int {
+    let memory = memory();
+    let Some(list) = memory.alias(descriptors, number * size_of::<CopyDescriptor>()) else {
+        return ILLEGAL_ADDRESS;
+    };
+    // SAFETY: the range was checked; descriptors are plain numbers.
+    let list = unsafe { std::slice::from_raw_parts(list.cast::<CopyDescriptor>(), number) };
+    let mut translated = Vec::with_capacity(number);
+    for piece in list {
+        let bytes = piece.bytes as usize;
+        let ends = (
+            memory.alias(piece.source, bytes),
+            memory.alias(piece.target, bytes),
+        );
+        let (Some(source), Some(target)) = ends else {
+            return ILLEGAL_ADDRESS;
+        };
+        translated.push(CopyDescriptor {
+            source: source.expose_provenance() as u64,
+            target: target.expose_provenance() as u64,
+            bytes: piece.bytes,
+        });
+    }
+    // SAFETY: all ranges were checked.
+    unsafe { reference::copy(&translated) };
+    if let (Some(Action::Flip), Some(last)) = (action, translated.last()) {
+        let target = ptr::with_exposed_provenance_mut::<u8>(last.target as usize);
+        // SAFETY: the first byte of a range that was checked.
+        unsafe { *target ^= 1 };
+    }
+    0
+}
+
+unsafe fn run_hash(descriptors: u64, number: usize, hashes: u64, action: Option<Action>) -> c_int {
+    let memory = memory();
+    let Some(list) = memory.alias(descriptors, number * size_of::<HashDescriptor>()) else {
+        return ILLEGAL_ADDRESS;
+    };
+    // SAFETY: the range was checked; descriptors are plain numbers.
+    let list = unsafe { std::slice::from_raw_parts(list.cast::<HashDescriptor>(), number) };
+    for run in list {
+        let pages = run.pages as usize;
+        let source = memory.alias(run.source, pages * 4096);
+        let target = memory.alias(hashes + run.first_page * 8, pages * 8);
+        let (Some(source), Some(target)) = (source, target) else {
+            return ILLEGAL_ADDRESS;
+        };
+        let translated = HashDescriptor {
+            source: source.expose_provenance() as u64,
+            first_page: 0,
+            pages: run.pages,
+        };
+        // SAFETY: both ranges were checked.
+        unsafe { reference::hash_pages(&[translated], target.cast()) };
+        if action == Some(Action::Flip) && pages > 0 {
+            // SAFETY: the first byte of a range that was checked.
+            unsafe { *target ^= 1 };
+        }
+    }
+    0
+}
