@@ -25,6 +25,8 @@ pub enum ErrorKind {
     Closed,
     /// A directory holds another namespace than its name says.
     Mismatch,
+    /// The GPU, its driver or cuFile refused an operation.
+    Gpu,
 }
 
 /// An error with its kind, what failed, on which path, and why.
@@ -73,6 +75,11 @@ impl Error {
             ErrorKind::InvalidConfig,
             format!("`{key}` = {value}: expected {expected}"),
         )
+    }
+
+    /// Makes an error from what the GPU's driver or cuFile said.
+    pub(crate) fn gpu(message: impl Into<String>, source: kvrail_cuda::Error) -> Self {
+        Self::new(ErrorKind::Gpu, message).with_source(source)
     }
 
     /// Adds the path that the operation was about.

@@ -56,7 +56,7 @@ pub mod store;
 pub use chunk::{ChunkKey, ChunkRef};
 pub use error::{Error, ErrorKind, Result};
 pub use layout::{KvLayout, LayerSpan};
-pub use memory::Region;
+pub use memory::{ComputeStream, Device, Region};
 pub use store::{
     Access, KvCache, LoadChunk, LoadReport, LoadTicket, LookupTicket, Namespace, OpenOptions,
     Store, StoreChunk, StoreReport, StoreTicket,

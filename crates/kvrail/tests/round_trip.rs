@@ -315,7 +315,7 @@ fn a_read_only_store_writes_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let options = OpenOptions {
         access: Access::ReadOnly,
-        cpus: None,
+        ..OpenOptions::default()
     };
     let missing = directory.path().join("not-there");
     let reader = Store::open(&config(&missing), namespace(), options.clone()).unwrap();

@@ -3,7 +3,9 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
+use kvrail_cuda::{CuFileDriver, FileHandle};
 use rustix::fs::{Mode, OFlags};
 
 use crate::error::{Error, Result};
@@ -20,6 +22,8 @@ pub enum OpenMode {
 /// An open file and the path it was opened by.
 #[derive(Debug)]
 pub struct IoFile {
+    // Dropped first: cuFile must forget the file before it is closed.
+    registration: OnceLock<Result<FileHandle, kvrail_cuda::Error>>,
     file: File,
     path: PathBuf,
     direct: bool,
@@ -44,6 +48,7 @@ impl IoFile {
         let opened = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR);
         let file = opened.map_err(|errno| Error::io("open", path, errno.into()))?;
         Ok(Self {
+            registration: OnceLock::new(),
             file: file.into(),
             path: path.to_path_buf(),
             direct,
@@ -58,6 +63,19 @@ impl IoFile {
     /// Returns whether the file bypasses the page cache.
     pub fn is_direct(&self) -> bool {
         self.direct
+    }
+
+    /// Returns cuFile's handle of the file, which is registered by the first caller.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Gpu`](crate::ErrorKind::Gpu) with the reason why cuFile does not take it.
+    pub(super) fn registered(&self, driver: &CuFileDriver) -> Result<&FileHandle> {
+        self.registration
+            .get_or_init(|| driver.register_file(self.as_fd()))
+            .as_ref()
+            .map_err(|error| {
+                Error::gpu("register with cuFile", error.clone()).with_path(&self.path)
+            })
     }
 
     /// Returns the length in bytes, `None` for anything but a regular file.

@@ -6,11 +6,13 @@
 //!
 //! Engines see files and offsets, never chunk keys.
 
+mod cufile;
 mod file;
 mod handle;
 mod posix;
 mod probe;
 
+pub use cufile::CufileEngine;
 pub use file::{IoFile, OpenMode};
 pub use handle::{Completion, IoHandle};
 pub use posix::PosixEngine;
@@ -19,7 +21,7 @@ pub use probe::{MountReport, file_system_name, probe_mount};
 use std::fmt;
 use std::sync::Arc;
 
-use crate::memory::StagingRange;
+use crate::memory::{Arena, HostArena, StagingRange};
 
 /// The direction of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,7 +34,7 @@ pub enum Operation {
 
 /// One contiguous transfer between a file and a buffer; it owns both until it is done.
 #[derive(Debug)]
-pub struct IoRequest {
+pub struct IoRequest<A: Arena = HostArena> {
     /// The direction.
     pub operation: Operation,
     /// The file; a multiple of the page size in offset and length where it is opened direct.
@@ -40,14 +42,14 @@ pub struct IoRequest {
     /// Bytes from the file's start.
     pub offset: u64,
     /// The memory; its whole length is transferred.
-    pub buffer: StagingRange,
+    pub buffer: StagingRange<A>,
 }
 
 /// Moves bytes between staging memory and files.
-pub trait IoEngine: fmt::Debug + Send + Sync {
+pub trait IoEngine<A: Arena = HostArena>: fmt::Debug + Send + Sync {
     /// Returns the engine's name as users see it.
     fn name(&self) -> &'static str;
 
     /// Starts a request. Never blocks on I/O; a queue that is full completes it with an error.
-    fn submit(&self, request: IoRequest) -> IoHandle;
+    fn submit(&self, request: IoRequest<A>) -> IoHandle<A>;
 }

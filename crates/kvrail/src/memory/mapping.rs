@@ -3,6 +3,7 @@
 
 use std::ptr::NonNull;
 
+use kvrail_cuda::{Context, PinnedRange};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -36,6 +37,19 @@ impl Mapping {
         let address = mapped.map_err(|errno| failed().with_source(std::io::Error::from(errno)))?;
         let address = NonNull::new(address.cast()).ok_or_else(failed)?;
         Ok(Self { address, bytes })
+    }
+
+    /// Returns the length in bytes.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Pins the memory for the GPU of `context`; whoever holds the pin must drop it before this.
+    pub(super) fn pin(&self, context: &Context) -> Result<PinnedRange> {
+        let address = self.address.as_ptr().expose_provenance();
+        // SAFETY: the range is this mapping, which `HostArena` unmaps only after it dropped the pin.
+        let pinned = unsafe { context.pin(address, self.bytes) };
+        pinned.map_err(|error| Error::gpu("pin host memory", error))
     }
 
     /// Returns the first byte.

@@ -4,11 +4,15 @@
 //! Everything it hands out is bounds-checked and owned: a region keeps its owner alive, a staging
 //! range belongs to exactly one holder and goes back to its pool when the last part is dropped.
 
+mod arena;
 mod copy;
+mod gpu;
 mod mapping;
 mod region;
 mod staging;
 
+pub use arena::{Arena, DeviceArena, HostArena};
 pub use copy::{gather, scatter};
+pub use gpu::{ComputeStream, CopyMethod, Gpu, GpuSlot, GpuSlots, SlotShape};
 pub use region::{Device, Region};
 pub use staging::{StagingPool, StagingRange};

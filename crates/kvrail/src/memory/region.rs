@@ -6,6 +6,8 @@ use std::fmt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use kvrail_cuda::DevicePointer;
+
 use super::mapping::Mapping;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -15,6 +17,17 @@ use crate::error::{Error, ErrorKind, Result};
 pub enum Device {
     /// Memory of the host, which the CPU may touch.
     Host,
+    /// Memory of the CUDA device with this ordinal, which only the device may touch.
+    Cuda(usize),
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host => out.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(out, "cuda:{ordinal}"),
+        }
+    }
 }
 
 /// A span of memory that holds KV cache; clones share it and keep its owner alive.
@@ -36,10 +49,11 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
-    /// Makes a region of host memory that somebody else allocated.
+    /// Makes a region of memory that somebody else allocated on `device`.
     ///
     /// # Safety
-    /// `bytes` bytes from `address` must be valid for reads and writes as long as `owner` lives.
+    /// `bytes` bytes from `address` must be valid for reads and writes by `device` as long as
+    /// `owner` lives; `address` is one that the device itself uses (a `CUdeviceptr` for CUDA).
     /// Others may access the memory at the same time, but not the blocks of a load or a store
     /// that is going on.
     ///
@@ -48,6 +62,7 @@ impl Region {
     pub unsafe fn from_raw(
         address: usize,
         bytes: usize,
+        device: Device,
         owner: Arc<dyn Any + Send + Sync>,
     ) -> Result<Self> {
         let pointer = NonNull::new(std::ptr::with_exposed_provenance_mut::<u8>(address));
@@ -60,7 +75,7 @@ impl Region {
                 Ok(Self {
                     address: pointer,
                     bytes,
-                    device: Device::Host,
+                    device,
                     owner,
                 })
             }
@@ -101,8 +116,8 @@ impl Region {
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] when the range lies outside the region.
     pub fn copy_out(&self, offset: usize, target: &mut [u8]) -> Result<()> {
-        let source = self.span(offset, target.len())?;
-        // SAFETY: `span` checked that the range lies inside the region, which `owner` keeps valid;
+        let source = self.host_span(offset, target.len())?;
+        // SAFETY: `host_span` checked that the range lies inside the region, which `owner` keeps valid;
         // `target` is exclusive memory of ours, so the two cannot overlap.
         unsafe {
             std::ptr::copy_nonoverlapping(source.as_ptr(), target.as_mut_ptr(), target.len());
@@ -115,7 +130,7 @@ impl Region {
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] when the range lies outside the region.
     pub fn copy_in(&self, offset: usize, source: &[u8]) -> Result<()> {
-        let target = self.span(offset, source.len())?;
+        let target = self.host_span(offset, source.len())?;
         // SAFETY: as in `copy_out`, with the roles exchanged; the blocks are the caller's alone
         // while the load goes on.
         unsafe {
@@ -124,17 +139,43 @@ impl Region {
         Ok(())
     }
 
-    /// Returns the address of a range that lies inside the region.
-    fn span(&self, offset: usize, bytes: usize) -> Result<NonNull<u8>> {
-        if offset.checked_add(bytes).is_none_or(|end| end > self.bytes) {
-            let message = format!(
-                "range of {bytes} bytes at {offset} in a region of {}",
-                self.bytes
-            );
+    /// Returns the address of a range for the device that holds it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] when the range lies outside the region, or in host memory.
+    pub fn device_span(&self, offset: usize, bytes: usize) -> Result<DevicePointer> {
+        if self.device == Device::Host {
+            let message = "host memory where memory of a GPU was expected";
             return Err(Error::new(ErrorKind::InvalidArgument, message));
         }
+        self.check(offset, bytes)?;
+        Ok((self.address.addr().get() + offset) as DevicePointer)
+    }
+
+    /// Returns the address of a range that the CPU may touch.
+    fn host_span(&self, offset: usize, bytes: usize) -> Result<NonNull<u8>> {
+        if self.device != Device::Host {
+            let message = format!("the CPU cannot touch memory on {}", self.device);
+            return Err(Error::new(ErrorKind::InvalidArgument, message));
+        }
+        self.check(offset, bytes)?;
         // SAFETY: the offset lies inside the region, so inside one allocation.
         Ok(unsafe { self.address.add(offset) })
+    }
+
+    /// Checks that a range lies inside the region.
+    fn check(&self, offset: usize, bytes: usize) -> Result<()> {
+        if offset
+            .checked_add(bytes)
+            .is_some_and(|end| end <= self.bytes)
+        {
+            return Ok(());
+        }
+        let message = format!(
+            "range of {bytes} bytes at {offset} in a region of {}",
+            self.bytes
+        );
+        Err(Error::new(ErrorKind::InvalidArgument, message))
     }
 }
 
@@ -165,11 +206,23 @@ mod tests {
     }
 
     #[test]
+    fn the_cpu_does_not_touch_memory_of_a_gpu() {
+        // SAFETY: refused before any access.
+        let region = unsafe { Region::from_raw(4096, 64, Device::Cuda(1), Arc::new(())) }.unwrap();
+        assert!(region.copy_out(0, &mut [0; 8]).is_err());
+        assert!(region.copy_in(0, &[0; 8]).is_err());
+        assert_eq!(region.device_span(8, 56).unwrap(), 4104);
+        assert!(region.device_span(9, 56).is_err());
+        assert!(Region::zeroed(64).unwrap().device_span(0, 1).is_err());
+    }
+
+    #[test]
     fn an_impossible_span_is_refused() {
         let owner: Arc<dyn Any + Send + Sync> = Arc::new(());
         for (address, bytes) in [(0, 8), (8, 0), (usize::MAX - 3, 8)] {
             // SAFETY: refused before any access.
-            let region = unsafe { Region::from_raw(address, bytes, Arc::clone(&owner)) };
+            let region =
+                unsafe { Region::from_raw(address, bytes, Device::Host, Arc::clone(&owner)) };
             assert!(region.is_err(), "{address:#x} {bytes}");
         }
     }

@@ -1,29 +1,38 @@
 //! The bounded pool of staging buffers between KV cache and files.
 #![expect(
     unsafe_code,
-    reason = "hands out disjoint parts of one mapping as slices"
+    reason = "hands out disjoint parts of host memory as slices"
 )]
 
-use std::ptr::NonNull;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::mapping::Mapping;
+use kvrail_cuda::DevicePointer;
+
+use super::arena::{Arena, DeviceArena, HostArena};
 use crate::chunk::PAGE_BYTES;
 use crate::error::{Error, ErrorKind, Result};
 
-/// A fixed number of equal slots in one mapping, allocated once.
+/// A fixed number of equal slots in one arena, allocated once.
 ///
 /// Loads wait for a slot, for a bounded time; stores take one only if enough are left for loads
 /// (see [`StagingPool::try_take`]), so a burst of stores never starves a load.
-#[derive(Debug, Clone)]
-pub struct StagingPool {
-    shared: Arc<Shared>,
+#[derive(Debug)]
+pub struct StagingPool<A: Arena = HostArena> {
+    shared: Arc<Shared<A>>,
+}
+
+impl<A: Arena> Clone for StagingPool<A> {
+    fn clone(&self) -> Self {
+        Self {
+            shared: Arc::clone(&self.shared),
+        }
+    }
 }
 
 #[derive(Debug)]
-struct Shared {
-    mapping: Mapping,
+struct Shared<A> {
+    arena: A,
     slot_bytes: usize,
     slot_count: usize,
     free: Mutex<Vec<usize>>,
@@ -32,12 +41,12 @@ struct Shared {
 
 /// A slot on loan; it goes back when the last range over it is dropped.
 #[derive(Debug)]
-struct Lease {
-    shared: Arc<Shared>,
+struct Lease<A> {
+    shared: Arc<Shared<A>>,
     slot: usize,
 }
 
-impl Drop for Lease {
+impl<A> Drop for Lease<A> {
     fn drop(&mut self) {
         let mut free = self
             .shared
@@ -50,19 +59,27 @@ impl Drop for Lease {
 }
 
 impl StagingPool {
-    /// Makes a pool of as many slots of `slot_bytes` as fit in `pool_bytes`.
+    /// Makes a pool of as many slots of `slot_bytes` as fit in `pool_bytes` of host memory.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] when not even one fits, `slot_bytes` is no multiple of
     /// [`PAGE_BYTES`], or the system has no such memory.
     pub fn new(pool_bytes: usize, slot_bytes: usize) -> Result<Self> {
-        let slot_count = pool_bytes.checked_div(slot_bytes).unwrap_or(0);
-        if slot_count == 0 || !slot_bytes.is_multiple_of(PAGE_BYTES) {
-            let message = format!("{pool_bytes} bytes of staging for slots of {slot_bytes}");
-            return Err(Error::new(ErrorKind::InvalidArgument, message));
-        }
+        let slot_count = slots(pool_bytes, slot_bytes)?;
+        Self::over(HostArena::new(slot_count * slot_bytes)?, slot_bytes)
+    }
+}
+
+impl<A: Arena> StagingPool<A> {
+    /// Makes a pool of as many slots of `slot_bytes` as fit in `arena`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] when not even one fits, or `slot_bytes` is no multiple of
+    /// [`PAGE_BYTES`].
+    pub fn over(arena: A, slot_bytes: usize) -> Result<Self> {
+        let slot_count = slots(arena.bytes(), slot_bytes)?;
         let shared = Shared {
-            mapping: Mapping::new(slot_count * slot_bytes)?,
+            arena,
             slot_bytes,
             slot_count,
             free: Mutex::new((0..slot_count).rev().collect()),
@@ -71,6 +88,11 @@ impl StagingPool {
         Ok(Self {
             shared: Arc::new(shared),
         })
+    }
+
+    /// Returns the memory that the slots are cut from.
+    pub fn arena(&self) -> &A {
+        &self.shared.arena
     }
 
     /// Returns the number of slots.
@@ -88,7 +110,7 @@ impl StagingPool {
     }
 
     /// Takes a slot at once if more than `reserve` are free, else returns `None`.
-    pub fn try_take(&self, reserve: usize) -> Option<StagingRange> {
+    pub fn try_take(&self, reserve: usize) -> Option<StagingRange<A>> {
         let mut free = self
             .shared
             .free
@@ -104,7 +126,7 @@ impl StagingPool {
     ///
     /// # Errors
     /// [`ErrorKind::TimedOut`] when none came free in time.
-    pub fn take(&self, deadline: Instant) -> Result<StagingRange> {
+    pub fn take(&self, deadline: Instant) -> Result<StagingRange<A>> {
         let mut free = self
             .shared
             .free
@@ -124,39 +146,43 @@ impl StagingPool {
         }
     }
 
-    fn range(&self, slot: usize) -> StagingRange {
+    fn range(&self, slot: usize) -> StagingRange<A> {
         let bytes = self.shared.slot_bytes;
-        // SAFETY: `slot` is below the slot count, so the address lies inside the mapping.
-        let address = unsafe { self.shared.mapping.address().add(slot * bytes) };
-        let lease = Arc::new(Lease {
-            shared: Arc::clone(&self.shared),
-            slot,
-        });
         StagingRange {
-            address,
+            offset: slot * bytes,
             bytes,
-            lease,
+            lease: Arc::new(Lease {
+                shared: Arc::clone(&self.shared),
+                slot,
+            }),
         }
     }
+}
+
+/// Returns how many slots fit.
+fn slots(bytes: usize, slot_bytes: usize) -> Result<usize> {
+    let count = bytes.checked_div(slot_bytes).unwrap_or(0);
+    if count > 0 && slot_bytes.is_multiple_of(PAGE_BYTES) {
+        return Ok(count);
+    }
+    let message = format!("{bytes} bytes of staging for slots of {slot_bytes}");
+    Err(Error::new(ErrorKind::InvalidArgument, message))
 }
 
 /// A part of a staging slot that belongs to its holder alone.
 ///
 /// It can be split into smaller ones, like a `BytesMut`; each can be handed to an I/O engine of
-/// its own accord. The memory is page-aligned at the slot's start and always initialised.
+/// its own accord. The memory is page-aligned at the slot's start. Host memory is always
+/// initialised and can be read as a slice; of a GPU's memory there is only the address.
 #[derive(Debug)]
-pub struct StagingRange {
-    address: NonNull<u8>,
+pub struct StagingRange<A: Arena = HostArena> {
+    /// Bytes from the arena's start. A range never leaves its slot.
+    offset: usize,
     bytes: usize,
-    lease: Arc<Lease>,
+    lease: Arc<Lease<A>>,
 }
 
-// SAFETY: a range is exclusive access to its bytes, which have no thread affinity.
-unsafe impl Send for StagingRange {}
-// SAFETY: a shared reference gives only shared access to the bytes.
-unsafe impl Sync for StagingRange {}
-
-impl StagingRange {
+impl<A: Arena> StagingRange<A> {
     /// Returns the length in bytes.
     pub fn len(&self) -> usize {
         self.bytes
@@ -172,13 +198,11 @@ impl StagingRange {
     pub fn split_to(&mut self, bytes: usize) -> Self {
         let bytes = bytes.min(self.bytes);
         let head = Self {
-            address: self.address,
+            offset: self.offset,
             bytes,
             lease: Arc::clone(&self.lease),
         };
-        // SAFETY: `bytes` is at most the length, so the address stays inside the slot or one past
-        // its end.
-        self.address = unsafe { self.address.add(bytes) };
+        self.offset += bytes;
         self.bytes -= bytes;
         head
     }
@@ -190,26 +214,60 @@ impl StagingRange {
     /// # Errors
     /// The range that does not fit, unchanged.
     pub fn rejoin(&mut self, next: Self) -> Result<(), Self> {
-        // SAFETY: one past the end of a range is inside the slot or one past its end.
-        let end = unsafe { self.address.add(self.bytes) };
-        if end != next.address || !Arc::ptr_eq(&self.lease, &next.lease) {
+        if self.offset + self.bytes != next.offset || !Arc::ptr_eq(&self.lease, &next.lease) {
             return Err(next);
         }
         self.bytes += next.bytes;
         Ok(())
     }
 
+    /// Returns the arena that the range is a part of.
+    pub fn arena(&self) -> &A {
+        &self.lease.shared.arena
+    }
+
+    /// Returns the bytes between the arena's start and the range.
+    pub fn arena_offset(&self) -> usize {
+        self.offset
+    }
+}
+
+impl StagingRange<HostArena> {
     /// Returns the bytes.
     pub fn as_slice(&self) -> &[u8] {
+        // SAFETY: offset and length were cut from the arena's own size.
+        let start = unsafe { self.arena().address().add(self.offset) };
         // SAFETY: the range is inside a live mapping (the lease keeps it), initialised since the
         // kernel zeroed it, and nobody else holds these bytes.
-        unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
+        unsafe { std::slice::from_raw_parts(start.as_ptr(), self.bytes) }
     }
 
     /// Returns the bytes for writing.
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: offset and length were cut from the arena's own size.
+        let start = unsafe { self.arena().address().add(self.offset) };
         // SAFETY: as in `as_slice`; `&mut self` makes the access exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.address.as_ptr(), self.bytes) }
+        unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), self.bytes) }
+    }
+}
+
+impl StagingRange<DeviceArena> {
+    /// Returns the address of the first byte, as the GPU knows it.
+    pub fn address(&self) -> DevicePointer {
+        self.arena().address() + self.offset as u64
+    }
+
+    /// Returns a second hold of the same bytes, for readers only.
+    ///
+    /// A write to a file that hangs keeps its range for ever; the bytes can still be read by
+    /// others, and the slot goes back when both holds are gone.
+    #[must_use]
+    pub fn share(&self) -> Self {
+        Self {
+            offset: self.offset,
+            bytes: self.bytes,
+            lease: Arc::clone(&self.lease),
+        }
     }
 }
 

@@ -4,16 +4,19 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::batch::{Ending, start_load, start_store};
+use super::gpu::GpuSide;
 use super::load::LoadJob;
 use super::mount::Pause;
+use super::notice::Topic;
 use super::present::Place;
 use super::save::StoreJob;
 use super::shared::Running;
+use super::staged::StagedImage;
 use super::ticket::{LoadTicket, StoreTicket};
 use crate::chunk::{ChunkFormat, ChunkKey, ChunkRef, HeadFields};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{KvLayout, TransferPlan};
-use crate::memory::{Region, StagingPool, StagingRange, gather};
+use crate::memory::{ComputeStream, Region, StagingPool, StagingRange, gather};
 
 /// A chunk to store, and the blocks that hold it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +54,8 @@ pub(super) struct CacheShared {
     pub(super) regions: Vec<Region>,
     pub(super) pool: StagingPool,
     pub(super) layout: KvLayout,
+    /// Where the KV cache lies in the memory of a GPU.
+    pub(super) gpu: Option<GpuSide>,
     blocks_per_chunk: usize,
     namespace: String,
     tokens: usize,
@@ -106,7 +111,10 @@ impl KvCache {
             );
             return Err(Error::new(ErrorKind::InvalidArgument, message));
         }
-        let pool = store.staging_pool(format.file_bytes())?;
+        let gpu = store.gpus.of(&regions)?;
+        let pool = store.staging_pool(format.file_bytes(), gpu.as_ref())?;
+        let side = |gpu| GpuSide::new(gpu, &layout, &format, blocks_per_chunk, pool.slot_count());
+        let gpu = gpu.map(side).transpose()?;
         let shared = CacheShared {
             group,
             rank,
@@ -114,6 +122,7 @@ impl KvCache {
             regions,
             pool,
             layout,
+            gpu,
             blocks_per_chunk,
             namespace: store.namespace.id().to_owned(),
             tokens: store.chunk_size,
@@ -148,12 +157,23 @@ impl KvCache {
     /// [`ErrorKind::InvalidArgument`] for a wrong number of blocks or a block outside the KV
     /// cache: nothing is stored then.
     pub fn store(&self, chunks: &[StoreChunk]) -> Result<StoreTicket> {
+        self.store_after(chunks, ComputeStream::default())
+    }
+
+    /// Stores chunks that are complete when all that is on `stream` now is done.
+    ///
+    /// For KV cache in the memory of a GPU: the copy is put on that stream, so what is put there
+    /// after this call may change the blocks. In host memory it is [`KvCache::store`].
+    ///
+    /// # Errors
+    /// As [`KvCache::store`].
+    pub fn store_after(&self, chunks: &[StoreChunk], stream: ComputeStream) -> Result<StoreTicket> {
         for chunk in chunks {
             self.check_blocks(&chunk.blocks, self.shared.blocks_per_chunk)?;
         }
         let (ticket, members) = start_store(chunks.len());
         for (chunk, member) in chunks.iter().zip(members) {
-            match self.stage(chunk)? {
+            match self.stage(chunk, stream)? {
                 Err(ending) => member.end(ending),
                 Ok(image) => {
                     let job = StoreJob {
@@ -176,7 +196,11 @@ impl KvCache {
     }
 
     /// Gathers one chunk, or says why not.
-    fn stage(&self, chunk: &StoreChunk) -> Result<Result<StagingRange, Ending>> {
+    fn stage(
+        &self,
+        chunk: &StoreChunk,
+        stream: ComputeStream,
+    ) -> Result<Result<StagedImage, Ending>> {
         let store = &self.running.shared;
         let metrics = &store.metrics;
         match store.mount(self.shared.rank, &chunk.chunk.key).paused() {
@@ -202,11 +226,33 @@ impl KvCache {
         };
         let format = &self.shared.format;
         let mut image = image.split_to(format.file_bytes());
-        if let Err(error) = self.fill(&chunk.blocks, &mut image) {
-            store.present.remove(&place);
-            return Err(error);
+        let staged = match &self.shared.gpu {
+            None => self
+                .fill(&chunk.blocks, &mut image)
+                .map(|()| Some(StagedImage::complete(image))),
+            Some(gpu) => gpu.stage(&self.shared, &chunk.blocks, image, stream),
+        };
+        match staged {
+            Ok(Some(image)) => Ok(Ok(image)),
+            Ok(None) => {
+                store.present.remove(&place);
+                metrics.stores_dropped_no_buffer.add(1);
+                Ok(Err(Ending::Dropped))
+            }
+            // A GPU that refuses costs the chunk; what the caller did wrong is the caller's.
+            Err(error) if error.kind() == ErrorKind::Gpu => {
+                store.present.remove(&place);
+                metrics.stores_failed.add(1);
+                store
+                    .notices
+                    .warn(Topic::StoreFailed, || format!("store failed: {error}"));
+                Ok(Err(Ending::Failed(error.to_string())))
+            }
+            Err(error) => {
+                store.present.remove(&place);
+                Err(error)
+            }
         }
-        Ok(Ok(image))
     }
 
     /// Gathers the payload into its place in the image.

@@ -96,15 +96,17 @@ fn load_chunk(
         .directory
         .chunk(job.cache.group, job.cache.rank, &job.chunk.key);
     let mut inode = None;
-    let result = open_chunk(&path, mount.report.direct, job.cache.format.file_bytes())
-        .and_then(|file| {
+    let result =
+        open_chunk(&path, mount.report.direct, job.cache.format.file_bytes()).and_then(|file| {
             inode = file_inode(&file);
-            read_and_verify(store, job, &file, buffer, deadline)
-        })
-        .and_then(|verified| {
-            let payload = image::bytes(verified.image.as_slice(), verified.payload)?;
-            let plan = TransferPlan::new(&job.cache.layout, &job.blocks)?;
-            scatter(&plan, &job.cache.regions, payload)
+            let read = read(store, job, &file, buffer, deadline)?;
+            let loaded = match &job.cache.gpu {
+                None => read.finish(job),
+                Some(gpu) => {
+                    gpu.finish_load(job, read.image, &read.extents, &read.computed, deadline)
+                }
+            };
+            loaded.map_err(|error| error.with_path(file.path()))
         });
     let Err(error) = result else { return Ok(()) };
     if is_missing(&error) {
@@ -156,24 +158,38 @@ fn open_chunk(path: &Path, direct: bool, file_bytes: usize) -> Result<Arc<IoFile
     }
 }
 
-/// A verified image: where in it the wanted payload lies.
-struct Verified {
+/// What was read of a chunk file, one part behind the other: head, pages, page table.
+struct Read {
     image: StagingRange,
-    payload: Range<usize>,
+    extents: Extents,
+    /// Hashes of the pages; none where the GPU makes them.
+    computed: Vec<u64>,
 }
 
-/// Reads what the job needs and verifies it; pages are hashed while later ones are read.
-fn read_and_verify(
+impl Read {
+    /// Verifies what was read and copies it to its blocks in host memory.
+    fn finish(self, job: &LoadJob) -> Result<()> {
+        verify(job, self.image.as_slice(), &self.extents, &self.computed)?;
+        let start = PAGE_BYTES + job.payload.start - self.extents.pages.start * PAGE_BYTES;
+        let payload = image::bytes(self.image.as_slice(), start..start + job.payload.len())?;
+        let plan = TransferPlan::new(&job.cache.layout, &job.blocks)?;
+        scatter(&plan, &job.cache.regions, payload)
+    }
+}
+
+/// Reads what the job needs; the CPU hashes pages while later ones are read, unless a GPU does.
+fn read(
     store: &StoreShared,
     job: &LoadJob,
     file: &Arc<IoFile>,
     buffer: StagingRange,
     deadline: Instant,
-) -> Result<Verified> {
+) -> Result<Read> {
     let format = &job.cache.format;
     let extents = Extents::new(format, &job.payload);
     let pages_start = format.payload_offset() + extents.pages.start * PAGE_BYTES;
-    let mut computed = vec![0_u64; extents.pages.len()];
+    let hash_here = job.cache.gpu.as_ref().is_none_or(|gpu| !gpu.hashes());
+    let mut computed = vec![0_u64; if hash_here { extents.pages.len() } else { 0 }];
     let mut image: Option<StagingRange> = None;
     let mut buffer = buffer;
     let mut parts = Vec::new();
@@ -203,12 +219,10 @@ fn read_and_verify(
         }
     }
     let image = image.ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "empty chunk"))?;
-    verify(job, image.as_slice(), &extents, &computed).map_err(|e| e.with_path(file.path()))?;
-    // The extents lie behind each other in the buffer: head, pages from `pages.start` on, table.
-    let start = PAGE_BYTES + job.payload.start - extents.pages.start * PAGE_BYTES;
-    Ok(Verified {
+    Ok(Read {
         image,
-        payload: start..start + job.payload.len(),
+        extents,
+        computed,
     })
 }
 
@@ -222,7 +236,12 @@ fn hash_part(bytes: &[u8], offset: usize, pages_start: usize, computed: &mut [u6
 }
 
 /// Checks head, page table and pages of an image against each other and against the job.
-fn verify(job: &LoadJob, image: &[u8], extents: &Extents, computed: &[u64]) -> Result<()> {
+pub(super) fn verify(
+    job: &LoadJob,
+    image: &[u8],
+    extents: &Extents,
+    computed: &[u64],
+) -> Result<()> {
     let damaged = |message: String| Err(Error::new(ErrorKind::Damaged, message));
     let format = &job.cache.format;
     let head = image::bytes(image, 0..PAGE_BYTES)?;

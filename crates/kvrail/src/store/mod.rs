@@ -12,6 +12,7 @@
 
 mod batch;
 mod directory;
+mod gpu;
 mod image;
 pub mod inspect;
 mod kv_cache;
@@ -30,6 +31,7 @@ mod quarantine;
 mod queue;
 mod save;
 mod shared;
+mod staged;
 mod ticket;
 mod worker;
 mod writer;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::directory::{NamespaceDirectory, create_directory};
+use super::gpu::Gpus;
 use super::lookup::LookupQueue;
 use super::manifest::{check_manifest, ensure_manifest, nearest_other, read_manifest};
 use super::metrics::Metrics;
@@ -85,6 +86,7 @@ pub(super) fn open(
         may_write: options.access == Access::ReadWrite,
         buffer_mib: config.buffer_mib,
         pool: Mutex::new(None),
+        gpus: Gpus::new(options.libraries.clone()),
     });
     let queue = Arc::new(TransferQueue::default());
     // Made before the workers start, so that a failure to start one closes the queue again.

@@ -1,5 +1,7 @@
 //! How a store is opened.
 
+use kvrail_cuda::LibraryPaths;
+
 /// What a store may do to its directory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Access {
@@ -19,4 +21,7 @@ pub struct OpenOptions {
     ///
     /// For callers that pin the opening thread, as vLLM's CPU worker does: threads inherit that.
     pub cpus: Option<Vec<usize>>,
+    /// Where the CUDA driver is looked for when a KV cache lies in the memory of a GPU. Default:
+    /// the system's search.
+    pub libraries: LibraryPaths,
 }

@@ -14,20 +14,20 @@ use super::publish::TemporaryFile;
 use super::quarantine::set_aside;
 use super::queue::TransferQueue;
 use super::shared::StoreShared;
+use super::staged::StagedImage;
 use super::ticket::StoreReport;
 use crate::chunk::{ChunkHead, ChunkRef, PageTable, hash_pages, root_checksum};
 use crate::config::Durability;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Operation;
-use crate::memory::StagingRange;
 
 /// One chunk to store; its payload is in the buffer already.
 #[derive(Debug)]
 pub(super) struct StoreJob {
     pub(super) cache: Arc<CacheShared>,
     pub(super) chunk: ChunkRef,
-    /// The image of the file: payload gathered, head and page table still to come.
-    pub(super) image: StagingRange,
+    /// The image of the file: payload gathered, head and perhaps page table still to come.
+    pub(super) image: StagedImage,
     pub(super) member: Member<StoreReport>,
     pub(super) submitted: Instant,
 }
@@ -88,14 +88,15 @@ fn store_chunk(
     mount: &Mount,
     cache: &CacheShared,
     chunk: ChunkRef,
-    mut image: StagingRange,
+    image: StagedImage,
 ) -> Result<bool> {
     let target = mount.directory.chunk(cache.group, cache.rank, &chunk.key);
     if is_present(mount, &target, cache.format.file_bytes())? {
         return Ok(false);
     }
     mount.check_space(cache.format.file_bytes() as u64)?;
-    complete_image(cache, chunk, image.as_mut_slice())?;
+    let (mut image, hashed) = image.wait(Instant::now() + store.wait_limit)?;
+    complete_image(cache, chunk, image.as_mut_slice(), hashed)?;
     let temporary = create_temporary(store, mount)?;
     let file = temporary.file()?;
     let bytes = image.len();
@@ -123,15 +124,23 @@ fn store_chunk(
     Ok(true)
 }
 
-/// Fills head and page table around the payload. One pass over the payload.
-fn complete_image(cache: &CacheShared, chunk: ChunkRef, image: &mut [u8]) -> Result<()> {
+/// Fills head and, unless a GPU has, page table around the payload. One pass over the payload then.
+fn complete_image(
+    cache: &CacheShared,
+    chunk: ChunkRef,
+    image: &mut [u8],
+    hashed: bool,
+) -> Result<()> {
     let format = cache.format;
-    let mut table = PageTable::new(&format);
-    let payload_range = format.payload_offset()..format.table_offset();
-    let payload = image::bytes_mut(image, payload_range)?;
-    hash_pages(payload, table.pages_mut());
+    if !hashed {
+        let mut table = PageTable::new(&format);
+        let payload_range = format.payload_offset()..format.table_offset();
+        let payload = image::bytes_mut(image, payload_range)?;
+        hash_pages(payload, table.pages_mut());
+        let range = format.table_offset()..format.file_bytes();
+        table.encode_into(image::bytes_mut(image, range)?);
+    }
     let table_bytes = image::bytes_mut(image, format.table_offset()..format.file_bytes())?;
-    table.encode_into(table_bytes);
     let root = root_checksum(table_bytes);
     let head = ChunkHead {
         fields: cache.head_fields(chunk),

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use super::gpu::Gpus;
 use super::lookup::LookupQueue;
 use super::metrics::Metrics;
 use super::mount::{Mount, mount_index};
@@ -15,7 +16,7 @@ use crate::chunk::ChunkKey;
 use crate::config::{Durability, PathSharding};
 use crate::error::{Error, Result};
 use crate::io::IoEngine;
-use crate::memory::StagingPool;
+use crate::memory::{Gpu, HostArena, StagingPool};
 
 /// Settings and state of a store, seen by all its threads.
 #[derive(Debug)]
@@ -34,6 +35,7 @@ pub(super) struct StoreShared {
     pub(super) may_write: bool,
     pub(super) buffer_mib: usize,
     pub(super) pool: Mutex<Option<(usize, StagingPool)>>,
+    pub(super) gpus: Gpus,
 }
 
 impl StoreShared {
@@ -50,8 +52,9 @@ impl StoreShared {
     ///
     /// # Errors
     /// [`ErrorKind::InvalidConfig`](crate::ErrorKind::InvalidConfig) when not one slot fits into
-    /// the configured size, or a later KV cache has larger chunks.
-    pub(super) fn staging_pool(&self, slot_bytes: usize) -> Result<StagingPool> {
+    /// the configured size, or a later KV cache has larger chunks;
+    /// [`ErrorKind::Gpu`](crate::ErrorKind::Gpu) when the memory cannot be pinned for `gpu`.
+    pub(super) fn staging_pool(&self, slot_bytes: usize, gpu: Option<&Gpu>) -> Result<StagingPool> {
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
         let pool_bytes = self.buffer_mib << 20;
         if let Some((size, pool)) = pool.as_ref() {
@@ -73,7 +76,13 @@ impl StoreShared {
                 expected,
             ));
         }
-        let made = StagingPool::new(pool_bytes, slot_bytes)?;
+        let made = match gpu {
+            None => StagingPool::new(pool_bytes, slot_bytes)?,
+            Some(gpu) => {
+                let bytes = pool_bytes / slot_bytes * slot_bytes;
+                StagingPool::over(HostArena::pinned(bytes, gpu.context())?, slot_bytes)?
+            }
+        };
         *pool = Some((slot_bytes, made.clone()));
         Ok(made)
     }

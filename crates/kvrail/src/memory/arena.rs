@@ -1,0 +1,97 @@
+//! Where staging buffers are cut from: memory of the host, or of a GPU.
+
+use std::fmt;
+use std::ptr::NonNull;
+
+use kvrail_cuda::{Context, DeviceMemory, DevicePointer, PinnedRange, RegisteredBuffer};
+
+use super::mapping::Mapping;
+use crate::error::Result;
+
+/// Memory that staging buffers are cut from; it never moves and lives as long as any buffer.
+pub trait Arena: fmt::Debug + Send + Sync + 'static {
+    /// Returns the length in bytes.
+    fn bytes(&self) -> usize;
+}
+
+/// Memory of the host: zeroed, page-aligned, pinned for a GPU where there is one.
+#[derive(Debug)]
+pub struct HostArena {
+    // Dropped first: memory is unpinned before it is unmapped.
+    pinned: Option<PinnedRange>,
+    mapping: Mapping,
+}
+
+impl HostArena {
+    /// Maps `bytes` bytes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`](crate::ErrorKind::InvalidArgument) when the system gives no
+    /// such memory.
+    pub fn new(bytes: usize) -> Result<Self> {
+        Ok(Self {
+            pinned: None,
+            mapping: Mapping::new(bytes)?,
+        })
+    }
+
+    /// Maps `bytes` bytes and pins them, so that a GPU copies to and from them at full speed.
+    ///
+    /// # Errors
+    /// As [`HostArena::new`], or [`ErrorKind::Gpu`](crate::ErrorKind::Gpu) when the driver does
+    /// not pin them.
+    pub fn pinned(bytes: usize, context: &Context) -> Result<Self> {
+        let mapping = Mapping::new(bytes)?;
+        let pinned = mapping.pin(context)?;
+        Ok(Self {
+            pinned: Some(pinned),
+            mapping,
+        })
+    }
+
+    /// Returns whether the memory is pinned.
+    pub fn is_pinned(&self) -> bool {
+        self.pinned.is_some()
+    }
+
+    pub(super) fn address(&self) -> NonNull<u8> {
+        self.mapping.address()
+    }
+}
+
+impl Arena for HostArena {
+    fn bytes(&self) -> usize {
+        self.mapping.bytes()
+    }
+}
+
+/// Memory of a GPU, which the CPU must not touch; registered with cuFile where that is in use.
+#[derive(Debug)]
+pub struct DeviceArena {
+    // Dropped first: a registration ends before its memory is freed.
+    registered: Option<RegisteredBuffer>,
+    memory: DeviceMemory,
+}
+
+impl DeviceArena {
+    /// Takes `memory` as an arena, `registered` with cuFile or not.
+    pub fn new(memory: DeviceMemory, registered: Option<RegisteredBuffer>) -> Self {
+        Self { registered, memory }
+    }
+
+    /// Returns the address of the first byte, as the GPU knows it.
+    pub fn address(&self) -> DevicePointer {
+        self.memory.address()
+    }
+
+    /// Returns whether cuFile knows the memory.
+    pub fn is_registered(&self) -> bool {
+        self.registered.is_some()
+    }
+}
+
+impl Arena for DeviceArena {
+    fn bytes(&self) -> usize {
+        self.memory.bytes()
+    }
+}

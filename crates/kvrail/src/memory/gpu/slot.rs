@@ -1,0 +1,261 @@
+//! The ring of VRAM slots: one holds the image of a chunk file, and what the GPU needs beside it.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvrail_cuda::{COPY_PIECE_BYTES, CopyDescriptor, Event, HashDescriptor, RegisteredBuffer};
+
+use super::Gpu;
+use crate::chunk::{ChunkFormat, PAGE_BYTES};
+use crate::error::{Error, ErrorKind, Result};
+use crate::layout::KvLayout;
+use crate::memory::{DeviceArena, HostArena, StagingPool, StagingRange};
+
+/// How long a taker sleeps between two looks for a slot that the GPU is done with.
+const POLL: Duration = Duration::from_micros(200);
+/// Bytes of one copy descriptor, and of one hash descriptor.
+pub(super) const DESCRIPTOR_BYTES: usize = 24;
+const _: () = assert!(size_of::<CopyDescriptor>() == DESCRIPTOR_BYTES);
+const _: () = assert!(size_of::<HashDescriptor>() == DESCRIPTOR_BYTES);
+
+/// What a slot must hold for the chunks of one KV cache, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SlotShape {
+    /// The image of a chunk file.
+    pub image: usize,
+    /// Hashes of the payload's pages, 8 bytes each.
+    pub hashes: usize,
+    /// The page table of the file.
+    pub table: usize,
+    /// Copy descriptors, and one hash descriptor behind them.
+    pub descriptors: usize,
+}
+
+impl SlotShape {
+    /// Returns what the chunks of `layout` need, `blocks` blocks each.
+    pub fn new(layout: &KvLayout, format: &ChunkFormat, blocks: usize) -> Self {
+        let pieces: usize = layout
+            .layers()
+            .iter()
+            .map(|layer| layer.block_bytes.div_ceil(COPY_PIECE_BYTES))
+            .sum();
+        // Merged ranges have fewer pieces than their parts; three more for padding and table.
+        let pieces = pieces * blocks + 3;
+        Self {
+            image: format.file_bytes(),
+            hashes: page_aligned(format.page_count() * 8),
+            table: page_aligned(format.table_bytes()),
+            descriptors: page_aligned((pieces + 1) * DESCRIPTOR_BYTES),
+        }
+    }
+
+    /// Returns the bytes of a slot in VRAM.
+    pub fn device_bytes(&self) -> usize {
+        self.image + self.hashes + self.descriptors
+    }
+
+    /// Returns the bytes of pinned host memory beside it.
+    pub fn scratch_bytes(&self) -> usize {
+        PAGE_BYTES + self.table + self.hashes + self.descriptors
+    }
+}
+
+fn page_aligned(bytes: usize) -> usize {
+    bytes.next_multiple_of(PAGE_BYTES)
+}
+
+/// The VRAM slots of one KV cache, allocated once.
+#[derive(Debug, Clone)]
+pub struct GpuSlots {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// Slots that were given back while the GPU still worked on them.
+    draining: Mutex<Vec<(Option<Arc<Event>>, Parts)>>,
+    slots: StagingPool<DeviceArena>,
+    scratch: StagingPool<HostArena>,
+    shape: SlotShape,
+}
+
+/// The memory of a slot.
+#[derive(Debug)]
+pub(super) struct Parts {
+    pub(super) image: StagingRange<DeviceArena>,
+    pub(super) hashes: StagingRange<DeviceArena>,
+    pub(super) descriptors: StagingRange<DeviceArena>,
+    pub(super) host: HostParts,
+}
+
+/// The pinned memory beside a slot.
+#[derive(Debug)]
+pub(super) struct HostParts {
+    pub(super) head: StagingRange,
+    pub(super) table: StagingRange,
+    pub(super) hashes: StagingRange,
+    pub(super) descriptors: StagingRange,
+}
+
+/// A slot on loan.
+///
+/// Dropped while the GPU still works on it, its memory goes back only when the GPU is done.
+#[derive(Debug)]
+pub struct GpuSlot {
+    pub(super) gpu: Gpu,
+    /// `None` only while it is dropped or taken apart.
+    pub(super) parts: Option<Parts>,
+    /// The last mark on a stream that works on this slot.
+    pub(super) busy: Option<Arc<Event>>,
+    /// Whether work was put on a stream since: only an error leaves it so.
+    pub(super) unmarked: bool,
+    home: Arc<Shared>,
+}
+
+impl GpuSlots {
+    /// Allocates `count` slots in VRAM; `register` makes them known to cuFile where it is used.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Gpu`] when there is not so much VRAM, naming how much was asked, how much is
+    /// free, and what to change; also when pinning or `register` fails.
+    pub fn new(
+        gpu: &Gpu,
+        shape: SlotShape,
+        count: usize,
+        register: impl FnOnce(u64, usize) -> Result<Option<RegisteredBuffer>>,
+    ) -> Result<Self> {
+        let bytes = count * shape.device_bytes();
+        let memory = gpu.context().allocate(bytes).map_err(|error| {
+            let free = gpu.context().memory_info().map_or(0, |(free, _)| free);
+            let message = format!(
+                "{} MiB of staging memory (`cufile_buffer_size`) on cuda:{}: {} MiB are free; lower \
+                 `cufile_buffer_size`, or vLLM's `--gpu-memory-utilization`",
+                bytes.div_ceil(1 << 20),
+                gpu.context().ordinal(),
+                free >> 20
+            );
+            Error::gpu(message, error)
+        })?;
+        let registered = register(memory.address(), bytes)?;
+        let slots = StagingPool::over(DeviceArena::new(memory, registered), shape.device_bytes())?;
+        let pinned = HostArena::pinned(count * shape.scratch_bytes(), gpu.context())?;
+        let scratch = StagingPool::over(pinned, shape.scratch_bytes())?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                draining: Mutex::default(),
+                slots,
+                scratch,
+                shape,
+            }),
+        })
+    }
+
+    /// Returns the number of slots.
+    pub fn slot_count(&self) -> usize {
+        self.shared.slots.slot_count()
+    }
+
+    /// Takes a slot at once if more than `reserve` are free.
+    pub fn try_take(&self, gpu: &Gpu, reserve: usize) -> Option<GpuSlot> {
+        self.drain();
+        let device = self.shared.slots.try_take(reserve)?;
+        let host = self.shared.scratch.try_take(0)?;
+        Some(self.slot(gpu, device, host))
+    }
+
+    /// Takes a slot, waiting for one until `deadline`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TimedOut`] when none came free in time.
+    pub fn take(&self, gpu: &Gpu, deadline: Instant) -> Result<GpuSlot> {
+        loop {
+            if let Some(slot) = self.try_take(gpu, 0) {
+                return Ok(slot);
+            }
+            if Instant::now() >= deadline {
+                let message = format!("none of {} VRAM slots came free", self.slot_count());
+                return Err(Error::new(ErrorKind::TimedOut, message));
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Gives back the slots that the GPU is done with.
+    fn drain(&self) {
+        let mut draining = self
+            .shared
+            .draining
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // What cannot be asked belongs to a device in trouble: its memory is not used again.
+        draining.retain(|(event, _)| {
+            !event
+                .as_ref()
+                .is_some_and(|event| matches!(event.is_done(), Ok(true)))
+        });
+    }
+
+    fn slot(
+        &self,
+        gpu: &Gpu,
+        mut device: StagingRange<DeviceArena>,
+        mut host: StagingRange,
+    ) -> GpuSlot {
+        let shape = &self.shared.shape;
+        let parts = Parts {
+            image: device.split_to(shape.image),
+            hashes: device.split_to(shape.hashes),
+            descriptors: device,
+            host: HostParts {
+                head: host.split_to(PAGE_BYTES),
+                table: host.split_to(shape.table),
+                hashes: host.split_to(shape.hashes),
+                descriptors: host,
+            },
+        };
+        GpuSlot {
+            gpu: gpu.clone(),
+            parts: Some(parts),
+            busy: None,
+            unmarked: false,
+            home: Arc::clone(&self.shared),
+        }
+    }
+}
+
+impl GpuSlot {
+    /// Returns the last mark: the event is done when the GPU is done with the slot.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] when nothing was put on a stream and marked.
+    pub fn release_marked(&self) -> Result<Arc<Event>> {
+        let event = self.busy.clone().filter(|_| !self.unmarked);
+        event.ok_or_else(|| {
+            Error::new(
+                ErrorKind::InvalidArgument,
+                "a VRAM slot with no marked work was released",
+            )
+        })
+    }
+}
+
+impl Drop for GpuSlot {
+    fn drop(&mut self) {
+        let event = self.busy.take();
+        let is_idle = event
+            .as_ref()
+            .is_none_or(|event| matches!(event.is_done(), Ok(true)));
+        let Some(parts) = self.parts.take() else {
+            return;
+        };
+        if self.unmarked || !is_idle {
+            let event = event.filter(|_| !self.unmarked);
+            let mut draining = self
+                .home
+                .draining
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            draining.push((event, parts));
+        }
+    }
+}

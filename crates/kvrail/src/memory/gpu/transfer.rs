@@ -1,0 +1,451 @@
+//! What a GPU does with a slot, put on a stream: gather, hash, copy to and from the host, scatter.
+#![expect(
+    unsafe_code,
+    reason = "hands addresses of KV cache, slot and pinned memory to the GPU"
+)]
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use kvrail_cuda::{COPY_PIECE_BYTES, DevicePointer, Stream};
+
+use super::slot::{DESCRIPTOR_BYTES, GpuSlot, Parts};
+use super::{CopyMethod, Gpu};
+use crate::chunk::PAGE_BYTES;
+use crate::error::{Error, ErrorKind, Result};
+use crate::layout::TransferPlan;
+use crate::memory::{DeviceArena, Region, StagingRange};
+
+/// One copy inside a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Piece {
+    source: DevicePointer,
+    target: DevicePointer,
+    bytes: usize,
+}
+
+impl GpuSlot {
+    /// Copies the ranges of `plan` to `at` of the image, in payload order, and `zeros` behind them
+    /// (bytes of the image that the file has as padding).
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] when plan, regions and slot do not belong together,
+    /// [`ErrorKind::Gpu`] when the driver refuses.
+    pub fn gather(
+        &mut self,
+        stream: &Stream,
+        plan: &TransferPlan,
+        regions: &[Region],
+        at: usize,
+        zeros: &[Range<usize>],
+    ) -> Result<()> {
+        let image = self.image_span(at..at + plan.bytes())?;
+        let mut pieces = pieces(plan, regions, image, true, self.gpu.piece_bytes())?;
+        for range in zeros.iter().filter(|range| !range.is_empty()) {
+            // The head's page of the pinned memory is zero when a slot is gathered: it is written
+            // later, by `encode_head`, and cleared here.
+            let target = self.image_span(range.clone())?;
+            let source = self.clear_page(stream, range.len())?;
+            pieces.push(Piece {
+                source,
+                target,
+                bytes: range.len(),
+            });
+        }
+        self.copy_pieces(stream, &pieces)
+    }
+
+    /// Copies the image from `at` on to the ranges of `plan`, in payload order.
+    ///
+    /// # Errors
+    /// As [`GpuSlot::gather`].
+    pub fn scatter(
+        &mut self,
+        stream: &Stream,
+        plan: &TransferPlan,
+        regions: &[Region],
+        at: usize,
+    ) -> Result<()> {
+        let image = self.image_span(at..at + plan.bytes())?;
+        let pieces = pieces(plan, regions, image, false, self.gpu.piece_bytes())?;
+        self.copy_pieces(stream, &pieces)
+    }
+
+    /// Hashes `pages` pages of the image from `at` on; the hashes go to the image at `into`, or
+    /// without it to the slot's own memory for them (see [`GpuSlot::fetch_hashes`]).
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for pages outside the image or a GPU without kernels,
+    /// [`ErrorKind::Gpu`] when the driver refuses.
+    pub fn hash_pages(
+        &mut self,
+        stream: &Stream,
+        at: usize,
+        pages: usize,
+        into: Option<usize>,
+    ) -> Result<()> {
+        let source = self.image_span(at..at + pages * PAGE_BYTES)?;
+        let hashes = match into {
+            Some(into) => self.image_span(into..into + pages * 8)?,
+            None if pages * 8 <= self.parts()?.hashes.len() => self.parts()?.hashes.address(),
+            None => return Err(outside("hashes", pages * 8)),
+        };
+        let gpu = self.gpu.clone();
+        let Some(kernels) = gpu.kernels() else {
+            let message = "hashing on a GPU without kernels";
+            return Err(Error::new(ErrorKind::InvalidArgument, message));
+        };
+        let parts = self.parts_mut()?;
+        // The last place is kept for this descriptor: those of a gather may still be in use.
+        let last = parts.descriptors.len() - DESCRIPTOR_BYTES;
+        put_descriptor(parts, last, [source, 0, pages as u64])?;
+        let descriptor = send_descriptors(stream, parts, last..last + DESCRIPTOR_BYTES)?;
+        // SAFETY: descriptor, pages and hashes lie in this slot, whose memory stays until the
+        // stream is past its last mark.
+        let launched = unsafe { kernels.hash_pages(stream, descriptor, 1, pages, hashes) };
+        launched.map_err(|error| Error::gpu("hash pages", error))
+    }
+
+    /// Copies a range of the image to the start of `target`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for a range outside either, [`ErrorKind::Gpu`].
+    pub fn fetch(
+        &mut self,
+        stream: &Stream,
+        range: Range<usize>,
+        target: &mut StagingRange,
+    ) -> Result<()> {
+        let source = self.image_span(range.clone())?;
+        let target = sized(target.as_mut_slice(), range.len())?;
+        self.unmarked = true;
+        to_host(stream, target, source)
+    }
+
+    /// Copies the start of `source` to a range of the image.
+    ///
+    /// # Errors
+    /// As [`GpuSlot::fetch`].
+    pub fn send(
+        &mut self,
+        stream: &Stream,
+        source: &StagingRange,
+        range: Range<usize>,
+    ) -> Result<()> {
+        let target = self.image_span(range.clone())?;
+        let source = source.as_slice().get(..range.len());
+        let source = source.ok_or_else(|| outside("pinned memory", range.len()))?;
+        self.unmarked = true;
+        to_device(stream, target, source)
+    }
+
+    /// Copies head and page table of the image, `table` bytes at `table_at`, to the pinned memory
+    /// beside the slot.
+    ///
+    /// # Errors
+    /// As [`GpuSlot::fetch`].
+    pub fn fetch_head_and_table(
+        &mut self,
+        stream: &Stream,
+        table_at: usize,
+        table: usize,
+    ) -> Result<()> {
+        let head = self.image_span(0..PAGE_BYTES)?;
+        let source = self.image_span(table_at..table_at + table)?;
+        let host = &mut self.parts_mut()?.host;
+        to_host(stream, sized(host.head.as_mut_slice(), PAGE_BYTES)?, head)?;
+        to_host(stream, sized(host.table.as_mut_slice(), table)?, source)
+    }
+
+    /// Copies the hashes of `pages` pages to the pinned memory beside the slot.
+    ///
+    /// # Errors
+    /// As [`GpuSlot::fetch`].
+    pub fn fetch_hashes(&mut self, stream: &Stream, pages: usize) -> Result<()> {
+        let parts = self.parts_mut()?;
+        let source = parts.hashes.address();
+        to_host(
+            stream,
+            sized(parts.host.hashes.as_mut_slice(), pages * 8)?,
+            source,
+        )
+    }
+
+    /// Marks the end of the work put on `stream` so far.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Gpu`].
+    pub fn mark(&mut self, stream: &Stream) -> Result<()> {
+        self.busy = Some(Arc::new(self.gpu.mark(stream)?));
+        self.unmarked = false;
+        Ok(())
+    }
+
+    /// Makes `stream` wait for the last mark.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Gpu`].
+    pub fn order_after_mark(&self, stream: &Stream) -> Result<()> {
+        match &self.busy {
+            Some(event) => stream
+                .wait_for(event)
+                .map_err(|error| Error::gpu("order streams", error)),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until the GPU has passed the last mark.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TimedOut`] at the deadline, [`ErrorKind::Gpu`] when the work failed.
+    pub fn wait(&mut self, deadline: Instant) -> Result<()> {
+        let Some(event) = &self.busy else {
+            return Ok(());
+        };
+        match event.wait(deadline) {
+            Ok(true) => {
+                self.busy = None;
+                Ok(())
+            }
+            Ok(false) => Err(Error::new(
+                ErrorKind::TimedOut,
+                "the GPU did not finish a copy in time",
+            )),
+            Err(error) => Err(Error::gpu("wait for the GPU", error)),
+        }
+    }
+
+    /// Waits, after an error, for whatever was put on these streams; returns whether it is over.
+    ///
+    /// If it is not, the slot's memory is not used again, and neither may be what it copies from
+    /// and to.
+    pub fn settle(&mut self, streams: &[&Stream], deadline: Instant) -> bool {
+        for stream in streams {
+            let waited = self.mark(stream).and_then(|()| self.wait(deadline));
+            if waited.is_err() {
+                self.unmarked = true;
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Returns the head's page and the first `table` bytes of the page table, as fetched.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for a table longer than the slot's.
+    pub fn head_and_table(&self, table: usize) -> Result<(&[u8], &[u8])> {
+        let host = &self.parts()?.host;
+        let table = host.table.as_slice().get(..table);
+        let table = table.ok_or_else(|| outside("page table", 0))?;
+        Ok((host.head.as_slice(), table))
+    }
+
+    /// Returns the hashes of `pages` pages, as fetched.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for more pages than the slot has.
+    pub fn hashes(&self, pages: usize) -> Result<Vec<u64>> {
+        let bytes = self.parts()?.host.hashes.as_slice().get(..pages * 8);
+        let bytes = bytes.ok_or_else(|| outside("hashes", pages * 8))?;
+        let (words, _) = bytes.as_chunks::<8>();
+        Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
+    }
+
+    /// Writes the head's page by `encode` and puts it in front of the image.
+    ///
+    /// # Errors
+    /// Those of `encode`, and as [`GpuSlot::fetch`].
+    pub fn send_head(
+        &mut self,
+        stream: &Stream,
+        encode: impl FnOnce(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let target = self.image_span(0..PAGE_BYTES)?;
+        let head = &mut self.parts_mut()?.host.head;
+        encode(head.as_mut_slice())?;
+        to_device(stream, target, head.as_slice())
+    }
+
+    /// Takes the image out of the slot, for an I/O engine; [`GpuSlot::put_image`] gives it back.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] when it was taken already.
+    pub fn take_image(&mut self) -> Result<StagingRange<DeviceArena>> {
+        let image = &mut self.parts.as_mut().ok_or_else(|| outside("slot", 0))?.image;
+        let bytes = image.len();
+        match bytes {
+            0 => Err(outside("image", 0)),
+            _ => Ok(image.split_to(bytes)),
+        }
+    }
+
+    /// Puts the image back.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] when the slot has one.
+    pub fn put_image(&mut self, image: StagingRange<DeviceArena>) -> Result<()> {
+        let own = &mut self.parts.as_mut().ok_or_else(|| outside("slot", 0))?.image;
+        if !own.is_empty() {
+            return Err(outside("image", image.len()));
+        }
+        *own = image;
+        Ok(())
+    }
+
+    pub(super) fn parts(&self) -> Result<&Parts> {
+        self.parts.as_ref().ok_or_else(|| outside("slot", 0))
+    }
+
+    /// Returns the parts for work on a stream, which needs a mark behind it.
+    fn parts_mut(&mut self) -> Result<&mut Parts> {
+        self.unmarked = true;
+        self.parts.as_mut().ok_or_else(|| outside("slot", 0))
+    }
+
+    /// Returns the address of a range of the image.
+    fn image_span(&self, range: Range<usize>) -> Result<DevicePointer> {
+        let image = &self.parts()?.image;
+        if range.start <= range.end && range.end <= image.len() {
+            return Ok(image.address() + range.start as u64);
+        }
+        Err(outside("image", range.end))
+    }
+
+    /// Returns the address of `bytes` zero bytes in VRAM (less than a page), in stream order.
+    fn clear_page(&mut self, stream: &Stream, bytes: usize) -> Result<DevicePointer> {
+        let parts = self.parts_mut()?;
+        if bytes > PAGE_BYTES || bytes > parts.hashes.len() {
+            return Err(outside("zero page", bytes));
+        }
+        let page = parts.host.head.as_mut_slice();
+        page.fill(0);
+        // The hashes' memory is free until a load hashes its pages.
+        let target = parts.hashes.address();
+        to_device(stream, target, sized(page, bytes)?)?;
+        Ok(target)
+    }
+
+    /// Copies pieces inside the GPU.
+    fn copy_pieces(&mut self, stream: &Stream, pieces: &[Piece]) -> Result<()> {
+        let gpu = self.gpu.clone();
+        self.unmarked = true;
+        let failed = |error| Error::gpu("copy between KV cache and staging memory", error);
+        match (gpu.method(), gpu.kernels()) {
+            (CopyMethod::Kernel, Some(kernels)) => {
+                let parts = self.parts_mut()?;
+                let mut end = 0;
+                for piece in pieces {
+                    put_descriptor(parts, end, [piece.source, piece.target, piece.bytes as u64])?;
+                    end += DESCRIPTOR_BYTES;
+                }
+                let descriptors = send_descriptors(stream, parts, 0..end)?;
+                // SAFETY: each piece lies in the KV cache's regions or in this slot, as the spans
+                // checked; both stay until the stream is past the mark that the caller sets.
+                unsafe { kernels.copy(stream, descriptors, pieces.len()) }.map_err(failed)
+            }
+            (CopyMethod::Batch, _) => {
+                let targets: Vec<u64> = pieces.iter().map(|piece| piece.target).collect();
+                let sources: Vec<u64> = pieces.iter().map(|piece| piece.source).collect();
+                let bytes: Vec<usize> = pieces.iter().map(|piece| piece.bytes).collect();
+                // SAFETY: as above.
+                unsafe { stream.copy_batch(&targets, &sources, &bytes) }.map_err(failed)
+            }
+            _ => pieces.iter().try_for_each(|piece| {
+                // SAFETY: as above.
+                unsafe { stream.copy_on_device(piece.target, piece.source, piece.bytes) }
+                    .map_err(failed)
+            }),
+        }
+    }
+}
+
+impl Gpu {
+    /// Returns how many bytes one copy may have for this device's way of copying.
+    fn piece_bytes(&self) -> usize {
+        match self.method() {
+            CopyMethod::Kernel => COPY_PIECE_BYTES,
+            CopyMethod::Batch | CopyMethod::Pieces => usize::MAX,
+        }
+    }
+}
+
+/// Returns the copies between the ranges of a plan and `image`.
+fn pieces(
+    plan: &TransferPlan,
+    regions: &[Region],
+    image: DevicePointer,
+    gather: bool,
+    piece_bytes: usize,
+) -> Result<Vec<Piece>> {
+    let mut pieces = Vec::with_capacity(plan.ranges().len());
+    let mut at = image;
+    for range in plan.ranges() {
+        let region = regions.get(range.region);
+        let region = region.ok_or_else(|| outside("region", range.region))?;
+        let start = region.device_span(range.offset, range.bytes)?;
+        for done in (0..range.bytes).step_by(piece_bytes) {
+            let bytes = (range.bytes - done).min(piece_bytes);
+            let memory = start + done as u64;
+            let (source, target) = if gather { (memory, at) } else { (at, memory) };
+            pieces.push(Piece {
+                source,
+                target,
+                bytes,
+            });
+            at += bytes as u64;
+        }
+    }
+    Ok(pieces)
+}
+
+/// Writes a descriptor into the pinned memory of a slot.
+fn put_descriptor(parts: &mut Parts, at: usize, words: [u64; 3]) -> Result<()> {
+    let target = parts
+        .host
+        .descriptors
+        .as_mut_slice()
+        .get_mut(at..at + DESCRIPTOR_BYTES);
+    let target = target.ok_or_else(|| outside("descriptors", at))?;
+    for (bytes, word) in target.chunks_exact_mut(8).zip(words) {
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    Ok(())
+}
+
+/// Copies descriptors to their place in VRAM and returns its address.
+fn send_descriptors(stream: &Stream, parts: &Parts, range: Range<usize>) -> Result<DevicePointer> {
+    let target = parts.descriptors.address() + range.start as u64;
+    let source = parts.host.descriptors.as_slice().get(range);
+    to_device(
+        stream,
+        target,
+        source.ok_or_else(|| outside("descriptors", 0))?,
+    )?;
+    Ok(target)
+}
+
+fn to_host(stream: &Stream, target: &mut [u8], source: DevicePointer) -> Result<()> {
+    // SAFETY: `target` is pinned memory of a slot or of a staging range on loan: it stays until
+    // the GPU is past the mark that follows, and nobody reads it before that mark is done.
+    unsafe { stream.copy_to_host(target.as_mut_ptr(), source, target.len()) }
+        .map_err(|error| Error::gpu("copy from the GPU", error))
+}
+
+fn to_device(stream: &Stream, target: DevicePointer, source: &[u8]) -> Result<()> {
+    // SAFETY: as in `to_host`; nobody writes to it before the mark is done.
+    unsafe { stream.copy_to_device(target, source.as_ptr(), source.len()) }
+        .map_err(|error| Error::gpu("copy to the GPU", error))
+}
+
+fn sized(bytes: &mut [u8], count: usize) -> Result<&mut [u8]> {
+    bytes
+        .get_mut(..count)
+        .ok_or_else(|| outside("pinned memory", count))
+}
+
+fn outside(what: &str, end: usize) -> Error {
+    let message = format!("{what} of a VRAM slot: {end} is outside");
+    Error::new(ErrorKind::InvalidArgument, message)
+}

@@ -1,0 +1,74 @@
+//! A chunk on its way out: its image, perhaps still being copied there by a GPU.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvrail_cuda::Event;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::memory::StagingRange;
+
+/// How long a store that is given up waits for the GPU to let go of its buffer.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// The image of a chunk file with its payload in place.
+#[derive(Debug)]
+pub(super) struct StagedImage {
+    /// `None` only when it was taken out.
+    image: Option<StagingRange>,
+    /// Done when the bytes are there; `None` when they are already.
+    arriving: Option<Arc<Event>>,
+    /// Whether the page table is filled, too.
+    hashed: bool,
+}
+
+impl StagedImage {
+    /// An image whose payload is there.
+    pub(super) fn complete(image: StagingRange) -> Self {
+        Self {
+            image: Some(image),
+            arriving: None,
+            hashed: false,
+        }
+    }
+
+    /// An image that a GPU fills until `arriving` is done.
+    pub(super) fn arriving(image: StagingRange, arriving: Arc<Event>, hashed: bool) -> Self {
+        Self {
+            image: Some(image),
+            arriving: Some(arriving),
+            hashed,
+        }
+    }
+
+    /// Waits until the bytes are there. Returns the image, and whether its page table is filled.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TimedOut`] at the deadline, [`ErrorKind::Gpu`] when the copy failed.
+    pub(super) fn wait(mut self, deadline: Instant) -> Result<(StagingRange, bool)> {
+        if let Some(event) = &self.arriving {
+            match event.wait(deadline) {
+                Ok(true) => self.arriving = None,
+                Ok(false) => {
+                    let message = "the GPU did not copy a chunk to the host in time";
+                    return Err(Error::new(ErrorKind::TimedOut, message));
+                }
+                Err(error) => return Err(Error::gpu("copy a chunk to the host", error)),
+            }
+        }
+        let taken = Error::new(ErrorKind::InvalidArgument, "image was taken");
+        Ok((self.image.take().ok_or(taken)?, self.hashed))
+    }
+}
+
+impl Drop for StagedImage {
+    fn drop(&mut self) {
+        let Some(event) = self.arriving.take() else {
+            return;
+        };
+        if !matches!(event.wait(Instant::now() + GRACE), Ok(true)) {
+            // The GPU may still write there: the buffer is lost rather than given to another.
+            std::mem::forget(self.image.take());
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! The cufile engine on mocks: whole transfers, and every failure as an error with its path.
+#![expect(
+    unsafe_code,
+    reason = "registers the mock's device memory, looks into it"
+)]
+#![allow(clippy::unwrap_used, reason = "a test that meets an error has failed")]
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvrail::ErrorKind;
+use kvrail::io::{CufileEngine, IoEngine, IoFile, IoRequest, OpenMode, Operation};
+use kvrail::memory::{DeviceArena, StagingPool, StagingRange};
+use kvrail_cuda::{CuFile, Cuda};
+use mock_support::Mocks;
+
+const SLOT: usize = 64 << 10;
+
+struct Bench {
+    engine: CufileEngine,
+    pool: StagingPool<DeviceArena>,
+    mocks: Mocks,
+    folder: tempfile::TempDir,
+}
+
+fn start() -> Bench {
+    let mocks = Mocks::load();
+    let cuda = Cuda::load(&[mocks.cuda().to_path_buf()]).unwrap();
+    let context = cuda.retain_primary(0).unwrap();
+    let library = CuFile::load(&[mocks.cufile().to_path_buf()]).unwrap();
+    let driver = library.open_driver().unwrap();
+    let memory = context.allocate(4 * SLOT).unwrap();
+    // SAFETY: the arena keeps memory and registration together.
+    let registered = unsafe { driver.register_buffer(memory.address(), memory.bytes()) }.unwrap();
+    let arena = DeviceArena::new(memory, Some(registered));
+    Bench {
+        engine: CufileEngine::new(&driver, &context, 2, &(Arc::new(|| ()) as _)).unwrap(),
+        pool: StagingPool::over(arena, SLOT).unwrap(),
+        mocks,
+        folder: tempfile::tempdir().unwrap(),
+    }
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+impl Bench {
+    fn submit(
+        &self,
+        operation: Operation,
+        file: &Arc<IoFile>,
+        buffer: StagingRange<DeviceArena>,
+        deadline: Instant,
+    ) -> kvrail::Result<StagingRange<DeviceArena>> {
+        let request = IoRequest {
+            operation,
+            file: Arc::clone(file),
+            offset: 4096,
+            buffer,
+        };
+        self.engine.submit(request).wait(deadline)
+    }
+
+    /// Fills a range, by the mock's alias.
+    fn fill(&self, range: &StagingRange<DeviceArena>, byte: u8) {
+        let start = self.mocks.translate(range.address(), range.len());
+        // SAFETY: the mock's memory, of which the test holds this range.
+        unsafe { start.write_bytes(byte, range.len()) };
+    }
+
+    /// Returns whether all bytes of a range are `byte`.
+    fn holds(&self, range: &StagingRange<DeviceArena>, byte: u8) -> bool {
+        let start = self.mocks.translate(range.address(), range.len());
+        // SAFETY: as above.
+        let bytes = unsafe { std::slice::from_raw_parts(start, range.len()) };
+        bytes.iter().all(|found| *found == byte)
+    }
+
+    fn create(&self, name: &str) -> Arc<IoFile> {
+        let path = self.folder.path().join(name);
+        Arc::new(IoFile::open(&path, OpenMode::CreateNew, false).unwrap())
+    }
+
+    fn open(&self, name: &str) -> Arc<IoFile> {
+        let path = self.folder.path().join(name);
+        Arc::new(IoFile::open(&path, OpenMode::Read, false).unwrap())
+    }
+}
+
+#[test]
+fn slots_go_to_files_and_back_and_everything_is_given_back() {
+    let bench = start();
+    let file = bench.create("file");
+    let buffer = bench.pool.take(soon()).unwrap();
+    bench.fill(&buffer, 7);
+    let buffer = bench
+        .submit(Operation::Write, &file, buffer, soon())
+        .unwrap();
+    drop((file, buffer));
+    let length = std::fs::metadata(bench.folder.path().join("file"))
+        .unwrap()
+        .len();
+    assert_eq!(length, 4096 + SLOT as u64);
+    // Not the slot at the arena's start: offsets count from the registered address.
+    let first = bench.pool.take(soon()).unwrap();
+    let second = bench.pool.take(soon()).unwrap();
+    bench.fill(&first, 1);
+    let file = bench.open("file");
+    let second = bench
+        .submit(Operation::Read, &file, second, soon())
+        .unwrap();
+    assert!(bench.holds(&second, 7));
+    assert!(bench.holds(&first, 1));
+    drop((file, first, second));
+    let Bench {
+        engine,
+        pool,
+        mocks,
+        ..
+    } = bench;
+    drop((pool, engine));
+    // The engine's threads let go of the driver a moment later.
+    while mocks.balance() != (0, 0) {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn every_failure_is_an_error_with_function_number_and_path() {
+    let faults = [
+        (Operation::Write, "cuFileHandleRegister error=5027", "5027"),
+        (Operation::Write, "cuFileWrite error=5030", "5030"),
+        (
+            Operation::Write,
+            "cuFileWrite short=4096",
+            "expected 65536 bytes, got 4096",
+        ),
+        (Operation::Read, "cuFileRead error=5048", "5048"),
+        (
+            Operation::Read,
+            "cuFileRead short=0",
+            "expected 65536 bytes, got 0",
+        ),
+    ];
+    let bench = start();
+    let whole = bench.create("whole");
+    let buffer = bench.pool.take(soon()).unwrap();
+    drop(
+        bench
+            .submit(Operation::Write, &whole, buffer, soon())
+            .unwrap(),
+    );
+    drop(whole);
+    for (index, (operation, script, expected)) in faults.into_iter().enumerate() {
+        let name = index.to_string();
+        let file = match operation {
+            Operation::Write => bench.create(&name),
+            Operation::Read => bench.open("whole"),
+        };
+        bench.mocks.script_cufile(script);
+        let buffer = bench.pool.take(soon()).unwrap();
+        let error = bench.submit(operation, &file, buffer, soon()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Gpu, "{script}");
+        assert!(error.to_string().contains(expected), "{script}: {error}");
+        let path = file
+            .path()
+            .file_name()
+            .map(Path::new)
+            .unwrap()
+            .display()
+            .to_string();
+        assert!(error.to_string().contains(&path), "{script}: {error}");
+    }
+    assert_eq!(
+        bench.pool.free_count(),
+        bench.pool.slot_count(),
+        "a slot was lost"
+    );
+}
+
+#[test]
+fn a_call_that_hangs_costs_its_slot_and_no_wait_beyond_the_deadline() {
+    let bench = start();
+    bench.mocks.script_cufile("cuFileWrite nth=1 hang");
+    let file = bench.create("hanging");
+    let buffer = bench.pool.take(soon()).unwrap();
+    let readers = buffer.share();
+    let started = Instant::now();
+    let deadline = started + Duration::from_millis(100);
+    let error = bench
+        .submit(Operation::Write, &file, buffer, deadline)
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TimedOut);
+    assert!(started.elapsed() < Duration::from_secs(5));
+    // The bytes can still be read for another way; the slot is not given to anybody else.
+    assert_eq!(readers.len(), SLOT);
+    drop(readers);
+    assert_eq!(bench.pool.free_count(), bench.pool.slot_count() - 1);
+    let other = bench.create("other");
+    let buffer = bench.pool.take(soon()).unwrap();
+    bench
+        .submit(Operation::Write, &other, buffer, soon())
+        .unwrap();
+}

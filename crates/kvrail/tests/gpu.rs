@@ -1,0 +1,404 @@
+//! KV cache in the memory of a GPU, on a mock whose device memory the CPU cannot touch.
+#![expect(unsafe_code, reason = "makes regions of the mock's device memory")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test that meets an error has failed"
+)]
+
+mod common;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use common::{Geometry, LIMIT, chunk, chunk_path, config, namespace, noise};
+use kvrail::{
+    Device, ErrorKind, KvCache, KvLayout, LayerSpan, LoadChunk, LoadReport, OpenOptions, Region,
+    Store, StoreChunk, StoreReport,
+};
+use kvrail_cuda::{Context, Cuda, DeviceMemory, LibraryPaths, Priority};
+use mock_support::Mocks;
+
+/// Seven pages and a bit, blocks that end anywhere in a page, an odd number of layers.
+const GEOMETRY: Geometry = Geometry {
+    layers: 3,
+    block_bytes: 5008,
+    blocks_per_chunk: 2,
+    blocks: 16,
+};
+const GAP: usize = 16;
+const POISON: u8 = 0xA5;
+
+/// A KV cache on a mock GPU.
+struct Cache {
+    kv_cache: KvCache,
+    memory: Arc<DeviceMemory>,
+    context: Context,
+}
+
+fn options(mocks: &Mocks) -> OpenOptions {
+    OpenOptions {
+        libraries: LibraryPaths {
+            cuda: vec![mocks.cuda().to_path_buf()],
+            ..LibraryPaths::default()
+        },
+        ..OpenOptions::default()
+    }
+}
+
+fn open(mocks: &Mocks, path: &Path) -> Store {
+    Store::open(&config(path), namespace(), options(mocks)).unwrap()
+}
+
+fn context(mocks: &Mocks, ordinal: usize) -> Context {
+    let cuda = Cuda::load(&[mocks.cuda().to_path_buf()]).unwrap();
+    cuda.retain_primary(ordinal).unwrap()
+}
+
+fn layout() -> (KvLayout, usize) {
+    let stride = GEOMETRY.block_bytes + GAP;
+    let layer_bytes = stride * GEOMETRY.blocks;
+    let bytes = layer_bytes * GEOMETRY.layers;
+    let layers = (0..GEOMETRY.layers)
+        .map(|layer| LayerSpan {
+            region: 0,
+            offset: layer * layer_bytes,
+            block_stride: stride,
+            block_bytes: GEOMETRY.block_bytes,
+        })
+        .collect();
+    (
+        KvLayout::new(layers, GEOMETRY.blocks, &[bytes]).unwrap(),
+        bytes,
+    )
+}
+
+impl Cache {
+    fn attach(mocks: &Mocks, store: &Store, ordinal: usize) -> kvrail::Result<Self> {
+        let (layout, bytes) = layout();
+        let context = context(mocks, ordinal);
+        let memory = Arc::new(context.allocate(bytes).unwrap());
+        // SAFETY: the allocation has these bytes and lives as long as the region's owner.
+        let region = unsafe {
+            Region::from_raw(
+                memory.address() as usize,
+                bytes,
+                Device::Cuda(ordinal),
+                Arc::clone(&memory) as _,
+            )
+        }
+        .unwrap();
+        let kv_cache = store.attach(0, 0, layout, vec![region], GEOMETRY.blocks_per_chunk)?;
+        let cache = Self {
+            kv_cache,
+            memory,
+            context,
+        };
+        cache.write(&vec![POISON; bytes]);
+        Ok(cache)
+    }
+
+    fn write(&self, bytes: &[u8]) {
+        let stream = self.context.stream(Priority::Low).unwrap();
+        // SAFETY: as long as the allocation; waited for.
+        unsafe { stream.copy_to_device(self.memory.address(), bytes.as_ptr(), bytes.len()) }
+            .unwrap();
+        stream.synchronize().unwrap();
+    }
+
+    fn read(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.memory.bytes()];
+        let stream = self.context.stream(Priority::Low).unwrap();
+        // SAFETY: as above.
+        unsafe { stream.copy_to_host(bytes.as_mut_ptr(), self.memory.address(), bytes.len()) }
+            .unwrap();
+        stream.synchronize().unwrap();
+        bytes
+    }
+
+    fn store(&self, name: u64, blocks: [usize; 2]) -> StoreReport {
+        let chunk = StoreChunk {
+            chunk: chunk(name),
+            blocks: blocks.to_vec(),
+        };
+        self.kv_cache.store(&[chunk]).unwrap().wait(LIMIT).unwrap()
+    }
+
+    fn load(&self, name: u64, first_block: usize, blocks: &[usize]) -> LoadReport {
+        let chunk = LoadChunk {
+            chunk: chunk(name),
+            first_block,
+            blocks: blocks.to_vec(),
+        };
+        self.kv_cache
+            .load(vec![chunk])
+            .unwrap()
+            .wait(LIMIT)
+            .unwrap()
+    }
+}
+
+/// Bytes of one block of all layers in the memory of a KV cache.
+fn block(memory: &[u8], block: usize) -> Vec<u8> {
+    let stride = GEOMETRY.block_bytes + GAP;
+    (0..GEOMETRY.layers)
+        .flat_map(|layer| {
+            let start = (layer * GEOMETRY.blocks + block) * stride;
+            memory[start..start + GEOMETRY.block_bytes].to_vec()
+        })
+        .collect()
+}
+
+/// Stores on one GPU, loads on the other, and compares with what the host's path writes.
+fn round_trip(mocks: &Mocks) {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(mocks, &folder.path().join("gpu"));
+    let source = Cache::attach(mocks, &store, 0).unwrap();
+    let content = noise(7, source.memory.bytes());
+    source.write(&content);
+    assert_eq!(source.store(1, [5, 2]).stored, 1);
+    // The same chunk from host memory is the same file, byte for byte.
+    let host_store = common::open(&folder.path().join("host"));
+    let host_region = Region::zeroed(content.len()).unwrap();
+    host_region.copy_in(0, &content).unwrap();
+    let host = host_store
+        .attach(0, 0, layout().0, vec![host_region], 2)
+        .unwrap();
+    let same = StoreChunk {
+        chunk: chunk(1),
+        blocks: vec![5, 2],
+    };
+    assert_eq!(host.store(&[same]).unwrap().wait(LIMIT).unwrap().stored, 1);
+    let files =
+        ["gpu", "host"].map(|name| std::fs::read(chunk_path(&folder.path().join(name), 0, 1)));
+    let [gpu_file, host_file] = files.map(Result::unwrap);
+    assert!(gpu_file == host_file, "the GPU's path writes another file");
+    // Whole, and only the second block, on another GPU; nothing else is touched.
+    let other = open(mocks, &folder.path().join("gpu"));
+    let target = Cache::attach(mocks, &other, 1).unwrap();
+    assert_eq!(target.load(1, 0, &[0, 9]).loaded, 1);
+    assert_eq!(target.load(1, 1, &[12]).loaded, 1);
+    let found = target.read();
+    assert!(block(&found, 0) == block(&content, 5), "block 0");
+    assert!(block(&found, 9) == block(&content, 2), "block 9");
+    assert!(block(&found, 12) == block(&content, 2), "block 12");
+    let loaded = 3 * GEOMETRY.layers * GEOMETRY.block_bytes;
+    let untouched = found.iter().filter(|byte| **byte == POISON).count();
+    // Noise has the poison's value, too, now and then.
+    assert!(
+        untouched >= found.len() - loaded,
+        "bytes outside the blocks were written"
+    );
+    for other in [1, 3, 8, 10, 11, 13] {
+        assert!(
+            block(&found, other).iter().all(|byte| *byte == POISON),
+            "block {other}"
+        );
+    }
+}
+
+#[test]
+fn chunks_go_from_one_gpu_to_a_file_to_another_and_everything_is_given_back() {
+    let mocks = Mocks::load();
+    round_trip(&mocks);
+    assert!(
+        mocks.cuda_calls("cuLaunchKernel") > 6,
+        "the kernels were not used"
+    );
+    // Threads of a store that was dropped end a moment later.
+    let deadline = std::time::Instant::now() + LIMIT;
+    while mocks.balance().0 != 0 {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "{:?} objects are left",
+            mocks.balance()
+        );
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_driver_that_does_not_take_the_kernels_copies_by_itself() {
+    let mocks = Mocks::load();
+    mocks.script_cuda("cuModuleLoadData error=222");
+    round_trip(&mocks);
+    assert_eq!(mocks.cuda_calls("cuLaunchKernel"), 0);
+    assert!(mocks.cuda_calls("cuMemcpyBatchAsync") > 2);
+    mocks.script_cuda("cuModuleLoadData error=222\ncuMemcpyBatchAsync error=801");
+    let before = mocks.cuda_calls("cuMemcpyDtoDAsync");
+    round_trip(&mocks);
+    assert!(mocks.cuda_calls("cuMemcpyDtoDAsync") > before);
+}
+
+#[test]
+fn kernels_that_compute_something_else_are_found_out_at_the_start() {
+    for nth in [1, 2] {
+        let mocks = Mocks::load();
+        // The first launch of the check copies, the second one hashes; there are two GPUs.
+        mocks.script_cuda(&format!("cuLaunchKernel nth={nth} flip"));
+        let folder = tempfile::tempdir().unwrap();
+        let store = open(&mocks, folder.path());
+        let cache = Cache::attach(&mocks, &store, 0).unwrap();
+        cache.write(&noise(3, cache.memory.bytes()));
+        let launches = mocks.cuda_calls("cuLaunchKernel");
+        assert_eq!(cache.store(1, [0, 1]).stored, 1);
+        assert_eq!(cache.load(1, 0, &[4, 5]).loaded, 1);
+        let found = cache.read();
+        assert!(block(&found, 4) == block(&found, 0) && block(&found, 5) == block(&found, 1));
+        assert_eq!(
+            mocks.cuda_calls("cuLaunchKernel"),
+            launches,
+            "kernels were used all the same"
+        );
+    }
+}
+
+#[test]
+fn a_bad_chunk_is_a_miss_and_reaches_no_block() {
+    let mocks = Mocks::load();
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&mocks, folder.path());
+    let cache = Cache::attach(&mocks, &store, 0).unwrap();
+    for (name, at) in [(1_u64, 100), (2, 4096), (3, 20_000), (4, 38_000)] {
+        cache.write(&noise(name, cache.memory.bytes()));
+        assert_eq!(cache.store(name, [0, 1]).stored, 1);
+        let path = chunk_path(folder.path(), 0, name);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[at] ^= 32;
+        std::fs::write(&path, bytes).unwrap();
+        let before = cache.read();
+        let report = cache.load(name, 0, &[6, 7]);
+        assert_eq!(report.failed, [0], "a flipped bit at {at}");
+        assert!(cache.read() == before, "blocks were written by a bad chunk");
+        assert!(!path.exists(), "the bad file was not set aside");
+    }
+    assert_eq!(store.metrics().chunks_damaged, 4);
+}
+
+#[test]
+fn any_call_of_the_driver_may_fail_at_any_time() {
+    let functions = [
+        "cuMemcpyHtoDAsync",
+        "cuMemcpyDtoHAsync",
+        "cuLaunchKernel",
+        "cuEventCreate",
+        "cuEventRecord",
+        "cuEventQuery",
+        "cuStreamWaitEvent",
+        "cuCtxPushCurrent",
+    ];
+    let faults = ["error=700", "delay_ms=20"];
+    let mocks = Mocks::load();
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&mocks, folder.path());
+    let cache = Cache::attach(&mocks, &store, 0).unwrap();
+    let (mut name, mut missed) = (100, 0);
+    for function in functions {
+        for fault in faults {
+            for nth in 1..=6 {
+                name += 1;
+                let content = noise(name, cache.memory.bytes());
+                cache.write(&content);
+                mocks.script_cuda(&format!("{function} nth={nth} {fault}"));
+                let stored = cache.store(name, [0, 1]);
+                let report = cache.load(name, 0, &[8, 9]);
+                mocks.script_cuda("");
+                let what = format!("{function} nth={nth} {fault}: {stored:?} {report:?}");
+                let found = cache.read();
+                if report.loaded == 1 {
+                    assert!(block(&found, 8) == block(&content, 0), "{what}");
+                    assert!(block(&found, 9) == block(&content, 1), "{what}");
+                } else {
+                    missed += 1;
+                }
+            }
+        }
+    }
+    assert!(missed > 20, "only {missed} faults were met");
+    // Nothing is used up: buffers and slots are all there.
+    for name in 1..=8 {
+        assert_eq!(cache.store(name, [2, 3]).stored, 1);
+        assert_eq!(cache.load(name, 0, &[4, 5]).loaded, 1);
+    }
+}
+
+#[test]
+fn bytes_that_change_on_their_way_over_pcie_are_found_out() {
+    let mocks = Mocks::load();
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&mocks, folder.path());
+    let cache = Cache::attach(&mocks, &store, 0).unwrap();
+    cache.write(&noise(1, cache.memory.bytes()));
+    mocks.script_cuda("cuMemcpyDtoHAsync nth=1 flip");
+    assert_eq!(cache.store(1, [0, 1]).stored, 1);
+    mocks.script_cuda("");
+    assert_eq!(
+        cache.load(1, 0, &[4, 5]).failed,
+        [0],
+        "flipped while it was stored"
+    );
+    assert_eq!(cache.store(2, [0, 1]).stored, 1);
+    mocks.script_cuda("cuMemcpyHtoDAsync nth=1 flip");
+    assert_eq!(
+        cache.load(2, 0, &[4, 5]).failed,
+        [0],
+        "flipped while it was loaded"
+    );
+}
+
+#[test]
+fn what_cannot_work_is_an_error_when_the_cache_is_attached() {
+    let mocks = Mocks::load();
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&mocks, folder.path());
+    let context = context(&mocks, 1);
+    // Enough for the KV cache of the test, and for nothing else.
+    let free = context.memory_info().unwrap().0;
+    let hog = context.allocate(free - layout().1 - (40 << 10)).unwrap();
+    let error = Cache::attach(&mocks, &store, 1).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Gpu);
+    assert!(error.to_string().contains("out of memory") || error.to_string().contains("are free"));
+    drop(hog);
+    // The KV cache of the test, four for the check of the kernels; then 16, 8, 4, 2 slots and one.
+    let refused = |nth| format!("cuMemAlloc nth={nth} error=2");
+    mocks.script_cuda(&(6..=10).map(refused).collect::<Vec<_>>().join("\n"));
+    let error = Cache::attach(&mocks, &store, 0).err().unwrap().to_string();
+    for word in [
+        "cufile_buffer_size",
+        "MiB are free",
+        "--gpu-memory-utilization",
+        "cuda:0",
+    ] {
+        assert!(error.contains(word), "{error}");
+    }
+    let nowhere = OpenOptions {
+        libraries: LibraryPaths {
+            cuda: vec!["libkvrail-no-cuda.so.1".into()],
+            ..LibraryPaths::default()
+        },
+        ..OpenOptions::default()
+    };
+    mocks.script_cuda("");
+    let store = Store::open(&config(folder.path()), namespace(), nowhere).unwrap();
+    let error = Cache::attach(&mocks, &store, 0).err().unwrap().to_string();
+    assert!(error.contains("libkvrail-no-cuda.so.1"), "{error}");
+    let store = open(&mocks, folder.path());
+    let error = Cache::attach(&mocks, &store, 0).map(|cache| {
+        let host = Region::zeroed(64).unwrap();
+        let (layout, bytes) = layout();
+        // SAFETY: the allocation has these bytes.
+        let device = unsafe {
+            Region::from_raw(
+                cache.memory.address() as usize,
+                bytes,
+                Device::Cuda(0),
+                Arc::clone(&cache.memory) as _,
+            )
+        }
+        .unwrap();
+        store
+            .attach(0, 0, layout, vec![device, host], 2)
+            .unwrap_err()
+    });
+    assert_eq!(error.unwrap().to_string(), "a KV cache on cuda:0 and cpu");
+}
