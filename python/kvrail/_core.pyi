@@ -6,6 +6,7 @@ Times are in seconds, lengths in bytes unless a name says otherwise. Every error
 """
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any, final
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DamagedError",
+    "GpuError",
     "KvCache",
     "KvrailError",
     "LoadReport",
@@ -53,6 +55,9 @@ class WaitTimeoutError(KvrailError, TimeoutError):
 
 class ClosedError(KvrailError):
     """The store was closed."""
+
+class GpuError(KvrailError):
+    """The GPU, its driver or cuFile refused an operation."""
 
 class MismatchError(KvrailError):
     """A directory holds another namespace than its name says."""
@@ -143,11 +148,13 @@ class Store:
         *,
         read_only: bool = False,
         cpus: Sequence[int] | None = None,
+        cuda_library: str | PathLike[str] | None = None,
     ) -> Store:
         """Opens a store: makes its directories, probes each mount, starts the threads.
 
         ``read_only`` never creates or writes anything. ``cpus`` are the CPUs that the store's
-        threads are pinned to; None leaves them alone.
+        threads are pinned to; None leaves them alone. ``cuda_library`` is what the CUDA driver is
+        loaded from when a KV cache lies in the memory of a GPU; None searches as the system does.
 
         Raises ``ConfigError`` for a path that cannot work, ``StoreIoError`` for one that the system
         refuses, ``MismatchError`` when a directory belongs to another namespace.
@@ -174,18 +181,21 @@ class Store:
         blocks_per_chunk: int,
         group: int = 0,
         rank: int = 0,
+        device: str = "cpu",
     ) -> KvCache:
         """Attaches the KV cache of one group on one rank.
 
         Each layer is ``(region index, offset, block_stride, block_bytes)``: its block ``b`` lies
         ``offset + b * block_stride`` bytes into its region and is ``block_bytes`` long. Each region
-        is ``(address, bytes)`` of host memory. ``owner`` must keep all of it valid for reads and
-        writes while it lives; it is kept alive as long as the store may touch the memory, and let
+        is ``(address, bytes)`` of memory on ``device``: ``cpu``, or ``cuda:<ordinal>`` with
+        addresses as the GPU knows them. ``owner`` must keep all of it valid for reads and writes
+        while it lives; it is kept alive as long as the store may touch the memory, and let
         go by the next call into this module after that. Wrong addresses are not detected and crash
         the process.
 
         Raises ``ConfigError`` when a block lies outside its region, blocks overlap, or a chunk does
-        not fit into the staging memory.
+        not fit into the staging memory; ``GpuError`` when the GPU cannot be used or has no memory
+        left for staging.
         """
 
     def metrics(self) -> dict[str, float]:
@@ -222,12 +232,16 @@ class KvCache:
     def payload_bytes(self) -> int:
         """Bytes of a chunk's payload: its blocks over all layers."""
 
-    def store(self, chunks: Sequence[tuple[bytes, bytes | None, Sequence[int]]]) -> StoreTicket:
+    def store(
+        self, chunks: Sequence[tuple[bytes, bytes | None, Sequence[int]]], *, stream: int = 0
+    ) -> StoreTicket:
         """Stores chunks: each is ``(key, parent's key, block ids)``.
 
         A chunk has exactly ``blocks_per_chunk`` block ids; the parent is the chunk before it in the
         prompt, or None. The blocks are copied before the call returns and may be reused then; the
         files are written in the background. A chunk for which no staging buffer is free is dropped.
+        In the memory of a GPU the copy is put on ``stream`` (a ``CUstream`` as a number, 0 for the
+        default stream): the blocks may be changed by what is put there afterwards.
 
         Raises ``ConfigError`` for a wrong key, number of blocks or block id; nothing is done then.
         """

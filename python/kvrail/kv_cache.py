@@ -33,14 +33,15 @@ class LayerSpan:
 class KvMemory:
     """The KV cache of one group on one rank, ready to be attached to a store.
 
-    ``regions`` holds (address, bytes) of each allocation once. ``owner`` keeps the memory alive for
-    as long as the store may touch it.
+    ``regions`` holds (address, bytes) of each allocation once, all on ``device`` (``cpu`` or
+    ``cuda:<ordinal>``). ``owner`` keeps the memory alive for as long as the store may touch it.
     """
 
     layers: tuple[LayerSpan, ...]
     regions: tuple[tuple[int, int], ...]
     owner: object
     block_count: int
+    device: str = "cpu"
 
     @property
     def block_bytes(self) -> int:
@@ -66,6 +67,7 @@ class KvMemory:
             blocks_per_chunk=blocks_per_chunk,
             group=group,
             rank=rank,
+            device=self.device,
         )
 
 
@@ -85,19 +87,18 @@ class _View:
 def from_tensors(
     tensors: Sequence[Any], block_count: int, names: Sequence[str] | None = None
 ) -> KvMemory:
-    """Describes torch tensors on the CPU, one per layer, in payload order.
+    """Describes torch tensors on the CPU or on one CUDA GPU, one per layer, in payload order.
 
     The first axis of a tensor has ``block_count`` entries, or a multiple of it when the attention
     backend splits each block into equal kernel blocks. Raises ``UnsupportedMemoryError`` for memory
-    of a device and for blocks that are not one contiguous span.
+    of another or of several devices, and for blocks that are not one contiguous span.
     """
     views = []
+    devices = sorted({_device_name(tensor.device) for tensor in tensors})
+    if len(devices) > 1:
+        raise UnsupportedMemoryError(f"KV cache on several devices: {', '.join(devices)}")
     for index, tensor in enumerate(tensors):
         name = names[index] if names is not None else f"layer {index}"
-        if tensor.device.type != "cpu":
-            raise UnsupportedMemoryError(
-                f"KV cache on {tensor.device}: this version moves host memory only"
-            )
         item_bytes = tensor.element_size()
         storage = tensor.untyped_storage()
         views.append(
@@ -111,7 +112,8 @@ def from_tensors(
                 region_bytes=storage.nbytes(),
             )
         )
-    return _describe(views, block_count, owner=list(tensors))
+    device = devices[0] if devices else "cpu"
+    return _describe(views, block_count, owner=list(tensors), device=device)
 
 
 def from_arrays(
@@ -140,6 +142,17 @@ def from_arrays(
     return _describe(views, block_count, owner=list(arrays))
 
 
+def _device_name(device: Any) -> str:
+    """The device of a tensor as ``Store.attach`` takes it; ``cuda`` alone is the current GPU."""
+    if device.type == "cpu":
+        return "cpu"
+    if device.type == "cuda" and device.index is not None:
+        return f"cuda:{device.index}"
+    raise UnsupportedMemoryError(
+        f"KV cache on {device}: this version moves memory of the host and of CUDA GPUs only"
+    )
+
+
 def _extent(array: Any) -> int:
     """Bytes from the first to the last item of an array whose strides are not negative."""
     if any(stride < 0 for stride in array.strides):
@@ -150,7 +163,9 @@ def _extent(array: Any) -> int:
     return last + array.itemsize
 
 
-def _describe(views: Sequence[_View], block_count: int, owner: object) -> KvMemory:
+def _describe(
+    views: Sequence[_View], block_count: int, owner: object, device: str = "cpu"
+) -> KvMemory:
     if not views:
         raise UnsupportedMemoryError("no layers were given")
     region_of_address: dict[int, int] = {}
@@ -168,7 +183,7 @@ def _describe(views: Sequence[_View], block_count: int, owner: object) -> KvMemo
         layers.append(
             LayerSpan(region, view.address - view.region_address, block_stride, block_bytes)
         )
-    return KvMemory(tuple(layers), tuple(regions), owner, block_count)
+    return KvMemory(tuple(layers), tuple(regions), owner, block_count, device)
 
 
 def _block_geometry(view: _View, block_count: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ struct Exceptions {
     wait_timeout: Py<PyType>,
     closed: Py<PyType>,
     mismatch: Py<PyType>,
+    gpu: Py<PyType>,
 }
 
 static EXCEPTIONS: PyOnceLock<Exceptions> = PyOnceLock::new();
@@ -77,6 +78,11 @@ impl Exceptions {
                 &[root, &timeout],
             )?,
             closed: class("ClosedError", "The store was closed.", &[root])?,
+            gpu: class(
+                "GpuError",
+                "The GPU, its driver or cuFile refused an operation.",
+                &[root],
+            )?,
             mismatch: class(
                 "MismatchError",
                 "A directory holds another namespace than its name says.",
@@ -96,6 +102,7 @@ impl Exceptions {
             ErrorKind::TimedOut => &self.wait_timeout,
             ErrorKind::Closed => &self.closed,
             ErrorKind::Mismatch => &self.mismatch,
+            ErrorKind::Gpu => &self.gpu,
             _ => &self.base,
         }
     }
@@ -111,6 +118,7 @@ pub(crate) fn add_to(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("NoSpaceError", &all.no_space)?;
     module.add("WaitTimeoutError", &all.wait_timeout)?;
     module.add("ClosedError", &all.closed)?;
+    module.add("GpuError", &all.gpu)?;
     module.add("MismatchError", &all.mismatch)
 }
 

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 
 use crate::error::IntoPython;
+use crate::pointer;
 use crate::ticket::{LoadTicket, StoreTicket};
 
 /// Key, parent's key, block ids.
@@ -30,7 +31,13 @@ impl KvCache {
         self.inner.payload_bytes()
     }
 
-    fn store(&self, py: Python<'_>, chunks: Vec<StoreItem>) -> PyResult<StoreTicket> {
+    #[pyo3(signature = (chunks, *, stream=0))]
+    fn store(
+        &self,
+        py: Python<'_>,
+        chunks: Vec<StoreItem>,
+        stream: usize,
+    ) -> PyResult<StoreTicket> {
         let chunks = chunks
             .into_iter()
             .map(|(key, parent, blocks)| {
@@ -41,7 +48,10 @@ impl KvCache {
             })
             .collect::<kvrail::Result<Vec<_>>>()
             .into_python(py)?;
-        let inner = py.detach(|| self.inner.store(&chunks)).into_python(py)?;
+        let stream = pointer::compute_stream(stream);
+        let inner = py
+            .detach(|| self.inner.store_after(&chunks, stream))
+            .into_python(py)?;
         Ok(StoreTicket { inner })
     }
 

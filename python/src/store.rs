@@ -1,7 +1,10 @@
 //! The store: open, lookup, attach, and what it tells about itself.
 
+use std::path::PathBuf;
+
 use kvrail::store::NoticeLevel;
-use kvrail::{Access, ChunkKey, Error, ErrorKind, KvLayout, LayerSpan, OpenOptions};
+use kvrail::{Access, ChunkKey, Device, Error, ErrorKind, KvLayout, LayerSpan, OpenOptions};
+use kvrail_cuda::LibraryPaths;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyDict, PyList};
@@ -23,20 +26,29 @@ pub(crate) struct Store {
 #[pymethods]
 impl Store {
     #[new]
-    #[pyo3(signature = (config, namespace, *, read_only=false, cpus=None))]
+    #[pyo3(signature = (config, namespace, *, read_only=false, cpus=None, cuda_library=None))]
     fn new(
         py: Python<'_>,
         config: &Config,
         namespace: &Namespace,
         read_only: bool,
         cpus: Option<Vec<usize>>,
+        cuda_library: Option<PathBuf>,
     ) -> PyResult<Self> {
         let access = if read_only {
             Access::ReadOnly
         } else {
             Access::ReadWrite
         };
-        let options = OpenOptions { access, cpus };
+        let mut libraries = LibraryPaths::default();
+        if let Some(path) = cuda_library {
+            libraries.cuda = vec![path];
+        }
+        let options = OpenOptions {
+            access,
+            cpus,
+            libraries,
+        };
         let namespace = namespace.inner.clone();
         let inner = py
             .detach(|| kvrail::Store::open(&config.inner.store, namespace, options))
@@ -63,6 +75,7 @@ impl Store {
 
     #[pyo3(signature = (
         layers, regions, owner, *, block_count, blocks_per_chunk, group=0, rank=0,
+        device="cpu",
     ))]
     #[expect(
         clippy::too_many_arguments,
@@ -78,6 +91,7 @@ impl Store {
         blocks_per_chunk: usize,
         group: u32,
         rank: u32,
+        device: &str,
     ) -> PyResult<KvCache> {
         let layers = layers
             .into_iter()
@@ -89,7 +103,8 @@ impl Store {
             })
             .collect();
         let sizes: Vec<usize> = regions.iter().map(|(_, bytes)| *bytes).collect();
-        let regions = pointer::regions(&regions, owner).into_python(py)?;
+        let device = parse_device(device).into_python(py)?;
+        let regions = pointer::regions(&regions, device, owner).into_python(py)?;
         let inner = py
             .detach(|| {
                 let layout = KvLayout::new(layers, block_count, &sizes)?;
@@ -145,4 +160,19 @@ impl Store {
 
 fn unreadable(error: serde_json::Error) -> Error {
     Error::new(ErrorKind::InvalidArgument, "report as JSON").with_source(error)
+}
+
+/// Reads a device as PyTorch writes it: `cpu`, `cuda` or `cuda:<ordinal>`.
+fn parse_device(text: &str) -> kvrail::Result<Device> {
+    let ordinal = match text {
+        "cpu" => return Ok(Device::Host),
+        "cuda" => Some(0),
+        other => other
+            .strip_prefix("cuda:")
+            .and_then(|number| number.parse().ok()),
+    };
+    ordinal.map(Device::Cuda).ok_or_else(|| {
+        let message = format!("`device` = {text:?}: expected cpu or cuda:<ordinal>");
+        Error::new(ErrorKind::InvalidArgument, message)
+    })
 }

@@ -84,6 +84,7 @@ class ConnectorWorker:
         self._open_store = open_store
         self._store: Store | None = None
         self._kv_cache: KvCache | None = None
+        self._device = "cpu"
         self._stores_here = True
         self._loading: dict[str, tuple[RequestLoad, LoadTicket]] = {}
         self._settled: list[tuple[RequestLoad, LoadReport | None]] = []
@@ -145,6 +146,7 @@ class ConnectorWorker:
         namespace = Namespace(model_name(vllm_config), identity_json)
         store = self._open_store(config, namespace, cpus=STARTUP_CPUS)
         self._store = store
+        self._device = memory.device
         kv_cache = memory.attach(store, blocks_per_chunk=blocks_per_chunk, rank=rank.storage_rank)
         self.adopt(store, kv_cache)
         if rank.global_rank == 0:
@@ -197,12 +199,20 @@ class ConnectorWorker:
                 self._settled.append((load, None))
 
     def submit_stores(self, metadata: KvrailMetadata) -> None:
-        """Copies this step's chunks into staging memory; they are written in the background."""
+        """Copies this step's chunks into staging memory; they are written in the background.
+
+        On a GPU the copy is put on the compute stream and this returns at once.
+        """
         if not metadata.stores or self._kv_cache is None or not self._stores_here:
             return
         self._stats.touch()
         try:
-            self._kv_cache.store(metadata.stores)
+            if self._device == "cpu":
+                self._kv_cache.store(metadata.stores)
+            else:
+                # Copied in the order of the stream that computes the blocks; the forward of the
+                # next step, on the same stream, may overwrite them.
+                self._kv_cache.store(metadata.stores, stream=_current_stream(self._device))
         except KvrailError as error:
             self._report("store", error)
 
@@ -302,3 +312,10 @@ class ConnectorWorker:
         if kind not in self._reported:
             self._reported.add(kind)
             logger.warning("kvrail: %s: %s", operation, error)
+
+
+def _current_stream(device: str) -> int:
+    """The CUDA stream on which this thread's work for ``device`` runs, as a number."""
+    import torch
+
+    return int(torch.cuda.current_stream(device).cuda_stream)

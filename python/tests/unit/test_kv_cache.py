@@ -114,9 +114,11 @@ def test_a_read_only_array_is_refused():
         from_arrays([array], BLOCKS)
 
 
-def test_memory_of_a_device_is_refused():
+def test_memory_of_an_unknown_device_is_refused():
     tensor = torch.empty((BLOCKS, 4), device="meta")
-    with pytest.raises(UnsupportedMemoryError, match=r"KV cache on meta: .* host memory only"):
+    with pytest.raises(
+        UnsupportedMemoryError, match=r"KV cache on meta: .* host and of CUDA GPUs only"
+    ):
         from_tensors([tensor], BLOCKS)
 
 
