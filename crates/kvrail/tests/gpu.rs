@@ -156,6 +156,12 @@ fn round_trip(mocks: &Mocks) {
     let source = Cache::attach(mocks, &store, 0).unwrap();
     let content = noise(7, source.memory.bytes());
     source.write(&content);
+    let notices = store.take_notices();
+    assert!(
+        notices
+            .iter()
+            .any(|notice| notice.message.starts_with("KV cache on cuda:0: "))
+    );
     assert_eq!(source.store(1, [5, 2]).stored, 1);
     // The same chunk from host memory is the same file, byte for byte.
     let host_store = common::open(&folder.path().join("host"));

@@ -16,7 +16,7 @@ pub(super) struct Pending {
     pub(super) instead: &'static str,
 }
 
-const POSIX: &str = "this version has no cuFile engine, the posix engine moves the bytes";
+const POSIX: &str = "this version does not choose cuFile, the posix engine moves the bytes";
 
 /// Every such key.
 pub(super) static PENDING: &[Pending] = &[

@@ -103,6 +103,19 @@ impl GpuSide {
         }
     }
 
+    /// Says what was found and set up, in words.
+    pub(super) fn describe(&self, buffers: usize) -> String {
+        format!(
+            "KV cache on cuda:{}: {} VRAM slots, {buffers} pinned staging buffers, pieces copied by {}, \
+             pages hashed by the {}: {}",
+            self.gpu.context().ordinal(),
+            self.slots.slot_count(),
+            self.gpu.method(),
+            if self.hashes() { "GPU" } else { "CPU" },
+            self.gpu.reason()
+        )
+    }
+
     /// Returns whether the GPU hashes pages.
     pub(super) fn hashes(&self) -> bool {
         self.gpu.kernels().is_some()

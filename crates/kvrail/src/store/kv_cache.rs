@@ -115,6 +115,10 @@ impl KvCache {
         let pool = store.staging_pool(format.file_bytes(), gpu.as_ref())?;
         let side = |gpu| GpuSide::new(gpu, &layout, &format, blocks_per_chunk, pool.slot_count());
         let gpu = gpu.map(side).transpose()?;
+        if let Some(gpu) = &gpu {
+            let notice = || gpu.describe(pool.slot_count());
+            store.notices.info(Topic::Start, notice);
+        }
         let shared = CacheShared {
             group,
             rank,
