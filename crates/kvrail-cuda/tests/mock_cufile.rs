@@ -52,6 +52,7 @@ impl Bench {
         // SAFETY: the memory is as long.
         unsafe { stream.copy_to_device(self.memory.address(), bytes.as_ptr(), bytes.len()) }
             .unwrap();
+        stream.synchronize().unwrap();
     }
 
     fn byte(&self, offset: usize) -> u8 {

@@ -155,14 +155,12 @@ fn errors_are_values_with_function_and_number() {
     );
     let stream = context.stream(Priority::Low).unwrap();
     assert_eq!(context.stream(Priority::Low).unwrap_err().code(), Some(999));
-    // SAFETY: refused: no such device memory.
-    let copied = unsafe { stream.copy_to_device(4096, [1, 2].as_ptr(), 0) };
-    drop(copied);
     let memory = context.allocate(64).unwrap();
     let mut target = [0; 65];
     // SAFETY: refused: the range is longer than the allocation.
-    let error = unsafe { stream.copy_to_host(target.as_mut_ptr(), memory.address(), 65) };
-    assert_eq!(error.unwrap_err().code(), Some(700));
+    unsafe { stream.copy_to_host(target.as_mut_ptr(), memory.address(), 65) }.unwrap();
+    // As on a GPU, whoever waits learns of it.
+    assert_eq!(stream.synchronize().unwrap_err().code(), Some(700));
     let mut pinned = vec![0_u8; 8192];
     let start = pinned.as_mut_ptr().expose_provenance();
     // SAFETY: the memory outlives the pin.
@@ -171,5 +169,29 @@ fn errors_are_values_with_function_and_number() {
     let again = unsafe { context.pin(start, 8192) };
     assert_eq!(again.unwrap_err().code(), Some(712));
     drop((pin, stream, memory, context));
+    assert_eq!(mocks.balance().0, 0);
+}
+
+#[test]
+fn streams_run_when_they_are_waited_for_and_in_the_order_of_events() {
+    let (mocks, cuda) = start();
+    let context = cuda.retain_primary(0).unwrap();
+    let memory = context.allocate(16).unwrap();
+    let (first, second) = (
+        context.stream(Priority::Low).unwrap(),
+        context.stream(Priority::High).unwrap(),
+    );
+    let (source, mut target) = ([7_u8; 16], [0_u8; 16]);
+    // SAFETY: all ends stay until the stream was waited for.
+    unsafe { first.copy_to_device(memory.address(), source.as_ptr(), 16) }.unwrap();
+    let event = context.event().unwrap();
+    first.record(&event).unwrap();
+    second.wait_for(&event).unwrap();
+    // SAFETY: as above.
+    unsafe { second.copy_to_host(target.as_mut_ptr(), memory.address(), 16) }.unwrap();
+    assert_eq!(target, [0; 16], "nobody waited yet");
+    second.synchronize().unwrap();
+    assert_eq!(target, source, "the second stream waited for the first");
+    drop((event, first, second, memory, context));
     assert_eq!(mocks.balance().0, 0);
 }

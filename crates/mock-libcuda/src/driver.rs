@@ -1,4 +1,4 @@
-//! The driver's functions. Streams are synchronous: work is done when the call returns.
+//! The driver's functions.
 #![allow(
     clippy::missing_safety_doc,
     missing_docs,
@@ -8,12 +8,12 @@
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr;
 
-use kvrail_cuda::{CopyDescriptor, HashDescriptor, reference};
 use mock_script::Action;
 
 use crate::control::enter;
 use crate::memory::{device_limit, memory};
 use crate::objects::{count, current, device_count, pop, push};
+use crate::streams::{Work, streams};
 
 type Handle = *mut c_void;
 
@@ -22,7 +22,6 @@ const OUT_OF_MEMORY: c_int = 2;
 const NO_DEVICE: c_int = 101;
 const NO_CONTEXT: c_int = 201;
 const NOT_FOUND: c_int = 500;
-const ILLEGAL_ADDRESS: c_int = 700;
 
 /// Counts the call; returns what the script wants instead of the work.
 macro_rules! begin {
@@ -206,6 +205,8 @@ pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> c_int
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemFree_v2(address: u64) -> c_int {
     begin!("cuMemFree", _device);
+    // Freeing waits for the device.
+    streams().finish_all();
     if memory().free(address) { 0 } else { INVALID }
 }
 
@@ -227,26 +228,21 @@ pub extern "C" fn cuMemHostUnregister(start: *mut c_void) -> c_int {
     }
 }
 
-/// Copies between addresses of which either may be the device's.
-unsafe fn transfer(action: Option<Action>, target: u64, source: u64, bytes: usize) -> c_int {
-    let memory = memory();
-    let at = |address| {
-        if memory.is_device(address) {
-            return memory.alias(address, bytes);
-        }
-        (address != 0).then(|| ptr::with_exposed_provenance_mut(address as usize))
+/// Puts a copy on a stream.
+fn put_copy(
+    stream: Handle,
+    action: Option<Action>,
+    target: u64,
+    source: u64,
+    bytes: usize,
+) -> c_int {
+    let copy = Work::Copy {
+        action,
+        target,
+        source,
+        bytes,
     };
-    let (Some(target), Some(source)) = (at(target), at(source)) else {
-        return ILLEGAL_ADDRESS;
-    };
-    // SAFETY: device ranges were checked, host ranges are the caller's.
-    unsafe { ptr::copy(source, target, bytes) };
-    if action == Some(Action::Flip) && bytes > 0 {
-        // SAFETY: inside the range.
-        let middle = unsafe { target.add(bytes / 2) };
-        // SAFETY: as above.
-        unsafe { *middle ^= 4 };
-    }
+    streams().push(stream.addr(), copy);
     0
 }
 
@@ -255,14 +251,19 @@ pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
     target: u64,
     source: *const c_void,
     bytes: usize,
-    _stream: Handle,
+    stream: Handle,
 ) -> c_int {
     let action = begin!("cuMemcpyHtoDAsync");
     let Some(_) = current() else {
         return NO_CONTEXT;
     };
-    // SAFETY: passed on.
-    unsafe { transfer(action, target, source.expose_provenance() as u64, bytes) }
+    put_copy(
+        stream,
+        action,
+        target,
+        source.expose_provenance() as u64,
+        bytes,
+    )
 }
 
 #[unsafe(no_mangle)]
@@ -270,14 +271,19 @@ pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
     target: *mut c_void,
     source: u64,
     bytes: usize,
-    _stream: Handle,
+    stream: Handle,
 ) -> c_int {
     let action = begin!("cuMemcpyDtoHAsync");
     let Some(_) = current() else {
         return NO_CONTEXT;
     };
-    // SAFETY: passed on.
-    unsafe { transfer(action, target.expose_provenance() as u64, source, bytes) }
+    put_copy(
+        stream,
+        action,
+        target.expose_provenance() as u64,
+        source,
+        bytes,
+    )
 }
 
 #[unsafe(no_mangle)]
@@ -285,14 +291,13 @@ pub unsafe extern "C" fn cuMemcpyDtoDAsync_v2(
     target: u64,
     source: u64,
     bytes: usize,
-    _stream: Handle,
+    stream: Handle,
 ) -> c_int {
     let action = begin!("cuMemcpyDtoDAsync");
     let Some(_) = current() else {
         return NO_CONTEXT;
     };
-    // SAFETY: passed on.
-    unsafe { transfer(action, target, source, bytes) }
+    put_copy(stream, action, target, source, bytes)
 }
 
 #[unsafe(no_mangle)]
@@ -305,7 +310,7 @@ pub unsafe extern "C" fn cuMemcpyBatchAsync(
     _starts: *mut usize,
     _attribute_count: usize,
     _failed_at: *mut usize,
-    _stream: Handle,
+    stream: Handle,
 ) -> c_int {
     let action = begin!("cuMemcpyBatchAsync");
     let Some(_) = current() else {
@@ -316,11 +321,7 @@ pub unsafe extern "C" fn cuMemcpyBatchAsync(
         let (target, source) = unsafe { (*targets.add(index), *sources.add(index)) };
         // SAFETY: as above.
         let length = unsafe { *bytes.add(index) };
-        // SAFETY: passed on.
-        let code = unsafe { transfer(action, target, source, length) };
-        if code != 0 {
-            return code;
-        }
+        put_copy(stream, action, target, source, length);
     }
     0
 }
@@ -334,25 +335,27 @@ pub unsafe extern "C" fn cuStreamCreateWithPriority(
     begin!("cuStreamCreateWithPriority", _device);
     count(1);
     // SAFETY: passed on.
-    unsafe { put(stream, handle(16)) }
+    unsafe { put(stream, handle(streams().handle())) }
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuStreamDestroy_v2(_stream: Handle) -> c_int {
+pub extern "C" fn cuStreamDestroy_v2(stream: Handle) -> c_int {
     begin!("cuStreamDestroy", _device);
     count(-1);
+    streams().forget_stream(stream.addr());
     0
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuStreamSynchronize(_stream: Handle) -> c_int {
+pub extern "C" fn cuStreamSynchronize(stream: Handle) -> c_int {
     begin!("cuStreamSynchronize", _device);
-    0
+    streams().finish(stream.addr())
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuStreamWaitEvent(_stream: Handle, _event: Handle, _flags: c_uint) -> c_int {
+pub extern "C" fn cuStreamWaitEvent(stream: Handle, event: Handle, _flags: c_uint) -> c_int {
     begin!("cuStreamWaitEvent", _device);
+    streams().wait(stream.addr(), event.addr());
     0
 }
 
@@ -361,19 +364,20 @@ pub unsafe extern "C" fn cuEventCreate(event: *mut Handle, _flags: c_uint) -> c_
     begin!("cuEventCreate", _device);
     count(1);
     // SAFETY: passed on.
-    unsafe { put(event, handle(32)) }
+    unsafe { put(event, handle(streams().handle())) }
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuEventRecord(_event: Handle, _stream: Handle) -> c_int {
+pub extern "C" fn cuEventRecord(event: Handle, stream: Handle) -> c_int {
     begin!("cuEventRecord", _device);
+    streams().record(event.addr(), stream.addr());
     0
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuEventQuery(_event: Handle) -> c_int {
+pub extern "C" fn cuEventQuery(event: Handle) -> c_int {
     begin!("cuEventQuery", _device);
-    0
+    streams().finish_event(event.addr())
 }
 
 #[unsafe(no_mangle)]
@@ -437,7 +441,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
     _block_y: c_uint,
     _block_z: c_uint,
     _shared: c_uint,
-    _stream: Handle,
+    stream: Handle,
     arguments: *mut *mut c_void,
     _extra: *mut *mut c_void,
 ) -> c_int {
@@ -448,73 +452,20 @@ pub unsafe extern "C" fn cuLaunchKernel(
     // SAFETY: both kernels have at least two arguments of 8 bytes, and the second one four.
     let argument = |index| unsafe { **arguments.add(index).cast::<*const u64>() };
     let (descriptors, number) = (argument(0), argument(1) as usize);
-    match function.addr() {
-        // SAFETY: as the kernel's contract says.
-        1 => unsafe { run_copy(descriptors, number, action) },
-        // SAFETY: as the kernel's contract says.
-        2 => unsafe { run_hash(descriptors, number, argument(3), action) },
-        _ => INVALID,
-    }
-}
-
-unsafe fn run_copy(descriptors: u64, number: usize, action: Option<Action>) -> c_int {
-    let memory = memory();
-    let Some(list) = memory.alias(descriptors, number * size_of::<CopyDescriptor>()) else {
-        return ILLEGAL_ADDRESS;
+    let work = match function.addr() {
+        1 => Work::CopyKernel {
+            action,
+            descriptors,
+            number,
+        },
+        2 => Work::HashKernel {
+            action,
+            descriptors,
+            number,
+            hashes: argument(3),
+        },
+        _ => return INVALID,
     };
-    // SAFETY: the range was checked; descriptors are plain numbers.
-    let list = unsafe { std::slice::from_raw_parts(list.cast::<CopyDescriptor>(), number) };
-    let mut translated = Vec::with_capacity(number);
-    for piece in list {
-        let bytes = piece.bytes as usize;
-        let ends = (
-            memory.alias(piece.source, bytes),
-            memory.alias(piece.target, bytes),
-        );
-        let (Some(source), Some(target)) = ends else {
-            return ILLEGAL_ADDRESS;
-        };
-        translated.push(CopyDescriptor {
-            source: source.expose_provenance() as u64,
-            target: target.expose_provenance() as u64,
-            bytes: piece.bytes,
-        });
-    }
-    // SAFETY: all ranges were checked.
-    unsafe { reference::copy(&translated) };
-    if let (Some(Action::Flip), Some(last)) = (action, translated.last()) {
-        let target = ptr::with_exposed_provenance_mut::<u8>(last.target as usize);
-        // SAFETY: the first byte of a range that was checked.
-        unsafe { *target ^= 1 };
-    }
-    0
-}
-
-unsafe fn run_hash(descriptors: u64, number: usize, hashes: u64, action: Option<Action>) -> c_int {
-    let memory = memory();
-    let Some(list) = memory.alias(descriptors, number * size_of::<HashDescriptor>()) else {
-        return ILLEGAL_ADDRESS;
-    };
-    // SAFETY: the range was checked; descriptors are plain numbers.
-    let list = unsafe { std::slice::from_raw_parts(list.cast::<HashDescriptor>(), number) };
-    for run in list {
-        let pages = run.pages as usize;
-        let source = memory.alias(run.source, pages * 4096);
-        let target = memory.alias(hashes + run.first_page * 8, pages * 8);
-        let (Some(source), Some(target)) = (source, target) else {
-            return ILLEGAL_ADDRESS;
-        };
-        let translated = HashDescriptor {
-            source: source.expose_provenance() as u64,
-            first_page: 0,
-            pages: run.pages,
-        };
-        // SAFETY: both ranges were checked.
-        unsafe { reference::hash_pages(&[translated], target.cast()) };
-        if action == Some(Action::Flip) && pages > 0 {
-            // SAFETY: the first byte of a range that was checked.
-            unsafe { *target ^= 1 };
-        }
-    }
+    streams().push(stream.addr(), work);
     0
 }

@@ -1,5 +1,5 @@
-//! A libcuda without a GPU, for tests: it exports the driver's C functions and runs all work at
-//! once on the calling thread, on memory that the CPU cannot touch by its device address.
+//! A libcuda without a GPU, for tests: it exports the driver's C functions, on memory that
+//! the CPU cannot touch by its device address. Work on a stream runs when somebody waits for it.
 //!
 //! Beside the driver's functions: `kvrail_mock_script`, `kvrail_mock_count`, `kvrail_mock_balance`
 //! and `kvrail_mock_translate` (see crate mock-support). Environment: `KVRAIL_MOCK_DEVICES` (2),
@@ -15,3 +15,5 @@ mod control;
 mod driver;
 mod memory;
 mod objects;
+mod streams;
+mod work;

@@ -1,0 +1,156 @@
+//! Streams and events: work waits until somebody waits for it.
+//!
+//! Nothing runs before a query or a synchronisation needs it, so that code which looks at memory
+//! before it waited sees what was there before. Events order streams as in CUDA.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ffi::c_int;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use mock_script::Action;
+
+use crate::work;
+
+/// One piece of work on a stream.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Work {
+    /// A copy; either end may be device memory.
+    Copy {
+        action: Option<Action>,
+        target: u64,
+        source: u64,
+        bytes: usize,
+    },
+    /// A launch of `kvrail_copy`.
+    CopyKernel {
+        action: Option<Action>,
+        descriptors: u64,
+        number: usize,
+    },
+    /// A launch of `kvrail_hash_pages`.
+    HashKernel {
+        action: Option<Action>,
+        descriptors: u64,
+        number: usize,
+        hashes: u64,
+    },
+    /// The point of an event's nth recording.
+    Record(usize, u64),
+    /// What follows waits for an event's nth recording.
+    Wait(usize, u64),
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+struct Event {
+    stream: usize,
+    recorded: u64,
+    done: u64,
+}
+
+/// All streams and events, by handle.
+#[derive(Debug)]
+pub(crate) struct Streams {
+    queues: BTreeMap<usize, VecDeque<Work>>,
+    events: BTreeMap<usize, Event>,
+    next: usize,
+    /// The first error of work that ran; as in CUDA, whoever waits next learns of it.
+    error: c_int,
+}
+
+static STREAMS: Mutex<Streams> = Mutex::new(Streams {
+    queues: BTreeMap::new(),
+    events: BTreeMap::new(),
+    next: 16,
+    error: 0,
+});
+
+pub(crate) fn streams() -> MutexGuard<'static, Streams> {
+    STREAMS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Streams {
+    /// Returns a handle that nobody had.
+    pub(crate) fn handle(&mut self) -> usize {
+        self.next += 16;
+        self.next
+    }
+
+    pub(crate) fn push(&mut self, stream: usize, work: Work) {
+        self.queues.entry(stream).or_default().push_back(work);
+    }
+
+    pub(crate) fn record(&mut self, event: usize, stream: usize) {
+        let state = self.events.entry(event).or_default();
+        state.recorded += 1;
+        state.stream = stream;
+        let recorded = state.recorded;
+        self.push(stream, Work::Record(event, recorded));
+    }
+
+    pub(crate) fn wait(&mut self, stream: usize, event: usize) {
+        let recorded = self.events.get(&event).map_or(0, |state| state.recorded);
+        self.push(stream, Work::Wait(event, recorded));
+    }
+
+    /// Runs all that is on a stream; returns the error of work so far.
+    pub(crate) fn finish(&mut self, stream: usize) -> c_int {
+        while let Some(next) = self.queues.get_mut(&stream).and_then(VecDeque::pop_front) {
+            self.run(next);
+        }
+        std::mem::take(&mut self.error)
+    }
+
+    /// Runs until an event's last recording is passed.
+    pub(crate) fn finish_event(&mut self, event: usize) -> c_int {
+        let recorded = self.events.get(&event).map_or(0, |state| state.recorded);
+        self.reach(event, recorded);
+        std::mem::take(&mut self.error)
+    }
+
+    /// Runs everything.
+    pub(crate) fn finish_all(&mut self) {
+        let streams: Vec<usize> = self.queues.keys().copied().collect();
+        for stream in streams {
+            while let Some(next) = self.queues.get_mut(&stream).and_then(VecDeque::pop_front) {
+                self.run(next);
+            }
+        }
+    }
+
+    pub(crate) fn forget_stream(&mut self, stream: usize) {
+        self.finish(stream);
+        self.queues.remove(&stream);
+    }
+
+    fn reach(&mut self, event: usize, recorded: u64) {
+        while let Some(state) = self.events.get(&event).copied() {
+            if state.done >= recorded {
+                return;
+            }
+            let queue = self.queues.get_mut(&state.stream);
+            match queue.and_then(VecDeque::pop_front) {
+                Some(next) => self.run(next),
+                // An earlier recording on another stream: nothing is left to wait for.
+                None => return,
+            }
+        }
+    }
+
+    fn run(&mut self, next: Work) {
+        let code = match next {
+            Work::Record(event, recorded) => {
+                let state = self.events.entry(event).or_default();
+                state.done = state.done.max(recorded);
+                0
+            }
+            Work::Wait(event, recorded) => {
+                self.reach(event, recorded);
+                0
+            }
+            other => work::perform(other),
+        };
+        if self.error == 0 {
+            self.error = code;
+        }
+    }
+}
