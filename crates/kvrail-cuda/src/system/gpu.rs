@@ -47,7 +47,11 @@ impl Gpu {
             .collect();
         addresses.sort();
         addresses.dedup();
-        let by_driver = |address: &str| driven.iter().find(|name| name.eq_ignore_ascii_case(address));
+        let by_driver = |address: &str| {
+            driven
+                .iter()
+                .find(|name| name.eq_ignore_ascii_case(address))
+        };
         addresses
             .into_iter()
             .map(|address| Self {

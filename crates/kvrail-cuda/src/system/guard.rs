@@ -103,11 +103,7 @@ pub fn mount_guards(view: &SystemView, directory: &Path) -> Result<(), Refusal> 
 }
 
 /// Checks a local file system and the device below it.
-fn device_guards(
-    view: &SystemView,
-    mount: &Mount,
-    has_nvidia_fs: bool,
-) -> Result<(), Refusal> {
+fn device_guards(view: &SystemView, mount: &Mount, has_nvidia_fs: bool) -> Result<(), Refusal> {
     let refuse = |kind, reason: String| Err(Refusal::new(kind, reason));
     if let Some(mode) = ["data=journal", "data=writeback"]
         .into_iter()
@@ -127,7 +123,8 @@ fn device_guards(
             let multipath = view.line("/sys/module/nvme_core/parameters/multipath");
             if transport.as_deref() != Some("pcie") {
                 let transport = transport.as_deref().unwrap_or("multipath");
-                let reason = format!("{name} is NVMe over {transport}, which P2PDMA does not reach");
+                let reason =
+                    format!("{name} is NVMe over {transport}, which P2PDMA does not reach");
                 return refuse(RefusalKind::Device, reason);
             }
             if multipath.as_deref() == Some("Y") {

@@ -52,7 +52,10 @@ pub fn has_p2pdma_support(view: &SystemView) -> Option<bool> {
 fn from_config(view: &SystemView) -> Option<bool> {
     let release = KernelRelease::read(view)?;
     let text = view.text(format!("/boot/config-{}", release.text))?;
-    Some(text.lines().any(|line| line.trim() == "CONFIG_PCI_P2PDMA=y"))
+    Some(
+        text.lines()
+            .any(|line| line.trim() == "CONFIG_PCI_P2PDMA=y"),
+    )
 }
 
 fn from_symbols(view: &SystemView) -> Option<bool> {

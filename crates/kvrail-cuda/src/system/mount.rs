@@ -49,7 +49,10 @@ impl Mount {
     /// Lists the mounts that this process sees.
     pub fn list(view: &SystemView) -> Vec<Self> {
         let bytes = view.bytes("/proc/self/mountinfo").unwrap_or_default();
-        bytes.split(|byte| *byte == b'\n').filter_map(parse).collect()
+        bytes
+            .split(|byte| *byte == b'\n')
+            .filter_map(parse)
+            .collect()
     }
 
     /// Finds the mount that an absolute path without symbolic links lies on.
@@ -58,12 +61,20 @@ impl Mount {
     pub fn of(view: &SystemView, path: &Path) -> Option<Self> {
         let mounts = Self::list(view);
         // The root is the mount at `/` that is not mounted upon another one at `/`.
-        let at_root = || mounts.iter().filter(|mount| mount.mount_point == Path::new("/"));
+        let at_root = || {
+            mounts
+                .iter()
+                .filter(|mount| mount.mount_point == Path::new("/"))
+        };
         let root = at_root().find(|mount| !at_root().any(|other| other.id == mount.parent));
         let Some(mut current) = root else {
             // A chroot whose root is no mount: the deepest mount point is all there is to go by.
-            let above = mounts.iter().filter(|mount| path.starts_with(&mount.mount_point));
-            return above.max_by_key(|mount| mount.mount_point.as_os_str().len()).cloned();
+            let above = mounts
+                .iter()
+                .filter(|mount| path.starts_with(&mount.mount_point));
+            return above
+                .max_by_key(|mount| mount.mount_point.as_os_str().len())
+                .cloned();
         };
         // Down the path as the kernel goes: at each directory to what is mounted there on top, so
         // that mounts hidden below another one are not found. Each step goes to a child; the bound
@@ -100,7 +111,7 @@ impl Mount {
 
 /// Parses a line; `None` for one that is not as the manual says.
 fn parse(line: &[u8]) -> Option<Mount> {
-    let mut fields = line.split(|byte| *byte == b' ').filter(|field| !field.is_empty());
+    let mut fields = line.split(|byte| *byte == b' ');
     let number = |field: &[u8]| std::str::from_utf8(field).ok()?.parse::<u64>().ok();
     let text = |field: &[u8]| unescape(field).to_string_lossy().into_owned();
     let id = number(fields.next()?)?;
@@ -117,8 +128,7 @@ fn parse(line: &[u8]) -> Option<Mount> {
             major: device.0.parse().ok()?,
             minor: device.1.parse().ok()?,
         },
-        file_system: text(fields.next()?),
-        // A source may be empty, and then it is missing.
+        file_system: Some(text(fields.next()?)).filter(|name| !name.is_empty())?,
         source: fields.next().map(text).unwrap_or_default(),
         options,
         super_options: fields.next().map(text).unwrap_or_default(),

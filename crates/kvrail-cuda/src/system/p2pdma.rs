@@ -60,13 +60,20 @@ fn missing(view: &SystemView) -> Vec<String> {
     if !driver.open {
         missing.push("the NVIDIA kernel modules are not the open ones".to_owned());
     }
-    if driver.branch().is_none_or(|branch| branch < DRIVER_BRANCH_MIN) {
+    if driver
+        .branch()
+        .is_none_or(|branch| branch < DRIVER_BRANCH_MIN)
+    {
         let version = &driver.version;
         missing.push(format!(
             "NVIDIA driver {version} is older than {DRIVER_BRANCH_MIN}"
         ));
     }
-    if let Some(architecture) = driver.architecture.as_deref().filter(|&a| a != ARCHITECTURE) {
+    if let Some(architecture) = driver
+        .architecture
+        .as_deref()
+        .filter(|&a| a != ARCHITECTURE)
+    {
         missing.push(format!("{architecture} is not {ARCHITECTURE}"));
     }
     for key in REGISTRY_DWORDS {

@@ -66,9 +66,7 @@ impl RefusalKind {
             Self::DirectoryUnknown => "give a directory that exists and can be entered",
             Self::MountUnknown => "mount /proc",
             Self::NoDevice => "use a directory on an NVMe device with ext4 or xfs",
-            Self::Overlay => {
-                "mount a volume of the host into the container: ext4 or xfs on NVMe"
-            }
+            Self::Overlay => "mount a volume of the host into the container: ext4 or xfs on NVMe",
             Self::FileSystem => {
                 "use ext4 or xfs on NVMe, or Lustre, BeeGFS, GPFS, WekaFS or NFS over RDMA"
             }
