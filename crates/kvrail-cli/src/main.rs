@@ -1,9 +1,10 @@
-//! The command `kvrail`: looks into a store, verifies it and measures what it can do.
+//! The command `kvrail`: looks into a store, verifies it, and measures what it and the machine can do.
 //!
 //! Data goes to stdout, messages to stderr. The library never prints; all of it happens here.
 
 mod bench;
 mod completions;
+mod doctor;
 mod failure;
 mod ls;
 mod output;
@@ -21,7 +22,8 @@ use crate::failure::Failure;
 /// Printed below `--help`: scripts depend on it.
 const EXIT_CODES: &str = "Exit codes:
   0  done; `verify` found every chunk whole
-  1  bytes are not what was stored: `verify` found damaged chunks, or `bench` loaded wrong bytes
+  1  bytes are not what was stored: `verify` found damaged chunks, `bench` loaded wrong bytes;
+     `doctor` found a directory, or the library asked for, that cannot be used
   2  wrong usage, or the command could not do its work (`error: ...` on stderr says why)";
 
 /// Look into, verify and measure a kvrail store (the directory of `gds_path`).
@@ -46,6 +48,9 @@ enum Command {
     /// Measure store, load and lookup against the raw limit of the file system
     #[command(after_help = EXIT_CODES)]
     Bench(bench::Arguments),
+    /// Find out what this machine and directories can do, and what to change
+    #[command(after_help = EXIT_CODES)]
+    Doctor(doctor::Arguments),
     /// Print a shell's completion script
     #[command(after_help = EXIT_CODES)]
     Completions(completions::Arguments),
@@ -71,6 +76,7 @@ fn run(command_line: CommandLine) -> Result<ExitCode, Failure> {
         Command::Stat(arguments) => stat::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Completions(arguments) => completions::run(&arguments),
         Command::BenchCleanup(arguments) => bench::clean_up(&arguments),
     }
