@@ -53,6 +53,6 @@ pub(super) fn examine(view: &SystemView, machine: &Machine, real: &Path) -> Cufi
 ///
 /// Returns whether it worked, and what happened in words.
 fn try_in_child(_real: &Path) -> (bool, String) {
-    let reason = "not tried: this version of kvrail has no cuFile engine";
+    let reason = "not tried: this version of kvrail does not choose cuFile";
     (false, reason.to_owned())
 }
