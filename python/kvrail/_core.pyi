@@ -246,12 +246,18 @@ class KvCache:
         Raises ``ConfigError`` for a wrong key, number of blocks or block id; nothing is done then.
         """
 
-    def load(self, chunks: Sequence[tuple[bytes, bytes | None, int, Sequence[int]]]) -> LoadTicket:
+    def load(
+        self,
+        chunks: Sequence[tuple[bytes, bytes | None, int, Sequence[int]]],
+        *,
+        stream: int = 0,
+    ) -> LoadTicket:
         """Loads chunks: each is ``(key, parent's key, first_block, block ids)``.
 
         ``first_block`` counts from the start of the chunk; the block ids are the targets of the
         chunk's blocks from there to its end, and nothing else is written to. They must be left
-        alone until the ticket is done. Every byte is verified before it is copied.
+        alone until the ticket is done. Every byte is verified before it is copied. In the memory of
+        a GPU they are written after all that was on ``stream`` at the time of the call.
 
         Raises ``ConfigError`` for a wrong key, number of blocks or block id; nothing is done then.
         """

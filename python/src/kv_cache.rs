@@ -55,7 +55,8 @@ impl KvCache {
         Ok(StoreTicket { inner })
     }
 
-    fn load(&self, py: Python<'_>, chunks: Vec<LoadItem>) -> PyResult<LoadTicket> {
+    #[pyo3(signature = (chunks, *, stream=0))]
+    fn load(&self, py: Python<'_>, chunks: Vec<LoadItem>, stream: usize) -> PyResult<LoadTicket> {
         let chunks = chunks
             .into_iter()
             .map(|(key, parent, first_block, blocks)| {
@@ -67,7 +68,10 @@ impl KvCache {
             })
             .collect::<kvrail::Result<Vec<_>>>()
             .into_python(py)?;
-        let inner = py.detach(|| self.inner.load(chunks)).into_python(py)?;
+        let stream = pointer::compute_stream(stream);
+        let inner = py
+            .detach(|| self.inner.load_after(chunks, stream))
+            .into_python(py)?;
         Ok(LoadTicket { inner })
     }
 }

@@ -36,6 +36,6 @@ pub(crate) fn regions(
 
 /// Takes the number of a CUDA stream.
 pub(crate) fn compute_stream(handle: usize) -> ComputeStream {
-    // SAFETY: the caller of `KvCache.store` promises that it is a live stream of the device.
+    // SAFETY: the caller of `KvCache.store` or `load` promises that it is a live stream of the device.
     unsafe { ComputeStream::from_raw(handle) }
 }

@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use common::{Geometry, LIMIT, chunk, chunk_path, config, namespace, noise};
 use kvrail::{
-    Device, ErrorKind, KvCache, KvLayout, LayerSpan, LoadChunk, LoadReport, OpenOptions, Region,
-    Store, StoreChunk, StoreReport,
+    ComputeStream, Device, ErrorKind, KvCache, KvLayout, LayerSpan, LoadChunk, LoadReport,
+    OpenOptions, Region, Store, StoreChunk, StoreReport,
 };
 use kvrail_cuda::{Context, Cuda, DeviceMemory, LibraryPaths, Priority};
 use mock_support::Mocks;
@@ -125,16 +125,22 @@ impl Cache {
     }
 
     fn load(&self, name: u64, first_block: usize, blocks: &[usize]) -> LoadReport {
+        self.try_load(name, first_block, blocks).unwrap()
+    }
+
+    fn try_load(
+        &self,
+        name: u64,
+        first_block: usize,
+        blocks: &[usize],
+    ) -> kvrail::Result<LoadReport> {
         let chunk = LoadChunk {
             chunk: chunk(name),
             first_block,
             blocks: blocks.to_vec(),
         };
-        self.kv_cache
-            .load(vec![chunk])
-            .unwrap()
-            .wait(LIMIT)
-            .unwrap()
+        let ticket = self.kv_cache.load(vec![chunk])?;
+        Ok(ticket.wait(LIMIT).unwrap())
     }
 }
 
@@ -307,7 +313,11 @@ fn any_call_of_the_driver_may_fail_at_any_time() {
                 cache.write(&content);
                 mocks.script_cuda(&format!("{function} nth={nth} {fault}"));
                 let stored = cache.store(name, [0, 1]);
-                let report = cache.load(name, 0, &[8, 9]);
+                let Ok(report) = cache.try_load(name, 0, &[8, 9]) else {
+                    mocks.script_cuda("");
+                    missed += 1;
+                    continue;
+                };
                 mocks.script_cuda("");
                 let what = format!("{function} nth={nth} {fault}: {stored:?} {report:?}");
                 let found = cache.read();
@@ -407,4 +417,40 @@ fn what_cannot_work_is_an_error_when_the_cache_is_attached() {
             .unwrap_err()
     });
     assert_eq!(error.unwrap().to_string(), "a KV cache on cuda:0 and cpu");
+}
+
+#[test]
+fn a_load_comes_after_what_the_compute_stream_still_does_to_its_blocks() {
+    let mocks = Mocks::load();
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&mocks, folder.path());
+    let cache = Cache::attach(&mocks, &store, 0).unwrap();
+    let content = noise(1, cache.memory.bytes());
+    cache.write(&content);
+    assert_eq!(cache.store(1, [0, 1]).stored, 1);
+    // A forward that is under way writes all over the KV cache, and nobody has waited for it.
+    let compute = cache.context.stream(Priority::Low).unwrap();
+    let late = vec![POISON; content.len()];
+    // SAFETY: as long as the allocation; waited for below.
+    unsafe { compute.copy_to_device(cache.memory.address(), late.as_ptr(), late.len()) }.unwrap();
+    let chunk = LoadChunk {
+        chunk: chunk(1),
+        first_block: 0,
+        blocks: vec![4, 5],
+    };
+    // SAFETY: the stream lives until the end of the test.
+    let stream = unsafe { ComputeStream::from_raw(compute.raw()) };
+    let ticket = cache.kv_cache.load_after(vec![chunk], stream).unwrap();
+    assert_eq!(ticket.wait(LIMIT).unwrap().loaded, 1);
+    compute.synchronize().unwrap();
+    let found = cache.read();
+    assert!(
+        block(&found, 4) == block(&content, 0),
+        "overwritten by the forward before it"
+    );
+    assert!(
+        block(&found, 5) == block(&content, 1),
+        "overwritten by the forward before it"
+    );
+    assert!(block(&found, 6).iter().all(|byte| *byte == POISON));
 }

@@ -146,9 +146,8 @@ class ConnectorWorker:
         namespace = Namespace(model_name(vllm_config), identity_json)
         store = self._open_store(config, namespace, cpus=STARTUP_CPUS)
         self._store = store
-        self._device = memory.device
         kv_cache = memory.attach(store, blocks_per_chunk=blocks_per_chunk, rank=rank.storage_rank)
-        self.adopt(store, kv_cache)
+        self.adopt(store, kv_cache, memory.device)
         if rank.global_rank == 0:
             logger.info(
                 "kvrail: %s: chunks of %d tokens, %d bytes each per rank; %s",
@@ -162,9 +161,10 @@ class ConnectorWorker:
             )
         return identity_json
 
-    def adopt(self, store: Store, kv_cache: KvCache) -> None:
-        """Works with a store that is open and a KV cache that is attached to it."""
+    def adopt(self, store: Store, kv_cache: KvCache, device: str = "cpu") -> None:
+        """Works with a store that is open and a KV cache on ``device`` that is attached to it."""
         self._store = store
+        self._device = device
         self._kv_cache = kv_cache
         self._stats.follow(store.metrics)
 
@@ -193,7 +193,8 @@ class ConnectorWorker:
                 self._settled.append((load, None))
                 continue
             try:
-                self._loading[load.request_id] = (load, self._kv_cache.load(load.chunks))
+                ticket = self._kv_cache.load(load.chunks, **self._in_order())
+                self._loading[load.request_id] = (load, ticket)
             except KvrailError as error:
                 self._report("load", error)
                 self._settled.append((load, None))
@@ -207,14 +208,17 @@ class ConnectorWorker:
             return
         self._stats.touch()
         try:
-            if self._device == "cpu":
-                self._kv_cache.store(metadata.stores)
-            else:
-                # Copied in the order of the stream that computes the blocks; the forward of the
-                # next step, on the same stream, may overwrite them.
-                self._kv_cache.store(metadata.stores, stream=_current_stream(self._device))
+            self._kv_cache.store(metadata.stores, **self._in_order())
         except KvrailError as error:
             self._report("store", error)
+
+    def _in_order(self) -> dict[str, int]:
+        """On a GPU, the stream that transfers are ordered with: the one that computes.
+
+        vLLM runs ahead of the GPU. A forward on the stream may still write to blocks that a load is
+        given now, and the next forward may overwrite blocks that a store is to read.
+        """
+        return {} if self._device == "cpu" else {"stream": _current_stream(self._device)}
 
     def take_finished_loads(self, metadata: KvrailMetadata | None) -> set[str]:
         """Requests whose loads ended, well or not; failed blocks are known from here on."""

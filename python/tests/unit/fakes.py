@@ -163,18 +163,21 @@ class FakeKvCache:
         self.tickets: list[FakeLoadTicket] = []
         self.loads: list[list] = []
         self.stores: list[list] = []
+        self.streams: list[int] = []
         self.error: KvrailError | None = None
 
-    def load(self, chunks: Sequence) -> FakeLoadTicket:
+    def load(self, chunks: Sequence, *, stream: int = 0) -> FakeLoadTicket:
         if self.error is not None:
             raise self.error
+        self.streams.append(stream)
         self.loads.append(list(chunks))
         self.tickets.append(FakeLoadTicket())
         return self.tickets[-1]
 
-    def store(self, chunks: Sequence) -> None:
+    def store(self, chunks: Sequence, *, stream: int = 0) -> None:
         if self.error is not None:
             raise self.error
+        self.streams.append(stream)
         self.stores.append(list(chunks))
 
 

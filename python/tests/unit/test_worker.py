@@ -61,6 +61,18 @@ def test_a_load_is_reported_when_it_is_done_and_not_before(worker, kv_cache):
     assert worker.take_worker_metadata() is None
 
 
+def test_on_a_gpu_transfers_are_ordered_with_the_stream_that_computes(store, kv_cache, monkeypatch):
+    streams = {"cuda:1": 77}
+    monkeypatch.setattr(module, "_current_stream", streams.__getitem__)
+    worker = ConnectorWorker()
+    worker.adopt(store, kv_cache, "cuda:1")
+    chunk = StoreChunk(b"k0" * 16, None, (1, 2))
+    worker.start_loads(KvrailMetadata(loads=(LOAD,)))
+    worker.submit_stores(KvrailMetadata(stores=(chunk,)))
+    assert (kv_cache.loads, kv_cache.stores) == ([list(LOAD.chunks)], [[chunk]])
+    assert kv_cache.streams == [77, 77]
+
+
 def test_a_failed_chunk_is_reported_by_block_in_the_same_step(worker, kv_cache):
     worker.start_loads(KvrailMetadata(loads=(LOAD,)))
     kv_cache.tickets[0].report = report(failed=[0], errors=["damaged"])

@@ -156,8 +156,7 @@ impl Drop for Current<'_> {
     fn drop(&mut self) {
         let mut popped = ptr::null_mut();
         // SAFETY: this thread pushed the context, and pops whatever it pushed later itself.
-        let code = unsafe { (self.0.api().pop)(&raw mut popped) };
-        debug_assert!(code == 0 || code == 4, "cuCtxPopCurrent: {code}");
+        let _ = unsafe { (self.0.api().pop)(&raw mut popped) };
     }
 }
 

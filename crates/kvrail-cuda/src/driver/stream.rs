@@ -62,6 +62,11 @@ impl Stream {
         self.handle
     }
 
+    /// Returns the `CUstream` as a number, as others take it.
+    pub fn raw(&self) -> usize {
+        self.handle.expose_provenance()
+    }
+
     /// Returns the context.
     pub fn context(&self) -> &Context {
         &self.context

@@ -5,10 +5,10 @@
 //! and, once the hashes are found right, scatter. The GPU hashes, so the CPU touches no payload.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvrail_cuda::{Cuda, LibraryPaths, Stream};
+use kvrail_cuda::{Cuda, Event, LibraryPaths, Stream};
 
 use super::image::Extents;
 use super::kv_cache::CacheShared;
@@ -24,8 +24,11 @@ use crate::memory::{
 /// VRAM slots of a KV cache at most. What goes through them is on its way between two memories:
 /// a few hide the latency of each other's copies, more only take memory from the KV cache.
 const SLOTS_MAX: usize = 16;
-/// How long an error waits for the GPU to let go of what it works on.
+/// How long an error waits for the GPU to let go of what it works on, before it asks again or
+/// gives the memory up.
 const GRACE: Duration = Duration::from_secs(1);
+/// Refusals of the driver after which a load that failed takes the GPU for dead.
+const REFUSALS_MAX: usize = 3;
 
 /// The GPUs that a store uses, opened when the first KV cache on them is attached.
 #[derive(Debug)]
@@ -95,7 +98,7 @@ impl GpuSide {
         let shape = SlotShape::new(layout, format, blocks);
         let mut count = buffers.clamp(1, SLOTS_MAX);
         loop {
-            match GpuSlots::new(&gpu, shape, count, |_, _| Ok(None)) {
+            match GpuSlots::new(&gpu, shape, count) {
                 Ok(slots) => return Ok(Self { gpu, slots }),
                 Err(error) if count == 1 => return Err(error),
                 Err(_) => count /= 2,
@@ -119,6 +122,15 @@ impl GpuSide {
     /// Returns whether the GPU hashes pages.
     pub(super) fn hashes(&self) -> bool {
         self.gpu.kernels().is_some()
+    }
+
+    /// Marks what the serving engine has put on its stream so far.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Gpu`].
+    pub(super) fn mark(&self, compute: ComputeStream) -> Result<Arc<Event>> {
+        let stream = self.gpu.compute_stream(compute);
+        self.gpu.mark(&stream).map(Arc::new)
     }
 
     /// Puts the way of a chunk from its blocks to `image` on the GPU; `None` without a free slot.
@@ -150,7 +162,9 @@ impl GpuSide {
                 Ok(Some(StagedImage::arriving(head, event, self.hashes())))
             }
             Err(error) => {
-                if !slot.settle(&[&compute, own], Instant::now() + GRACE) {
+                let deadline = Instant::now() + GRACE;
+                let settled = [&compute, own].map(|stream| slot.settle(stream, deadline));
+                if settled.iter().any(Result::is_err) {
                     std::mem::forget(image);
                 }
                 Err(error)
@@ -205,7 +219,7 @@ impl GpuSide {
         let mut slot = self.slots.take(&self.gpu, deadline)?;
         let stream = self.gpu.load_stream();
         let result = self.load_on(job, &image, extents, computed, &mut slot, stream, deadline);
-        if result.is_err() && !slot.settle(&[stream], Instant::now() + GRACE) {
+        if result.is_err() && !wait_out(&mut slot, stream) {
             std::mem::forget(image);
         }
         result
@@ -239,8 +253,31 @@ impl GpuSide {
         }
         let plan = TransferPlan::new(&job.cache.layout, &job.blocks)?;
         let at = PAGE_BYTES + job.payload.start - extents.pages.start * PAGE_BYTES;
+        // What was on the compute stream when the load was asked for may still use the blocks: a
+        // forward that writes behind the end of their last owner, a gather that reads them.
+        if let Some(before) = &job.after {
+            let ordered = stream.wait_for(before);
+            ordered.map_err(|error| Error::gpu("order a load behind the forward", error))?;
+        }
         slot.scatter(stream, &plan, &job.cache.regions, at)?;
         slot.mark(stream)?;
         slot.wait(deadline)
     }
+}
+
+/// Waits, after an error, until the GPU is through with a load, however long that takes; returns
+/// whether it is, `false` for a GPU that does not answer any more.
+///
+/// The blocks are computed anew once the load has ended, so it must not end while a scatter may
+/// still write to them. The serving engine waits for the same GPU all the while.
+fn wait_out(slot: &mut GpuSlot, stream: &Stream) -> bool {
+    let mut refusals = 0;
+    while refusals < REFUSALS_MAX {
+        match slot.settle(stream, Instant::now() + GRACE) {
+            Ok(()) => return true,
+            Err(error) if error.kind() == ErrorKind::TimedOut => {}
+            Err(_) => refusals += 1,
+        }
+    }
+    false
 }

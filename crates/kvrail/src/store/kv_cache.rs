@@ -292,6 +292,17 @@ impl KvCache {
     /// [`ErrorKind::InvalidArgument`] for a wrong number of blocks or a block outside the KV
     /// cache: nothing is loaded then.
     pub fn load(&self, chunks: Vec<LoadChunk>) -> Result<LoadTicket> {
+        self.load_after(chunks, ComputeStream::default())
+    }
+
+    /// Loads chunks into blocks that are free once all that is on `stream` now is done.
+    ///
+    /// For KV cache in the memory of a GPU: the serving engine may give blocks out while work on
+    /// its stream still uses them. In host memory it is [`KvCache::load`].
+    ///
+    /// # Errors
+    /// As [`KvCache::load`], and [`ErrorKind::Gpu`] when the stream cannot be marked.
+    pub fn load_after(&self, chunks: Vec<LoadChunk>, stream: ComputeStream) -> Result<LoadTicket> {
         let blocks_per_chunk = self.shared.blocks_per_chunk;
         for chunk in &chunks {
             self.check_blocks(
@@ -299,6 +310,8 @@ impl KvCache {
                 blocks_per_chunk.saturating_sub(chunk.first_block),
             )?;
         }
+        let gpu = self.shared.gpu.as_ref();
+        let after = gpu.map(|gpu| gpu.mark(stream)).transpose()?;
         let (ticket, members) = start_load(chunks.len());
         let format = &self.shared.format;
         let jobs = chunks
@@ -309,6 +322,7 @@ impl KvCache {
                 chunk: chunk.chunk,
                 payload: chunk.first_block * format.block_bytes()..format.payload_bytes(),
                 blocks: chunk.blocks,
+                after: after.clone(),
                 member,
                 started: None,
             })

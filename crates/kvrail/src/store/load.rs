@@ -6,6 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kvrail_cuda::Event;
+
 use super::batch::{Ending, Member};
 use super::image::{self, Extents, READ_REQUEST_BYTES};
 use super::kv_cache::CacheShared;
@@ -33,6 +35,8 @@ pub(super) struct LoadJob {
     pub(super) payload: Range<usize>,
     /// Where they go. Planned when the load runs: a waiting plan of many layers is large.
     pub(super) blocks: Vec<usize>,
+    /// On a GPU: what the blocks may be written after.
+    pub(super) after: Option<Arc<Event>>,
     pub(super) member: Member<LoadReport>,
     /// When the work on it began; the wait limit counts from here.
     pub(super) started: Option<Instant>,

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvrail_cuda::{COPY_PIECE_BYTES, CopyDescriptor, Event, HashDescriptor, RegisteredBuffer};
+use kvrail_cuda::{COPY_PIECE_BYTES, CopyDescriptor, Event, HashDescriptor};
 
 use super::Gpu;
 use crate::chunk::{ChunkFormat, PAGE_BYTES};
@@ -25,8 +25,6 @@ pub struct SlotShape {
     pub image: usize,
     /// Hashes of the payload's pages, 8 bytes each.
     pub hashes: usize,
-    /// The page table of the file.
-    pub table: usize,
     /// Copy descriptors, and one hash descriptor behind them.
     pub descriptors: usize,
 }
@@ -44,7 +42,6 @@ impl SlotShape {
         Self {
             image: format.file_bytes(),
             hashes: page_aligned(format.page_count() * 8),
-            table: page_aligned(format.table_bytes()),
             descriptors: page_aligned((pieces + 1) * DESCRIPTOR_BYTES),
         }
     }
@@ -56,7 +53,7 @@ impl SlotShape {
 
     /// Returns the bytes of pinned host memory beside it.
     pub fn scratch_bytes(&self) -> usize {
-        PAGE_BYTES + self.table + self.hashes + self.descriptors
+        PAGE_BYTES + self.hashes + self.descriptors
     }
 }
 
@@ -91,8 +88,8 @@ pub(super) struct Parts {
 /// The pinned memory beside a slot.
 #[derive(Debug)]
 pub(super) struct HostParts {
-    pub(super) head: StagingRange,
-    pub(super) table: StagingRange,
+    /// A page that is never written: the source of padding.
+    pub(super) zeros: StagingRange,
     pub(super) hashes: StagingRange,
     pub(super) descriptors: StagingRange,
 }
@@ -113,17 +110,12 @@ pub struct GpuSlot {
 }
 
 impl GpuSlots {
-    /// Allocates `count` slots in VRAM; `register` makes them known to cuFile where it is used.
+    /// Allocates `count` slots in VRAM.
     ///
     /// # Errors
     /// [`ErrorKind::Gpu`] when there is not so much VRAM, naming how much was asked, how much is
-    /// free, and what to change; also when pinning or `register` fails.
-    pub fn new(
-        gpu: &Gpu,
-        shape: SlotShape,
-        count: usize,
-        register: impl FnOnce(u64, usize) -> Result<Option<RegisteredBuffer>>,
-    ) -> Result<Self> {
+    /// free, and what to change; also when the memory beside it cannot be pinned.
+    pub fn new(gpu: &Gpu, shape: SlotShape, count: usize) -> Result<Self> {
         let bytes = count * shape.device_bytes();
         let memory = gpu.context().allocate(bytes).map_err(|error| {
             let free = gpu.context().memory_info().map_or(0, |(free, _)| free);
@@ -136,8 +128,7 @@ impl GpuSlots {
             );
             Error::gpu(message, error)
         })?;
-        let registered = register(memory.address(), bytes)?;
-        let slots = StagingPool::over(DeviceArena::new(memory, registered), shape.device_bytes())?;
+        let slots = StagingPool::over(DeviceArena::new(memory, None), shape.device_bytes())?;
         let pinned = HostArena::pinned(count * shape.scratch_bytes(), gpu.context())?;
         let scratch = StagingPool::over(pinned, shape.scratch_bytes())?;
         Ok(Self {
@@ -207,8 +198,7 @@ impl GpuSlots {
             hashes: device.split_to(shape.hashes),
             descriptors: device,
             host: HostParts {
-                head: host.split_to(PAGE_BYTES),
-                table: host.split_to(shape.table),
+                zeros: host.split_to(PAGE_BYTES),
                 hashes: host.split_to(shape.hashes),
                 descriptors: host,
             },

@@ -15,7 +15,7 @@ use super::{CopyMethod, Gpu};
 use crate::chunk::PAGE_BYTES;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::TransferPlan;
-use crate::memory::{DeviceArena, Region, StagingRange};
+use crate::memory::{Region, StagingRange};
 
 /// One copy inside a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,8 +43,6 @@ impl GpuSlot {
         let image = self.image_span(at..at + plan.bytes())?;
         let mut pieces = pieces(plan, regions, image, true, self.gpu.piece_bytes())?;
         for range in zeros.iter().filter(|range| !range.is_empty()) {
-            // The head's page of the pinned memory is zero when a slot is gathered: it is written
-            // later, by `encode_head`, and cleared here.
             let target = self.image_span(range.clone())?;
             let source = self.clear_page(stream, range.len())?;
             pieces.push(Piece {
@@ -140,24 +138,6 @@ impl GpuSlot {
         to_device(stream, target, source)
     }
 
-    /// Copies head and page table of the image, `table` bytes at `table_at`, to the pinned memory
-    /// beside the slot.
-    ///
-    /// # Errors
-    /// As [`GpuSlot::fetch`].
-    pub fn fetch_head_and_table(
-        &mut self,
-        stream: &Stream,
-        table_at: usize,
-        table: usize,
-    ) -> Result<()> {
-        let head = self.image_span(0..PAGE_BYTES)?;
-        let source = self.image_span(table_at..table_at + table)?;
-        let host = &mut self.parts_mut()?.host;
-        to_host(stream, sized(host.head.as_mut_slice(), PAGE_BYTES)?, head)?;
-        to_host(stream, sized(host.table.as_mut_slice(), table)?, source)
-    }
-
     /// Copies the hashes of `pages` pages to the pinned memory beside the slot.
     ///
     /// # Errors
@@ -216,30 +196,17 @@ impl GpuSlot {
         }
     }
 
-    /// Waits, after an error, for whatever was put on these streams; returns whether it is over.
+    /// Waits, after an error, for whatever was put on `stream`.
     ///
-    /// If it is not, the slot's memory is not used again, and neither may be what it copies from
+    /// If that fails, the slot's memory is not used again, and neither may be what it copies from
     /// and to.
-    pub fn settle(&mut self, streams: &[&Stream], deadline: Instant) -> bool {
-        for stream in streams {
-            let waited = self.mark(stream).and_then(|()| self.wait(deadline));
-            if waited.is_err() {
-                self.unmarked = true;
-                return false;
-            }
-        }
-        true
-    }
-
-    /// Returns the head's page and the first `table` bytes of the page table, as fetched.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] for a table longer than the slot's.
-    pub fn head_and_table(&self, table: usize) -> Result<(&[u8], &[u8])> {
-        let host = &self.parts()?.host;
-        let table = host.table.as_slice().get(..table);
-        let table = table.ok_or_else(|| outside("page table", 0))?;
-        Ok((host.head.as_slice(), table))
+    /// As [`GpuSlot::wait`].
+    pub fn settle(&mut self, stream: &Stream, deadline: Instant) -> Result<()> {
+        let waited = self.mark(stream).and_then(|()| self.wait(deadline));
+        self.unmarked |= waited.is_err();
+        waited
     }
 
     /// Returns the hashes of `pages` pages, as fetched.
@@ -251,47 +218,6 @@ impl GpuSlot {
         let bytes = bytes.ok_or_else(|| outside("hashes", pages * 8))?;
         let (words, _) = bytes.as_chunks::<8>();
         Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
-    }
-
-    /// Writes the head's page by `encode` and puts it in front of the image.
-    ///
-    /// # Errors
-    /// Those of `encode`, and as [`GpuSlot::fetch`].
-    pub fn send_head(
-        &mut self,
-        stream: &Stream,
-        encode: impl FnOnce(&mut [u8]) -> Result<()>,
-    ) -> Result<()> {
-        let target = self.image_span(0..PAGE_BYTES)?;
-        let head = &mut self.parts_mut()?.host.head;
-        encode(head.as_mut_slice())?;
-        to_device(stream, target, head.as_slice())
-    }
-
-    /// Takes the image out of the slot, for an I/O engine; [`GpuSlot::put_image`] gives it back.
-    ///
-    /// # Errors
-    /// [`ErrorKind::InvalidArgument`] when it was taken already.
-    pub fn take_image(&mut self) -> Result<StagingRange<DeviceArena>> {
-        let image = &mut self.parts.as_mut().ok_or_else(|| outside("slot", 0))?.image;
-        let bytes = image.len();
-        match bytes {
-            0 => Err(outside("image", 0)),
-            _ => Ok(image.split_to(bytes)),
-        }
-    }
-
-    /// Puts the image back.
-    ///
-    /// # Errors
-    /// [`ErrorKind::InvalidArgument`] when the slot has one.
-    pub fn put_image(&mut self, image: StagingRange<DeviceArena>) -> Result<()> {
-        let own = &mut self.parts.as_mut().ok_or_else(|| outside("slot", 0))?.image;
-        if !own.is_empty() {
-            return Err(outside("image", image.len()));
-        }
-        *own = image;
-        Ok(())
     }
 
     pub(super) fn parts(&self) -> Result<&Parts> {
@@ -319,8 +245,7 @@ impl GpuSlot {
         if bytes > PAGE_BYTES || bytes > parts.hashes.len() {
             return Err(outside("zero page", bytes));
         }
-        let page = parts.host.head.as_mut_slice();
-        page.fill(0);
+        let page = parts.host.zeros.as_mut_slice();
         // The hashes' memory is free until a load hashes its pages.
         let target = parts.hashes.address();
         to_device(stream, target, sized(page, bytes)?)?;
