@@ -10,6 +10,7 @@
 //! - [`Kernels`] are kvrail's own kernels, as PTX text that the driver compiles
 //! - [`CuFile`] is the library, [`CuFileDriver`] its opened driver, with [`FileHandle`] and
 //!   [`RegisteredBuffer`]
+//! - [`probe`] tries cuFile in a process of its own, [`system`] reads what the machine says
 //!
 //! **Why a binding of our own.** cudarc's loader tries neither `libcufile.so.0`, the only name in
 //! NVIDIA's wheels, nor paths that a caller gives, and it panics where a library is absent. What is
@@ -20,9 +21,10 @@ mod driver;
 mod error;
 mod kernels;
 mod library;
+pub mod probe;
 pub mod system;
 
-pub use cufile::{CuFile, CuFileDriver, FileHandle, RegisteredBuffer};
+pub use cufile::{CuFile, CuFileDriver, FileHandle, RegisteredBuffer, TRANSFER_BYTES_MAX};
 pub use driver::{
     Context, Cuda, DeviceInfo, DeviceMemory, DevicePointer, Event, PinnedRange, Priority, Stream,
 };

@@ -26,7 +26,7 @@ fn start() -> Bench {
     let library = CuFile::load(&[mocks.cufile().to_path_buf()]).unwrap();
     assert_eq!(
         (library.version(), library.has_vectored()),
-        (Some((1, 14)), false)
+        (Some((1, 20)), true)
     );
     let folder = tempfile::tempdir().unwrap();
     let file = File::options()
@@ -141,4 +141,40 @@ fn faults_are_values() {
     assert_eq!(read().unwrap(), 4096);
     assert_eq!(read().unwrap(), BYTES);
     assert_eq!(bench.mocks.cufile_calls("cuFileRead"), 3);
+}
+
+#[test]
+fn a_process_that_was_forked_off_leaves_the_driver_alone() {
+    let bench = start();
+    let base = bench.memory.address();
+    // SAFETY: the memory outlives the registration.
+    let registered = unsafe { bench.driver.register_buffer(base, 2 * BYTES) }.unwrap();
+    let handle = bench.driver.register_file(bench.file.as_fd()).unwrap();
+    let balance = bench.mocks.balance().1;
+    // SAFETY: the child calls nothing but what is tested, and leaves by `_exit`.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let refused = bench.driver.register_file(bench.file.as_fd()).is_err()
+            // SAFETY: refused before anything is touched.
+            && unsafe { handle.write(base, BYTES, 0, 0) }.is_err()
+            // SAFETY: as above.
+            && unsafe { bench.driver.register_buffer(base, BYTES) }.is_err();
+        drop(handle);
+        drop(registered);
+        // The child's copy of the mock counts what it was asked to give back.
+        let untouched = bench.mocks.balance().1 == balance;
+        // SAFETY: ends the child without running what belongs to the parent.
+        unsafe { libc::_exit(i32::from(!(refused && untouched))) };
+    }
+    assert!(child > 0, "no child");
+    let mut status = 0;
+    // SAFETY: the pointer is to a live integer.
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    assert_eq!(status, 0, "the child used the driver of its parent");
+    bench.fill(7);
+    // SAFETY: the first part of registered memory of the test.
+    let written = bench
+        .context
+        .run(|| unsafe { handle.write(base, BYTES, 0, 0) });
+    assert_eq!(written.unwrap(), BYTES, "the parent goes on");
 }

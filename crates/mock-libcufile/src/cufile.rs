@@ -5,7 +5,7 @@
     reason = "the functions and their contracts are those of cufile.h"
 )]
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{c_int, c_uint, c_void};
 
 use mock_script::Action;
 
@@ -70,7 +70,7 @@ pub extern "C" fn cuFileDriverClose_v2() -> Status {
 pub unsafe extern "C" fn cuFileGetVersion(version: *mut c_int) -> Status {
     begin!("cuFileGetVersion");
     // SAFETY: the caller's pointer.
-    unsafe { version.write(1140) };
+    unsafe { version.write(1200) };
     status(0)
 }
 
@@ -161,6 +161,98 @@ pub extern "C" fn cuFileWrite(
         buffer_offset,
         true,
     )
+}
+
+/// `struct iovec` of POSIX, with the address in device memory.
+#[repr(C)]
+pub struct Piece {
+    address: u64,
+    bytes: usize,
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuFileReadv(
+    handle: *mut c_void,
+    pieces: *const Piece,
+    count: usize,
+    file_offset: i64,
+    _flags: c_uint,
+) -> isize {
+    // SAFETY: the caller's list.
+    let pieces = unsafe { std::slice::from_raw_parts(pieces, count) };
+    vectored(enter("cuFileReadv"), handle, pieces, file_offset, false)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuFileWritev(
+    handle: *mut c_void,
+    pieces: *const Piece,
+    count: usize,
+    file_offset: i64,
+    _flags: c_uint,
+) -> isize {
+    // SAFETY: the caller's list.
+    let pieces = unsafe { std::slice::from_raw_parts(pieces, count) };
+    vectored(enter("cuFileWritev"), handle, pieces, file_offset, true)
+}
+
+/// Moves pieces that lie in registered memory, one behind the other in the file.
+fn vectored(
+    action: Option<Action>,
+    handle: *mut c_void,
+    pieces: &[Piece],
+    file_offset: i64,
+    write: bool,
+) -> isize {
+    let mut room = match action {
+        Some(Action::Error(code)) => return failure(code),
+        Some(Action::Short(most)) => most,
+        _ => usize::MAX,
+    };
+    let mut done: isize = 0;
+    for piece in pieces {
+        let base = {
+            let registry = registry();
+            let below = registry.buffers.range(..=piece.address).next_back();
+            below.map(|(base, _)| *base)
+        };
+        let Some(base) = base else {
+            return failure(UNKNOWN_BUFFER);
+        };
+        let bytes = piece.bytes.min(room);
+        let flip = action.filter(|action| *action == Action::Flip && done == 0);
+        let offset = (piece.address - base) as i64;
+        let moved = transfer(
+            flip,
+            handle,
+            base,
+            bytes,
+            file_offset + done as i64,
+            offset,
+            write,
+        );
+        if moved < 0 {
+            return moved;
+        }
+        done += moved;
+        room -= bytes;
+        if moved as usize != piece.bytes {
+            break;
+        }
+    }
+    done
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuFileSetParameterBool(_parameter: c_int, _value: bool) -> Status {
+    begin!("cuFileSetParameterBool");
+    status(0)
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuFileSetParameterSizeT(_parameter: c_int, _value: usize) -> Status {
+    begin!("cuFileSetParameterSizeT");
+    status(0)
 }
 
 fn failure(code: c_int) -> isize {

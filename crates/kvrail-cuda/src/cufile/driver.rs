@@ -8,9 +8,13 @@ use std::sync::Arc;
 
 use super::check;
 use super::file::FileHandle;
-use super::sys::Api;
-use crate::error::Result;
+use super::sys::{ALLOW_COMPAT_MODE, Api, MAX_DIRECT_IO_SIZE_KB};
+use crate::error::{Error, ErrorKind, Result};
 use crate::library::Loaded;
+
+/// The largest transfer that cuFile makes in one piece (cuFile API reference,
+/// `max_direct_io_size_kb`).
+pub const TRANSFER_BYTES_MAX: usize = 16 << 20;
 
 /// The library, loaded; its driver is not opened.
 #[derive(Debug, Clone)]
@@ -58,7 +62,29 @@ impl CuFile {
         self.inner.api.read_vectored.is_some() && self.inner.api.write_vectored.is_some()
     }
 
-    /// Opens the driver.
+    /// Opens the driver with a setting of ours: whether cuFile may stand in for a direct path that
+    /// it does not find (its compatibility mode), and transfers of up to 16 MiB, its largest.
+    ///
+    /// Without compatibility mode what would be copied by the CPU is an error, so that success
+    /// means a direct path. A library before 1.13 has no such settings and keeps its own.
+    ///
+    /// # Errors
+    /// As [`CuFile::open_driver`].
+    pub fn open_driver_with(&self, allow_compatibility: bool) -> Result<CuFileDriver> {
+        // Refused when the driver is open already, by another part of the process: its settings
+        // stay then, and the transfers show what it does.
+        if let Some(set) = self.inner.api.set_bool {
+            // SAFETY: the arguments are numbers.
+            let _ = unsafe { set(ALLOW_COMPAT_MODE, allow_compatibility) };
+        }
+        if let Some(set) = self.inner.api.set_size {
+            // SAFETY: as above.
+            let _ = unsafe { set(MAX_DIRECT_IO_SIZE_KB, TRANSFER_BYTES_MAX >> 10) };
+        }
+        self.open_driver()
+    }
+
+    /// Opens the driver, with the library's own settings.
     ///
     /// It may never return: libcufile 1.16 and later spin where `/proc/modules` does not exist.
     /// Try it in a child process first.
@@ -73,6 +99,7 @@ impl CuFile {
         Ok(CuFileDriver {
             inner: Arc::new(Opened {
                 library: Arc::clone(&self.inner),
+                process: std::process::id(),
             }),
         })
     }
@@ -87,11 +114,37 @@ pub struct CuFileDriver {
 #[derive(Debug)]
 struct Opened {
     library: Arc<Library>,
+    /// The process that opened it. After a fork the driver's state is undefined in the child
+    /// (cuFile best practices), so nothing of it is used there.
+    process: u32,
 }
 
 impl CuFileDriver {
     pub(super) fn api(&self) -> &Api {
         &self.inner.library.api
+    }
+
+    /// Returns whether this process opened the driver, rather than one that it was forked from.
+    pub(super) fn is_ours(&self) -> bool {
+        self.inner.is_ours()
+    }
+
+    /// Refuses calls in a process that was forked off.
+    pub(super) fn check_process(&self, operation: &'static str) -> Result<()> {
+        match self.is_ours() {
+            true => Ok(()),
+            false => Err(Error::new(
+                ErrorKind::Unsupported,
+                operation,
+                "the driver was opened by the process that this one was forked from",
+            )),
+        }
+    }
+
+    /// Returns whether one call can move many pieces of memory.
+    pub fn has_vectored(&self) -> bool {
+        let api = self.api();
+        api.read_vectored.is_some() && api.write_vectored.is_some()
     }
 
     /// Registers an open file. The file must stay open as long as the handle lives.
@@ -110,6 +163,7 @@ impl CuFileDriver {
     /// # Errors
     /// What the library said: 5036 when the memory cannot be pinned for I/O.
     pub unsafe fn register_buffer(&self, address: u64, bytes: usize) -> Result<RegisteredBuffer> {
+        self.check_process("cuFileBufRegister")?;
         let start = pointer(address);
         // SAFETY: the caller vouches for the range; the flags must be zero.
         let status = unsafe { (self.api().register_buffer)(start, bytes, 0) };
@@ -121,8 +175,17 @@ impl CuFileDriver {
     }
 }
 
+impl Opened {
+    fn is_ours(&self) -> bool {
+        self.process == std::process::id()
+    }
+}
+
 impl Drop for Opened {
     fn drop(&mut self) {
+        if !self.is_ours() {
+            return;
+        }
         let api = &self.library.api;
         if let Some(close) = api.driver_close_v2.or(api.driver_close) {
             // SAFETY: the driver was opened by us, and nothing of it is in use any more.
@@ -140,6 +203,9 @@ pub struct RegisteredBuffer {
 
 impl Drop for RegisteredBuffer {
     fn drop(&mut self) {
+        if !self.driver.is_ours() {
+            return;
+        }
         // SAFETY: the memory was registered by us at this address.
         let _ = unsafe { (self.driver.api().deregister_buffer)(pointer(self.address)) };
     }

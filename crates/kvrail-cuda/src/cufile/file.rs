@@ -31,6 +31,7 @@ struct Piece {
 
 impl FileHandle {
     pub(super) fn register(driver: CuFileDriver, file: BorrowedFd<'_>) -> Result<Self> {
+        driver.check_process("cuFileHandleRegister")?;
         let mut description = Description {
             kind: OPAQUE_FD,
             // The wider member first: no byte of the union stays undefined.
@@ -62,6 +63,7 @@ impl FileHandle {
         file_offset: u64,
         buffer_offset: usize,
     ) -> Result<usize> {
+        self.driver.check_process("cuFileRead")?;
         let (file_offset, buffer_offset) = offsets(file_offset, buffer_offset)?;
         let read = self.driver.api().read;
         // SAFETY: the caller vouches for the range; the handle is live.
@@ -91,6 +93,7 @@ impl FileHandle {
         file_offset: u64,
         buffer_offset: usize,
     ) -> Result<usize> {
+        self.driver.check_process("cuFileWrite")?;
         let (file_offset, buffer_offset) = offsets(file_offset, buffer_offset)?;
         let write = self.driver.api().write;
         // SAFETY: as in `read`.
@@ -115,6 +118,7 @@ impl FileHandle {
     /// [`ErrorKind::Unsupported`] where the library has no such call, else as [`FileHandle::read`].
     pub unsafe fn read_vectored(&self, pieces: &[(u64, usize)], file_offset: u64) -> Result<usize> {
         const NAME: &str = "cuFileReadv";
+        self.driver.check_process(NAME)?;
         let call = self.driver.api().read_vectored.ok_or_else(|| lacks(NAME))?;
         let (file_offset, _) = offsets(file_offset, 0)?;
         let list = list(pieces);
@@ -144,6 +148,7 @@ impl FileHandle {
         file_offset: u64,
     ) -> Result<usize> {
         const NAME: &str = "cuFileWritev";
+        self.driver.check_process(NAME)?;
         let call = self
             .driver
             .api()
@@ -167,6 +172,9 @@ impl FileHandle {
 
 impl Drop for FileHandle {
     fn drop(&mut self) {
+        if !self.driver.is_ours() {
+            return;
+        }
         // SAFETY: the handle is ours, and no transfer borrows it any more.
         unsafe { (self.driver.api().deregister_file)(self.handle) };
     }

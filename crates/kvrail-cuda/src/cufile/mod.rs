@@ -4,7 +4,7 @@ mod driver;
 mod file;
 pub(crate) mod sys;
 
-pub use driver::{CuFile, CuFileDriver, RegisteredBuffer};
+pub use driver::{CuFile, CuFileDriver, RegisteredBuffer, TRANSFER_BYTES_MAX};
 pub use file::FileHandle;
 
 use crate::error::{Error, Result};

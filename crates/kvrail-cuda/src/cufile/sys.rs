@@ -43,6 +43,11 @@ pub(crate) const OPAQUE_FD: c_int = 1;
 /// `CUFILEOP_BASE_ERR`: smaller negative results are `-CUfileOpError`.
 pub(crate) const BASE_ERROR: isize = 5000;
 
+/// `CUFILE_PARAM_PROPERTIES_MAX_DIRECT_IO_SIZE_KB`, of sizes.
+pub(crate) const MAX_DIRECT_IO_SIZE_KB: c_int = 5;
+/// `CUFILE_PARAM_PROPERTIES_ALLOW_COMPAT_MODE`, of switches.
+pub(crate) const ALLOW_COMPAT_MODE: c_int = 1;
+
 functions! {
     /// cuFile's functions that kvrail calls.
     Api {
@@ -61,6 +66,9 @@ functions! {
             version = "cuFileGetVersion": fn(*mut c_int) -> Status;
             read_vectored = "cuFileReadv": fn(Handle, *const c_void, usize, i64, c_uint) -> isize;
             write_vectored = "cuFileWritev": fn(Handle, *const c_void, usize, i64, c_uint) -> isize;
+            // Since 1.13; only before the driver is opened.
+            set_size = "cuFileSetParameterSizeT": fn(c_int, usize) -> Status;
+            set_bool = "cuFileSetParameterBool": fn(c_int, bool) -> Status;
     }
 }
 
