@@ -149,12 +149,19 @@ class Store:
         read_only: bool = False,
         cpus: Sequence[int] | None = None,
         cuda_library: str | PathLike[str] | None = None,
+        cufile_libraries: Sequence[str | PathLike[str]] | None = None,
+        cufile_probe: Sequence[str] | None = None,
+        system_root: str | PathLike[str] | None = None,
     ) -> Store:
         """Opens a store: makes its directories, probes each mount, starts the threads.
 
         ``read_only`` never creates or writes anything. ``cpus`` are the CPUs that the store's
         threads are pinned to; None leaves them alone. ``cuda_library`` is what the CUDA driver is
         loaded from when a KV cache lies in the memory of a GPU; None searches as the system does.
+        ``cufile_libraries`` are the same for cuFile, in order. ``cufile_probe`` is the command line
+        of a program that calls ``answer_cufile_probe``: it tries cuFile before this process does,
+        and without it cuFile is not used. ``system_root`` is the folder that holds /proc, /sys,
+        /run and /dev, for what is asked before cuFile is tried; None is this machine.
 
         Raises ``ConfigError`` for a path that cannot work, ``StoreIoError`` for one that the system
         refuses, ``MismatchError`` when a directory belongs to another namespace.
@@ -337,3 +344,9 @@ class LoadReport:
     @property
     def errors(self) -> list[str]:
         """Why, one for each of ``failed``."""
+
+def answer_cufile_probe() -> None:
+    """Tries cuFile as standard input says, and answers on standard output. It may never return.
+
+    For the program that ``Store`` is given as ``cufile_probe``, which ends after it.
+    """

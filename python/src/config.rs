@@ -139,6 +139,8 @@ fn values(store: &StoreConfig) -> Value {
         },
         "save_decode_cache": store.save_decode_cache,
         "extra_config.use_cufile": store.use_cufile,
+        "extra_config.cufile_compat_mode": store.cufile_compat_mode,
+        "extra_config.direct": store.direct,
         "extra_config.use_direct_io": store.use_direct_io,
         "extra_config.disk_io_threads": store.disk_io_threads,
         "extra_config.load_failure_policy": policy(store.load_failure_policy),

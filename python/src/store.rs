@@ -1,10 +1,12 @@
 //! The store: open, lookup, attach, and what it tells about itself.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
-use kvrail::store::NoticeLevel;
+use kvrail::store::{NoticeLevel, ProbeProgram};
 use kvrail::{Access, ChunkKey, Device, Error, ErrorKind, KvLayout, LayerSpan, OpenOptions};
 use kvrail_cuda::LibraryPaths;
+use kvrail_cuda::system::SystemView;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyDict, PyList};
@@ -26,7 +28,14 @@ pub(crate) struct Store {
 #[pymethods]
 impl Store {
     #[new]
-    #[pyo3(signature = (config, namespace, *, read_only=false, cpus=None, cuda_library=None))]
+    #[pyo3(signature = (
+        config, namespace, *, read_only=false, cpus=None, cuda_library=None, cufile_libraries=None,
+        cufile_probe=None, system_root=None,
+    ))]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "they are keyword arguments in Python"
+    )]
     fn new(
         py: Python<'_>,
         config: &Config,
@@ -34,6 +43,9 @@ impl Store {
         read_only: bool,
         cpus: Option<Vec<usize>>,
         cuda_library: Option<PathBuf>,
+        cufile_libraries: Option<Vec<PathBuf>>,
+        cufile_probe: Option<Vec<OsString>>,
+        system_root: Option<PathBuf>,
     ) -> PyResult<Self> {
         let access = if read_only {
             Access::ReadOnly
@@ -44,10 +56,19 @@ impl Store {
         if let Some(path) = cuda_library {
             libraries.cuda = vec![path];
         }
+        if let Some(paths) = cufile_libraries {
+            libraries.cufile = paths;
+        }
+        let mut system = SystemView::default();
+        if let Some(root) = system_root {
+            system.root = root;
+        }
         let options = OpenOptions {
             access,
             cpus,
             libraries,
+            cufile_probe: cufile_probe.and_then(program),
+            system,
         };
         let namespace = namespace.inner.clone();
         let inner = py
@@ -156,6 +177,21 @@ impl Store {
         let limit = limit(limit_seconds).into_python(py)?;
         py.detach(|| self.inner.close(limit)).into_python(py)
     }
+}
+
+/// Takes a command line apart; `None` for an empty one.
+fn program(command: Vec<OsString>) -> Option<ProbeProgram> {
+    let mut words = command.into_iter();
+    Some(ProbeProgram {
+        program: words.next()?.into(),
+        arguments: words.collect(),
+    })
+}
+
+/// Tries cuFile as standard input says, and answers on standard output.
+#[pyfunction]
+pub(crate) fn answer_cufile_probe(py: Python<'_>) {
+    py.detach(|| kvrail_cuda::probe::answer(std::io::stdin(), &mut std::io::stdout()));
 }
 
 fn unreadable(error: serde_json::Error) -> Error {

@@ -44,6 +44,11 @@ COUNTERS: dict[str, str] = {
     "stores_dropped_no_space": "Stores dropped because the file system was full.",
     "stores_dropped_path_unwell": "Stores dropped because their path fails or is read-only.",
     "stores_failed": "Stores that failed for another reason.",
+    "cufile_chunks_stored": "Chunks that cuFile wrote.",
+    "cufile_chunks_loaded": "Chunks that cuFile read.",
+    "cufile_fallbacks": "Chunks that cuFile failed on and POSIX moved instead.",
+    "cufile_mounts_downgraded": "Paths left to POSIX because cuFile failed while running.",
+    "stores_dropped_blocks_reused": "Stores dropped because their blocks changed meanwhile.",
     "leftovers_removed": "Temporary files of writers that died, removed.",
 }
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvrail import STARTUP_CPUS
+from kvrail import STARTUP_CPUS, cufile
 from kvrail._core import (
     Config,
     DamagedError,
@@ -144,7 +144,7 @@ class ConnectorWorker:
         identity = build_identity(vllm_config, kv_cache_config, group, memory, config.chunk_size)
         identity_json = json.dumps(identity, sort_keys=True)
         namespace = Namespace(model_name(vllm_config), identity_json)
-        store = self._open_store(config, namespace, cpus=STARTUP_CPUS)
+        store = self._open_store(config, namespace, cpus=STARTUP_CPUS, **cufile.store_options())
         self._store = store
         kv_cache = memory.attach(store, blocks_per_chunk=blocks_per_chunk, rank=rank.storage_rank)
         self.adopt(store, kv_cache, memory.device)

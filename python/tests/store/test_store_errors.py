@@ -74,7 +74,7 @@ def test_sources_rank_and_every_key_tells_its_origin() -> None:
     assert entries["extra_config.load_failure_policy"]["value"] == "fail"
     # A key without a value here is one that the binding does not know of.
     unset = {name for name, entry in entries.items() if entry["value"] is None}
-    assert unset == {"extra_config.use_direct_io"}
+    assert unset == {"extra_config.direct", "extra_config.use_direct_io"}
 
 
 def test_a_known_key_without_effect_is_one_warning() -> None:

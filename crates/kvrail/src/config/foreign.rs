@@ -7,11 +7,22 @@ use super::value;
 use crate::error::{Error, Result};
 
 /// Names that are read from the environment only: they decide what happens before a store is open.
-const ENVIRONMENT_ONLY: [&str; 3] = ["config_file", "takeover", "use_experimental"];
+const ENVIRONMENT_ONLY: [&str; 5] = [
+    "config_file",
+    "cuda_library",
+    "cufile_library",
+    "takeover",
+    "use_experimental",
+];
+
+/// Those of them whose value is a path.
+const PATHS: [&str; 3] = ["config_file", "cuda_library", "cufile_library"];
 
 /// The variables of those names.
-const VARIABLES: [&str; 5] = [
+const VARIABLES: [&str; 7] = [
     "KVRAIL_CONFIG_FILE",
+    "KVRAIL_CUDA_LIBRARY",
+    "KVRAIL_CUFILE_LIBRARY",
     "KVRAIL_TAKEOVER",
     "KVRAIL_USE_EXPERIMENTAL",
     "LMCACHE_CONFIG_FILE",
@@ -31,7 +42,7 @@ pub(super) fn judge(entry: &Entry) -> Result<Option<String>> {
     let rank = entry.origin.rank;
     let in_environment = rank == Rank::KvrailEnvironment || rank == Rank::LmcacheEnvironment;
     if in_environment && VARIABLES.contains(&entry.origin.label.as_str()) {
-        if entry.name != "config_file" && !value::is_unset(&entry.value) {
+        if !PATHS.contains(&entry.name.as_str()) && !value::is_unset(&entry.value) {
             value::boolean(&entry.value).map_err(|expected| entry.error(expected))?;
         }
         return Ok(None);

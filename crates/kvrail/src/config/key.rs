@@ -141,6 +141,16 @@ pub(super) static KEYS: &[Key] = &[
         set: |config, given| value::boolean(given).map(|switch| config.use_cufile = switch),
     },
     Key {
+        name: "extra_config.cufile_compat_mode",
+        aliases: &[],
+        set: |config, given| value::boolean(given).map(|switch| config.cufile_compat_mode = switch),
+    },
+    Key {
+        name: "extra_config.direct",
+        aliases: &[],
+        set: |config, given| value::boolean_or_auto(given).map(|switch| config.direct = switch),
+    },
+    Key {
         name: "extra_config.use_direct_io",
         aliases: &[],
         set: |config, given| {

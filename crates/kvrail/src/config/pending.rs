@@ -16,8 +16,6 @@ pub(super) struct Pending {
     pub(super) instead: &'static str,
 }
 
-const POSIX: &str = "this version does not choose cuFile, the posix engine moves the bytes";
-
 /// Every such key.
 pub(super) static PENDING: &[Pending] = &[
     Pending {
@@ -29,20 +27,5 @@ pub(super) static PENDING: &[Pending] = &[
         key: "local_cpu",
         asks: |config| config.local_cpu,
         instead: "this version has no DRAM tier, every hit is read from the files",
-    },
-    Pending {
-        key: "use_gds",
-        asks: StoreConfig::wants_cufile,
-        instead: POSIX,
-    },
-    Pending {
-        key: "gds_backend",
-        asks: StoreConfig::wants_cufile,
-        instead: POSIX,
-    },
-    Pending {
-        key: "extra_config.use_cufile",
-        asks: StoreConfig::wants_cufile,
-        instead: POSIX,
     },
 ];

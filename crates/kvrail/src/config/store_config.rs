@@ -96,6 +96,14 @@ pub struct StoreConfig {
     pub gds_backend: GdsBackend,
     /// Whether cuFile may be used (`extra_config.use_cufile`). Default: true.
     pub use_cufile: bool,
+    /// Whether cuFile is used where it has no direct path, in its compatibility mode
+    /// (`extra_config.cufile_compat_mode`): for comparisons, it is no better than POSIX there.
+    /// Default: false.
+    pub cufile_compat_mode: bool,
+    /// Whether cuFile reads and writes KV cache in place, with no copy (`extra_config.direct`);
+    /// `None`: where path and layout allow it. `true` also asks vLLM for such a layout on a path
+    /// that is not known to be direct. Default: `None`.
+    pub direct: Option<bool>,
     /// Whether files are opened with `O_DIRECT`; `None` leaves it to a probe of each mount.
     /// Default: `None`.
     pub use_direct_io: Option<bool>,
@@ -136,6 +144,8 @@ impl StoreConfig {
             use_gds: true,
             gds_backend: GdsBackend::default(),
             use_cufile: true,
+            cufile_compat_mode: false,
+            direct: None,
             use_direct_io: None,
             disk_io_threads: 4,
             max_size: None,

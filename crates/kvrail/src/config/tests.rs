@@ -154,6 +154,8 @@ fn every_key_is_taken_in_every_source_under_every_name() {
         ("durability", json!("full"), "full"),
         ("save_decode_cache", json!(true), "yes"),
         ("extra_config.use_cufile", json!(false), "0"),
+        ("extra_config.cufile_compat_mode", json!(true), "on"),
+        ("extra_config.direct", json!(false), "no"),
         ("extra_config.use_direct_io", json!(true), "true"),
         ("extra_config.disk_io_threads", json!(9), "9"),
         ("extra_config.load_failure_policy", json!("fail"), "fail"),
@@ -336,6 +338,8 @@ fn names_of_the_environment_warn_elsewhere_and_are_silent_there() {
         ("LMCACHE_CONFIG_FILE", "a.yaml"),
         ("KVRAIL_CONFIG_FILE", "a.yaml"),
         ("KVRAIL_TAKEOVER", "1"),
+        ("KVRAIL_CUFILE_LIBRARY", "/opt/cuda/lib/libcufile.so.0"),
+        ("KVRAIL_CUDA_LIBRARY", "libcuda.so.1"),
         ("HOME", "/home/a"),
         ("XLMCACHE_CHUNK", "1"),
         // Kubernetes sets these where a service is named `lmcache-server` or `kvrail`.
@@ -354,13 +358,13 @@ fn a_key_without_effect_in_this_version_is_one_warning_when_it_is_asked_for() {
     let text = "gds_path: /kv\nmax_size: 500GB\nlocal_cpu: true\nuse_gds: true\n\
                 gds_backend: cufile\nextra_config: {use_cufile: true}\n";
     let warnings = from_file(text).unwrap().warnings;
-    assert_eq!(warnings.len(), 5, "{warnings:?}");
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
     assert_eq!(
         warnings[0],
         "`max_size` = \"500GB\" has no effect: this version does not limit the size of a directory \
          (set by `/etc/gds.yaml`, key `max_size`)"
     );
-    assert!(warnings[4].starts_with("`extra_config.use_cufile` = true has no effect: "));
+    assert!(warnings[1].starts_with("`local_cpu` = true has no effect: "));
     for row in super::pending::PENDING {
         let named = warnings
             .iter()
@@ -368,7 +372,6 @@ fn a_key_without_effect_in_this_version_is_one_warning_when_it_is_asked_for() {
         assert_eq!(named.count(), 1, "{}", row.key);
         assert!(KEYS.iter().any(|key| key.name == row.key), "{}", row.key);
     }
-    // Nobody asks for cuFile here: one of the three keys forces POSIX.
     let text = "gds_path: /kv\nuse_gds: true\ngds_backend: posix\nlocal_cpu: false\n";
     assert_eq!(from_file(text).unwrap().warnings, Vec::<String>::new());
 }

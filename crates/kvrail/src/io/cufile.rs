@@ -2,17 +2,22 @@
 //!
 //! Synchronous calls on a few threads rather than cuFile's batch or stream calls: those read their
 //! arguments when the stream runs, report errors late, and hang on some file systems.
+//!
+//! Two kinds of requests: a range of the staging slots, as every engine takes it, and pieces of KV
+//! cache in place ([`PieceRequest`]), for the direct path.
 #![expect(
     unsafe_code,
     reason = "hands addresses of registered GPU memory to cuFile"
 )]
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
-use kvrail_cuda::{Context, CuFileDriver};
+use kvrail_cuda::{Context, CuFileDriver, FileHandle, TRANSFER_BYTES_MAX};
 
+use super::pieces::{PieceCompletion, PieceHandle, PieceRequest};
 use super::{Completion, IoEngine, IoHandle, IoRequest, Operation};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::{DeviceArena, StagingRange};
@@ -22,13 +27,29 @@ use crate::memory::{DeviceArena, StagingRange};
 const THREADS_MAX: usize = 64;
 /// Requests that may wait; the VRAM slots bound them far below this.
 const QUEUE_REQUESTS_MAX: usize = 65_536;
+/// Pieces of one vectored call (`IOV_MAX` of Linux).
+const PIECES_MAX: usize = 1024;
 
-type Queued = (IoRequest<DeviceArena>, Completion<DeviceArena>);
+/// What waits for a thread.
+#[derive(Debug)]
+enum Queued {
+    Range(IoRequest<DeviceArena>, Completion<DeviceArena>),
+    Pieces(PieceRequest, PieceCompletion),
+}
 
 /// Moves bytes between files and registered memory of a GPU.
 #[derive(Debug)]
 pub struct CufileEngine {
     queue: Sender<Queued>,
+}
+
+/// What a thread works with.
+#[derive(Debug, Clone)]
+struct Worker {
+    driver: CuFileDriver,
+    context: Context,
+    /// Whether one call takes many pieces; cleared when the library refuses it after all.
+    vectored: Arc<AtomicBool>,
 }
 
 impl CufileEngine {
@@ -45,16 +66,28 @@ impl CufileEngine {
         on_start: &Arc<dyn Fn() + Send + Sync>,
     ) -> Result<Self> {
         let (queue, requests) = bounded(QUEUE_REQUESTS_MAX);
+        let worker = Worker {
+            driver: driver.clone(),
+            context: context.clone(),
+            vectored: Arc::new(AtomicBool::new(driver.has_vectored())),
+        };
         for index in 0..threads.clamp(1, THREADS_MAX) {
             let requests: Receiver<Queued> = requests.clone();
-            let (driver, context) = (driver.clone(), context.clone());
+            let worker = worker.clone();
             let on_start = Arc::clone(on_start);
             thread::Builder::new()
                 .name(format!("kvrail-cufile-{index}"))
                 .spawn(move || {
                     on_start();
-                    for (request, completion) in requests {
-                        completion.complete(perform(&driver, &context, request));
+                    for queued in requests {
+                        match queued {
+                            Queued::Range(request, completion) => {
+                                completion.complete(worker.perform(request));
+                            }
+                            Queued::Pieces(request, completion) => {
+                                completion.complete(worker.perform_pieces(&request));
+                            }
+                        }
                     }
                 })
                 .map_err(|source| {
@@ -62,6 +95,18 @@ impl CufileEngine {
                 })?;
         }
         Ok(Self { queue })
+    }
+
+    /// Starts a transfer between a file and pieces of registered memory, in place.
+    ///
+    /// The caller rules who touches the pieces meanwhile: nobody for a read, nobody who writes for
+    /// a write. Dropping the handle changes nothing about that: the transfer goes on.
+    pub fn submit_pieces(&self, request: PieceRequest) -> PieceHandle {
+        let (completion, handle) = PieceHandle::pair();
+        if let Err(error) = self.queue.try_send(Queued::Pieces(request, completion)) {
+            refuse(error);
+        }
+        handle
     }
 }
 
@@ -72,57 +117,159 @@ impl IoEngine<DeviceArena> for CufileEngine {
 
     fn submit(&self, request: IoRequest<DeviceArena>) -> IoHandle<DeviceArena> {
         let (completion, handle) = IoHandle::pair();
-        match self.queue.try_send((request, completion)) {
-            Ok(()) => {}
-            Err(TrySendError::Full((_, completion))) => {
-                completion.complete(Err(Error::new(ErrorKind::TimedOut, "cuFile queue is full")));
-            }
-            Err(TrySendError::Disconnected((_, completion))) => {
-                let stopped = Error::new(ErrorKind::Closed, "cuFile engine stopped");
-                completion.complete(Err(stopped));
-            }
+        if let Err(error) = self.queue.try_send(Queued::Range(request, completion)) {
+            refuse(error);
         }
         handle
     }
 }
 
-/// Performs one request whole: a short transfer is an error.
-fn perform(
-    driver: &CuFileDriver,
-    context: &Context,
-    request: IoRequest<DeviceArena>,
-) -> Result<StagingRange<DeviceArena>> {
-    let IoRequest {
-        operation,
-        file,
-        offset,
-        buffer,
-    } = request;
-    let handle = file.registered(driver)?;
-    let (base, at, bytes) = (
-        buffer.arena().address(),
-        buffer.arena_offset(),
-        buffer.len(),
-    );
-    let (name, moved) = match operation {
-        Operation::Read => {
-            // SAFETY: the range lies in the arena, which is registered and stays as long as
-            // `buffer`; it is exclusive to this request.
-            let read = context.run(|| unsafe { handle.read(base, bytes, offset, at) });
-            ("cuFile read", read)
+/// Completes a request that the queue did not take.
+fn refuse(error: TrySendError<Queued>) {
+    let (queued, error) = match error {
+        TrySendError::Full(queued) => {
+            let full = Error::new(ErrorKind::TimedOut, "cuFile queue is full");
+            (queued, full)
         }
-        Operation::Write => {
-            // SAFETY: as above; others may only read the range at the same time.
-            let written = context.run(|| unsafe { handle.write(base, bytes, offset, at) });
-            ("cuFile write", written)
+        TrySendError::Disconnected(queued) => {
+            let stopped = Error::new(ErrorKind::Closed, "cuFile engine stopped");
+            (queued, stopped)
         }
     };
+    match queued {
+        Queued::Range(_, completion) => completion.complete(Err(error)),
+        Queued::Pieces(_, completion) => completion.complete(Err(error)),
+    }
+}
+
+impl Worker {
+    /// Performs one request whole: a short transfer is an error.
+    fn perform(&self, request: IoRequest<DeviceArena>) -> Result<StagingRange<DeviceArena>> {
+        let IoRequest {
+            operation,
+            file,
+            offset,
+            buffer,
+        } = request;
+        let handle = file.registered(&self.driver)?;
+        let (base, at) = (buffer.arena().address(), buffer.arena_offset());
+        self.move_range(handle, operation, base, at, buffer.len(), offset)
+            .map_err(|error| error.with_path(file.path()))?;
+        Ok(buffer)
+    }
+
+    /// Performs a request for pieces whole, in calls of 16 MiB at most.
+    fn perform_pieces(&self, request: &PieceRequest) -> Result<()> {
+        let handle = request.file.registered(&self.driver)?;
+        let moved = if self.vectored.load(Ordering::Relaxed) {
+            match self.move_vectored(handle, request) {
+                Err(error) if is_unsupported(&error) => {
+                    self.vectored.store(false, Ordering::Relaxed);
+                    self.move_one_by_one(handle, request)
+                }
+                result => result,
+            }
+        } else {
+            self.move_one_by_one(handle, request)
+        };
+        moved.map_err(|error| error.with_path(request.file.path()))
+    }
+
+    /// One call for as many pieces as it takes.
+    fn move_vectored(&self, handle: &FileHandle, request: &PieceRequest) -> Result<()> {
+        let base = request.memory.address();
+        let mut offset = request.offset;
+        let mut rest = request.pieces.as_slice();
+        while let Some(first) = rest.first() {
+            let mut bytes = first.len();
+            let mut count = 1;
+            for piece in rest.iter().skip(1) {
+                if count == PIECES_MAX || bytes + piece.len() > TRANSFER_BYTES_MAX {
+                    break;
+                }
+                bytes += piece.len();
+                count += 1;
+            }
+            let (now, later) = rest.split_at(count);
+            let list: Vec<(u64, usize)> = now
+                .iter()
+                .map(|piece| (base + piece.start as u64, piece.len()))
+                .collect();
+            let moved = self.context.run(|| match request.operation {
+                // SAFETY: the pieces lie in registered memory that the request holds; the caller
+                // of `submit_pieces` sees to it that nobody else touches them.
+                Operation::Read => unsafe { handle.read_vectored(&list, offset) },
+                // SAFETY: as above; others may only read.
+                Operation::Write => unsafe { handle.write_vectored(&list, offset) },
+            });
+            check(request.operation, offset, bytes, moved)?;
+            offset += bytes as u64;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// A call for each piece.
+    fn move_one_by_one(&self, handle: &FileHandle, request: &PieceRequest) -> Result<()> {
+        let base = request.memory.address();
+        let mut offset = request.offset;
+        for piece in &request.pieces {
+            let mut at = piece.start;
+            while at < piece.end {
+                let bytes = (piece.end - at).min(TRANSFER_BYTES_MAX);
+                self.move_range(handle, request.operation, base, at, bytes, offset)?;
+                at += bytes;
+                offset += bytes as u64;
+            }
+        }
+        Ok(())
+    }
+
+    /// One call for one range of registered memory, which the caller holds.
+    fn move_range(
+        &self,
+        handle: &FileHandle,
+        operation: Operation,
+        base: u64,
+        at: usize,
+        bytes: usize,
+        offset: u64,
+    ) -> Result<()> {
+        let moved = self.context.run(|| match operation {
+            // SAFETY: the range lies in registered memory that the request holds, and is the
+            // request's alone.
+            Operation::Read => unsafe { handle.read(base, bytes, offset, at) },
+            // SAFETY: as above; others may read the range at the same time.
+            Operation::Write => unsafe { handle.write(base, bytes, offset, at) },
+        });
+        check(operation, offset, bytes, moved)
+    }
+}
+
+/// Turns what a call moved into a result: anything but all of it is an error.
+fn check(
+    operation: Operation,
+    offset: u64,
+    bytes: usize,
+    moved: kvrail_cuda::Result<usize>,
+) -> Result<()> {
+    let name = match operation {
+        Operation::Read => "cuFile read",
+        Operation::Write => "cuFile write",
+    };
     match moved {
-        Ok(count) if count == bytes => Ok(buffer),
+        Ok(count) if count == bytes => Ok(()),
         Ok(count) => {
             let message = format!("{name} at {offset}: expected {bytes} bytes, got {count}");
-            Err(Error::new(ErrorKind::Gpu, message).with_path(file.path()))
+            Err(Error::new(ErrorKind::Gpu, message))
         }
-        Err(error) => Err(Error::gpu(format!("{name} at {offset}"), error).with_path(file.path())),
+        Err(error) => Err(Error::gpu(format!("{name} at {offset}"), error)),
     }
+}
+
+/// Returns whether the library has the call but does not do it.
+fn is_unsupported(error: &Error) -> bool {
+    let source = std::error::Error::source(error);
+    let cuda = source.and_then(|source| source.downcast_ref::<kvrail_cuda::Error>());
+    cuda.is_some_and(|error| error.kind() == kvrail_cuda::ErrorKind::Unsupported)
 }

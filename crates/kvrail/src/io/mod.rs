@@ -6,15 +6,19 @@
 //!
 //! Engines see files and offsets, never chunk keys.
 
+mod bounded;
 mod cufile;
 mod file;
 mod handle;
+mod pieces;
 mod posix;
 mod probe;
 
+pub(crate) use bounded::within;
 pub use cufile::CufileEngine;
 pub use file::{IoFile, OpenMode};
 pub use handle::{Completion, IoHandle};
+pub use pieces::{PieceHandle, PieceRequest};
 pub use posix::PosixEngine;
 pub use probe::{MountReport, file_system_name, probe_mount};
 

@@ -1,12 +1,16 @@
 //! Where staging buffers are cut from: memory of the host, or of a GPU.
+#![expect(unsafe_code, reason = "registers memory of a GPU with cuFile")]
 
 use std::fmt;
 use std::ptr::NonNull;
 
-use kvrail_cuda::{Context, DeviceMemory, DevicePointer, PinnedRange, RegisteredBuffer};
+use kvrail_cuda::{
+    Context, CuFileDriver, DeviceMemory, DevicePointer, PinnedRange, RegisteredBuffer,
+};
 
 use super::mapping::Mapping;
-use crate::error::Result;
+use crate::chunk::PAGE_BYTES;
+use crate::error::{Error, ErrorKind, Result};
 
 /// Memory that staging buffers are cut from; it never moves and lives as long as any buffer.
 pub trait Arena: fmt::Debug + Send + Sync + 'static {
@@ -77,6 +81,24 @@ impl DeviceArena {
     /// Takes `memory` as an arena, `registered` with cuFile or not.
     pub fn new(memory: DeviceMemory, registered: Option<RegisteredBuffer>) -> Self {
         Self { registered, memory }
+    }
+
+    /// Registers `memory` with cuFile, all of it at once, and takes it as an arena.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Gpu`] when cuFile does not take it, or it does not begin at a page: cuFile
+    /// copies what is not aligned.
+    pub fn registered(memory: DeviceMemory, driver: &CuFileDriver) -> Result<Self> {
+        let (address, bytes) = (memory.address(), memory.bytes());
+        if !address.is_multiple_of(PAGE_BYTES as u64) {
+            let message = format!("memory of a GPU at {address:#x} does not begin at a page");
+            return Err(Error::new(ErrorKind::Gpu, message));
+        }
+        // SAFETY: the arena keeps the memory, and drops the registration before it.
+        let registered = unsafe { driver.register_buffer(address, bytes) };
+        let registered =
+            registered.map_err(|error| Error::gpu("register VRAM slots with cuFile", error))?;
+        Ok(Self::new(memory, Some(registered)))
     }
 
     /// Returns the address of the first byte, as the GPU knows it.

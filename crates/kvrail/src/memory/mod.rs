@@ -9,10 +9,12 @@ mod copy;
 mod gpu;
 mod mapping;
 mod region;
+mod registered;
 mod staging;
 
 pub use arena::{Arena, DeviceArena, HostArena};
 pub use copy::{gather, scatter};
 pub use gpu::{ComputeStream, CopyMethod, Gpu, GpuSlot, GpuSlots, SlotShape};
 pub use region::{Device, Region};
+pub use registered::RegisteredRegion;
 pub use staging::{StagingPool, StagingRange};

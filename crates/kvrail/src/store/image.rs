@@ -92,8 +92,18 @@ impl Extents {
     }
 }
 
+/// Returns head and page table of what was read of a chunk: head, pages, table.
+pub(super) fn frame<'a>(image: &'a [u8], extents: &Extents) -> Result<(&'a [u8], &'a [u8])> {
+    let table = PAGE_BYTES + extents.pages.len() * PAGE_BYTES;
+    let bytes: usize = extents.ranges.iter().map(Range::len).sum();
+    Ok((
+        bytes_of(image, 0..PAGE_BYTES)?,
+        bytes_of(image, table..bytes)?,
+    ))
+}
+
 /// Returns a range of an image as bytes.
-pub(super) fn bytes(image: &[u8], range: Range<usize>) -> Result<&[u8]> {
+pub(super) fn bytes_of(image: &[u8], range: Range<usize>) -> Result<&[u8]> {
     image.get(range).ok_or_else(outside)
 }
 

@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::batch::{Ending, start_load, start_store};
-use super::gpu::GpuSide;
+use super::gpu::{GpuSide, Route, Shape};
 use super::load::LoadJob;
 use super::mount::Pause;
 use super::notice::Topic;
 use super::present::Place;
 use super::save::StoreJob;
 use super::shared::Running;
-use super::staged::StagedImage;
+use super::staged::{Staged, StagedImage};
 use super::ticket::{LoadTicket, StoreTicket};
 use crate::chunk::{ChunkFormat, ChunkKey, ChunkRef, HeadFields};
 use crate::error::{Error, ErrorKind, Result};
@@ -111,14 +111,16 @@ impl KvCache {
             );
             return Err(Error::new(ErrorKind::InvalidArgument, message));
         }
-        let gpu = store.gpus.of(&regions)?;
+        let gpu = store.gpus.of(store, &regions)?;
         let pool = store.staging_pool(format.file_bytes(), gpu.as_ref())?;
-        let side = |gpu| GpuSide::new(gpu, &layout, &format, blocks_per_chunk, pool.slot_count());
+        let shape = Shape {
+            layout: &layout,
+            format: &format,
+            regions: &regions,
+            blocks: blocks_per_chunk,
+        };
+        let side = |opened| GpuSide::new(store, opened, shape, pool.slot_count());
         let gpu = gpu.map(side).transpose()?;
-        if let Some(gpu) = &gpu {
-            let notice = || gpu.describe(pool.slot_count());
-            store.notices.info(Topic::Start, notice);
-        }
         let shared = CacheShared {
             group,
             rank,
@@ -200,14 +202,11 @@ impl KvCache {
     }
 
     /// Gathers one chunk, or says why not.
-    fn stage(
-        &self,
-        chunk: &StoreChunk,
-        stream: ComputeStream,
-    ) -> Result<Result<StagedImage, Ending>> {
+    fn stage(&self, chunk: &StoreChunk, stream: ComputeStream) -> Result<Result<Staged, Ending>> {
         let store = &self.running.shared;
         let metrics = &store.metrics;
-        match store.mount(self.shared.rank, &chunk.chunk.key).paused() {
+        let mount = store.mount(self.shared.rank, &chunk.chunk.key);
+        match mount.paused() {
             Some(Pause::NoSpace) => {
                 metrics.stores_dropped_no_space.add(1);
                 return Ok(Err(Ending::Dropped));
@@ -223,21 +222,10 @@ impl KvCache {
             metrics.chunks_already_present.add(1);
             return Ok(Err(Ending::AlreadyPresent));
         }
-        let Some(mut image) = self.take_store_buffer() else {
-            store.present.remove(&place);
-            metrics.stores_dropped_no_buffer.add(1);
-            return Ok(Err(Ending::Dropped));
-        };
-        let format = &self.shared.format;
-        let mut image = image.split_to(format.file_bytes());
-        let staged = match &self.shared.gpu {
-            None => self
-                .fill(&chunk.blocks, &mut image)
-                .map(|()| Some(StagedImage::complete(image))),
-            Some(gpu) => gpu.stage(&self.shared, &chunk.blocks, image, stream),
-        };
-        match staged {
-            Ok(Some(image)) => Ok(Ok(image)),
+        let gpu = self.shared.gpu.as_ref();
+        let route = gpu.map_or(Route::Pinned, |gpu| gpu.route(mount));
+        match self.stage_by(route, &chunk.blocks, stream) {
+            Ok(Some(staged)) => Ok(Ok(staged)),
             Ok(None) => {
                 store.present.remove(&place);
                 metrics.stores_dropped_no_buffer.add(1);
@@ -259,6 +247,43 @@ impl KvCache {
         }
     }
 
+    /// Stages the blocks of a chunk by a route; `None` when its memory is in use.
+    fn stage_by(
+        &self,
+        route: Route,
+        blocks: &[usize],
+        stream: ComputeStream,
+    ) -> Result<Option<Staged>> {
+        let cache = &*self.shared;
+        let file_bytes = cache.format.file_bytes();
+        let gpu = match (&cache.gpu, route) {
+            (Some(gpu), Route::Slot | Route::InPlace) => gpu,
+            (gpu, _) => {
+                let Some(mut image) = self.take_store_buffer() else {
+                    return Ok(None);
+                };
+                let mut image = image.split_to(file_bytes);
+                let staged = match gpu {
+                    Some(gpu) => gpu.stage(cache, blocks, image, stream)?,
+                    None => {
+                        self.fill(blocks, &mut image)?;
+                        Some(StagedImage::complete(image))
+                    }
+                };
+                return Ok(staged.map(Staged::Host));
+            }
+        };
+        let Some(reserve) = self.reserve(gpu.slots(route).slot_count()) else {
+            return Ok(None);
+        };
+        if route == Route::Slot {
+            let staged = gpu.stage_slot(cache, blocks, reserve, stream)?;
+            return Ok(staged.map(Staged::Slot));
+        }
+        let staged = gpu.stage_in_place(cache, blocks, reserve, stream)?;
+        Ok(staged.map(Staged::InPlace))
+    }
+
     /// Gathers the payload into its place in the image.
     fn fill(&self, blocks: &[usize], image: &mut StagingRange) -> Result<()> {
         let plan = TransferPlan::new(&self.shared.layout, blocks)?;
@@ -275,11 +300,16 @@ impl KvCache {
     /// Takes a buffer for a store, unless the ones that are left are kept for loads.
     fn take_store_buffer(&self) -> Option<StagingRange> {
         let pool = &self.shared.pool;
-        match pool.slot_count() {
+        pool.try_take(self.reserve(pool.slot_count())?)
+    }
+
+    /// Returns how many of `count` buffers a store leaves to loads; `None` when it gets none.
+    fn reserve(&self, count: usize) -> Option<usize> {
+        match count {
             // The only buffer: loads go first.
             1 if self.running.queue.has_loads() => None,
-            1 => pool.try_take(0),
-            count => pool.try_take((count / 4).max(1)),
+            1 => Some(0),
+            count => Some((count / 4).max(1)),
         }
     }
 
@@ -320,6 +350,8 @@ impl KvCache {
             .map(|(chunk, member)| LoadJob {
                 cache: Arc::clone(&self.shared),
                 chunk: chunk.chunk,
+                route: self.route(&chunk.chunk.key),
+                cufile_error: None,
                 payload: chunk.first_block * format.block_bytes()..format.payload_bytes(),
                 blocks: chunk.blocks,
                 after: after.clone(),
@@ -339,6 +371,13 @@ impl KvCache {
             ));
         }
         Ok(ticket)
+    }
+
+    /// Returns the way of a chunk now.
+    fn route(&self, key: &ChunkKey) -> Route {
+        let mount = self.running.shared.mount(self.shared.rank, key);
+        let gpu = self.shared.gpu.as_ref();
+        gpu.map_or(Route::Pinned, |gpu| gpu.route(mount))
     }
 
     /// Checks the number of a chunk's blocks, and that they lie in the KV cache.

@@ -6,12 +6,15 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvrail_cuda::Event;
+use kvrail_cuda::{Event, Stream};
 
 use super::batch::{Ending, Member};
+use super::gpu::{InPlaceFailure, Route};
 use super::image::{self, Extents, READ_REQUEST_BYTES};
 use super::kv_cache::CacheShared;
+use super::mount::Mount;
 use super::notice::Topic;
+use super::parked::{self, Parked};
 use super::quarantine::set_aside;
 use super::queue::TransferQueue;
 use super::shared::StoreShared;
@@ -21,7 +24,7 @@ use crate::chunk::{ChunkHead, PAGE_BYTES, PageTable, hash_pages, root_checksum};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{IoFile, OpenMode, Operation};
 use crate::layout::TransferPlan;
-use crate::memory::{StagingRange, scatter};
+use crate::memory::{GpuSlot, StagingRange, scatter};
 
 /// How long a worker waits for a staging buffer before it looks for other work.
 const BUFFER_PATIENCE: Duration = Duration::from_millis(20);
@@ -40,45 +43,128 @@ pub(super) struct LoadJob {
     pub(super) member: Member<LoadReport>,
     /// When the work on it began; the wait limit counts from here.
     pub(super) started: Option<Instant>,
+    /// The way it takes: cuFile's once, then that of POSIX.
+    pub(super) route: Route,
+    /// Why cuFile did not load it.
+    pub(super) cufile_error: Option<Error>,
+}
+
+/// The memory that a load passes.
+#[derive(Debug)]
+pub(super) enum LoadBuffer {
+    /// A staging buffer of the host.
+    Host(StagingRange),
+    /// A slot of VRAM: for the whole image, or for head and page table.
+    Slot(Box<GpuSlot>),
 }
 
 impl LoadJob {
-    /// Takes a staging buffer if one is free.
-    pub(super) fn try_take_buffer(&self) -> Option<StagingRange> {
-        self.cache.pool.try_take(0)
+    /// Takes the memory that the load passes, if it is free.
+    pub(super) fn try_take_buffer(&self) -> Option<LoadBuffer> {
+        match (&self.cache.gpu, self.route) {
+            (Some(gpu), Route::Slot | Route::InPlace) => {
+                gpu.try_take(self.route).map(Box::new).map(LoadBuffer::Slot)
+            }
+            _ => self.cache.pool.try_take(0).map(LoadBuffer::Host),
+        }
+    }
+
+    /// Takes the memory that the load passes, waiting for it until `deadline`.
+    fn take_buffer(&self, deadline: Instant) -> Result<LoadBuffer> {
+        match (&self.cache.gpu, self.route) {
+            (Some(gpu), Route::Slot | Route::InPlace) => {
+                let slot = gpu.take(self.route, deadline)?;
+                Ok(LoadBuffer::Slot(Box::new(slot)))
+            }
+            _ => self.cache.pool.take(deadline).map(LoadBuffer::Host),
+        }
+    }
+
+    /// Has `stream` wait for what was on the compute stream when the load was asked for.
+    ///
+    /// It may still use the blocks: a forward that writes behind the end of their last owner, a
+    /// gather that reads them.
+    pub(super) fn order_after(&self, stream: &Stream) -> Result<()> {
+        let ordered = self.after.as_ref().map(|before| stream.wait_for(before));
+        ordered
+            .transpose()
+            .map(drop)
+            .map_err(|error| Error::gpu("order a load behind the forward", error))
+    }
+
+    /// Waits for it here, where no stream can.
+    pub(super) fn wait_before(&self, deadline: Instant) -> Result<()> {
+        match self.after.as_ref().map(|before| before.wait(deadline)) {
+            None | Some(Ok(true)) => Ok(()),
+            Some(Ok(false)) => Err(Error::new(
+                ErrorKind::TimedOut,
+                "the forward before a load did not end in time",
+            )),
+            Some(Err(error)) => Err(Error::gpu("wait for the forward before a load", error)),
+        }
     }
 }
 
-/// Runs a load to its end, or puts it back when no staging buffer comes free.
+/// How a load went.
+enum Outcome {
+    Loaded,
+    Failed(Error),
+    /// By cuFile it did not work; now by POSIX.
+    Again(Error),
+    /// cuFile may still write to the blocks.
+    Hangs(Error, Parked),
+}
+
+impl From<Error> for Outcome {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// Runs a load to its end, or puts it back: when no staging buffer comes free, and when cuFile
+/// failed and POSIX shall do it.
 pub(super) fn run(
     store: &StoreShared,
-    queue: &TransferQueue,
+    queue: &Arc<TransferQueue>,
     mut job: Box<LoadJob>,
-    buffer: Option<StagingRange>,
+    buffer: Option<LoadBuffer>,
 ) {
     let started = *job.started.get_or_insert_with(Instant::now);
     let deadline = started + store.wait_limit;
+    let mount = store.mount(job.cache.rank, &job.chunk.key);
+    if job.route != Route::Pinned && !mount.cufile.is_on() {
+        job.route = Route::Pinned;
+        return queue.give_back(job);
+    }
     let buffer = match buffer {
         Some(buffer) => Ok(buffer),
-        None => job
-            .cache
-            .pool
-            .take(deadline.min(Instant::now() + BUFFER_PATIENCE)),
+        None => job.take_buffer(deadline.min(Instant::now() + BUFFER_PATIENCE)),
     };
-    let result = match buffer {
+    let outcome = match buffer {
         Err(_) if Instant::now() < deadline => return queue.give_back(job),
-        Err(error) => Err(error),
-        Ok(buffer) => load_chunk(store, &job, buffer, deadline),
+        Err(error) => Outcome::Failed(error),
+        Ok(buffer) => load_chunk(store, mount, &job, buffer, deadline),
     };
-    let ending = match result {
-        Ok(()) => {
+    let ending = match outcome {
+        Outcome::Again(error) => {
+            job.route = Route::Pinned;
+            job.cufile_error = Some(error);
+            return queue.give_back(job);
+        }
+        Outcome::Hangs(error, parked) => {
+            job.route = Route::Pinned;
+            store.cufile_failed(mount, &error, true);
+            return parked.wait_then_give_back(queue, job);
+        }
+        Outcome::Loaded => {
+            note_route(store, mount, &job);
             store.metrics.chunks_loaded.add(1);
             store.metrics.bytes_loaded.add(job.payload.len() as u64);
             store.metrics.load_seconds.add_duration(started.elapsed());
             store.present.insert(job.cache.place(&job.chunk.key));
             Ending::Loaded
         }
-        Err(error) => {
+        Outcome::Failed(error) => {
             store.metrics.loads_failed.add(1);
             store.present.remove(&job.cache.place(&job.chunk.key));
             Ending::Failed(error.to_string())
@@ -88,31 +174,46 @@ pub(super) fn run(
     job.member.end(ending);
 }
 
+/// Notes how cuFile fared with a load that went well in the end.
+fn note_route(store: &StoreShared, mount: &Mount, job: &LoadJob) {
+    match (&job.cufile_error, job.route) {
+        (Some(error), _) => {
+            store.metrics.cufile_fallbacks.add(1);
+            // Bytes that POSIX reads right and cuFile wrong: that is no chance to take again.
+            let lies = error.kind() == ErrorKind::Damaged;
+            store.cufile_failed(mount, error, lies || error.kind() == ErrorKind::TimedOut);
+        }
+        (None, Route::Slot | Route::InPlace) => {
+            store.metrics.cufile_chunks_loaded.add(1);
+            mount.cufile.succeeded();
+        }
+        (None, Route::Pinned) => {}
+    }
+}
+
 /// Loads one chunk. Whatever is wrong with the file, it is counted, and set aside if it is damaged.
 fn load_chunk(
     store: &StoreShared,
+    mount: &Mount,
     job: &LoadJob,
-    buffer: StagingRange,
+    buffer: LoadBuffer,
     deadline: Instant,
-) -> Result<()> {
-    let mount = store.mount(job.cache.rank, &job.chunk.key);
+) -> Outcome {
     let path = mount
         .directory
         .chunk(job.cache.group, job.cache.rank, &job.chunk.key);
     let mut inode = None;
-    let result =
-        open_chunk(&path, mount.report.direct, job.cache.format.file_bytes()).and_then(|file| {
+    let opened = open_chunk(&path, mount.report.direct, job.cache.format.file_bytes());
+    let outcome = match opened {
+        Err(error) => Outcome::Failed(error),
+        Ok(file) => {
             inode = file_inode(&file);
-            let read = read(store, job, &file, buffer, deadline)?;
-            let loaded = match &job.cache.gpu {
-                None => read.finish(job),
-                Some(gpu) => {
-                    gpu.finish_load(job, read.image, &read.extents, &read.computed, deadline)
-                }
-            };
-            loaded.map_err(|error| error.with_path(file.path()))
-        });
-    let Err(error) = result else { return Ok(()) };
+            move_chunk(store, job, &file, buffer, deadline)
+        }
+    };
+    let Outcome::Failed(error) = outcome else {
+        return outcome;
+    };
     if is_missing(&error) {
         store.metrics.chunks_missing.add(1);
     } else if error.kind() == ErrorKind::Damaged {
@@ -126,7 +227,53 @@ fn load_chunk(
             format!("load failed, recomputed: {error}")
         });
     }
-    Err(error)
+    Outcome::Failed(error)
+}
+
+/// Moves a chunk from its open file to its blocks, by the route of the job.
+fn move_chunk(
+    store: &StoreShared,
+    job: &LoadJob,
+    file: &Arc<IoFile>,
+    buffer: LoadBuffer,
+    deadline: Instant,
+) -> Outcome {
+    // cuFile may use half of the time: the other half is for POSIX.
+    let cufile_deadline = deadline.min(Instant::now() + store.wait_limit / 2);
+    let at = |error: Error| error.with_path(file.path());
+    match (buffer, &job.cache.gpu) {
+        (LoadBuffer::Slot(mut slot), Some(gpu)) if job.route == Route::InPlace => {
+            match gpu.load_in_place(job, &mut slot, file, cufile_deadline) {
+                Ok(()) => Outcome::Loaded,
+                Err(InPlaceFailure::Over(error)) => Outcome::Again(at(error)),
+                Err(InPlaceFailure::Hangs(error, handles)) => {
+                    Outcome::Hangs(at(error), parked::Parked::new(handles))
+                }
+            }
+        }
+        (LoadBuffer::Slot(slot), Some(gpu)) => {
+            match gpu.load_slot(job, *slot, file, cufile_deadline) {
+                Ok(()) => Outcome::Loaded,
+                Err(error) => Outcome::Again(at(error)),
+            }
+        }
+        (LoadBuffer::Slot(_), None) => Outcome::Failed(Error::new(
+            ErrorKind::InvalidArgument,
+            "a VRAM slot for KV cache in host memory",
+        )),
+        (LoadBuffer::Host(buffer), gpu) => {
+            let loaded = read(store, job, file, buffer, deadline).and_then(|read| match gpu {
+                None => read.finish(job),
+                Some(gpu) => {
+                    gpu.finish_load(job, read.image, &read.extents, &read.computed, deadline)
+                }
+            });
+            match loaded {
+                Ok(()) => Outcome::Loaded,
+                Err(error) => Outcome::Failed(at(error)),
+            }
+        }
+    }
 }
 
 /// Opens a chunk file and checks that it is a regular file of the right length.
@@ -173,9 +320,10 @@ struct Read {
 impl Read {
     /// Verifies what was read and copies it to its blocks in host memory.
     fn finish(self, job: &LoadJob) -> Result<()> {
-        verify(job, self.image.as_slice(), &self.extents, &self.computed)?;
+        let (head, table) = image::frame(self.image.as_slice(), &self.extents)?;
+        verify(job, head, table, &self.extents.pages, &self.computed)?;
         let start = PAGE_BYTES + job.payload.start - self.extents.pages.start * PAGE_BYTES;
-        let payload = image::bytes(self.image.as_slice(), start..start + job.payload.len())?;
+        let payload = image::bytes_of(self.image.as_slice(), start..start + job.payload.len())?;
         let plan = TransferPlan::new(&job.cache.layout, &job.blocks)?;
         scatter(&plan, &job.cache.regions, payload)
     }
@@ -239,26 +387,31 @@ fn hash_part(bytes: &[u8], offset: usize, pages_start: usize, computed: &mut [u6
     }
 }
 
-/// Checks head, page table and pages of an image against each other and against the job.
+/// Checks head and page table of a chunk against each other and against the job; returns the
+/// table.
+pub(super) fn verify_frame(job: &LoadJob, head: &[u8], table: &[u8]) -> Result<PageTable> {
+    let damaged = |message: &str| Err(Error::new(ErrorKind::Damaged, message));
+    let format = &job.cache.format;
+    let root = ChunkHead::check(head, &job.cache.head_fields(job.chunk), format)?;
+    if root_checksum(table) != root {
+        return damaged("page table does not match the root checksum");
+    }
+    match PageTable::decode(format, table) {
+        Some(table) => Ok(table),
+        None => damaged("page table has entries behind the last page"),
+    }
+}
+
+/// Checks head, page table and the hashes of `pages` against each other and against the job.
 pub(super) fn verify(
     job: &LoadJob,
-    image: &[u8],
-    extents: &Extents,
+    head: &[u8],
+    table: &[u8],
+    pages: &Range<usize>,
     computed: &[u64],
 ) -> Result<()> {
-    let damaged = |message: String| Err(Error::new(ErrorKind::Damaged, message));
-    let format = &job.cache.format;
-    let head = image::bytes(image, 0..PAGE_BYTES)?;
-    let root = ChunkHead::check(head, &job.cache.head_fields(job.chunk), format)?;
-    let table_start = PAGE_BYTES + extents.pages.len() * PAGE_BYTES;
-    let table = image::bytes(image, table_start..table_start + format.table_bytes())?;
-    if root_checksum(table) != root {
-        return damaged("page table does not match the root checksum".into());
-    }
-    let Some(table) = PageTable::decode(format, table) else {
-        return damaged("page table has entries behind the last page".into());
-    };
-    let expected = table.pages(extents.pages.clone());
+    let table = verify_frame(job, head, table)?;
+    let expected = table.pages(pages.clone());
     if expected == computed {
         return Ok(());
     }
@@ -266,11 +419,10 @@ pub(super) fn verify(
         .iter()
         .zip(computed)
         .position(|(expected, found)| expected != found);
-    let page = bad.map_or(extents.pages.end, |index| extents.pages.start + index);
-    damaged(format!(
-        "page {page} of {} does not match its checksum",
-        format.page_count()
-    ))
+    let page = bad.map_or(pages.end, |index| pages.start + index);
+    let count = job.cache.format.page_count();
+    let message = format!("page {page} of {count} does not match its checksum");
+    Err(Error::new(ErrorKind::Damaged, message))
 }
 
 fn set_bad_chunk_aside(

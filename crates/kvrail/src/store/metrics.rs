@@ -83,6 +83,16 @@ metrics! {
         chunks_damaged,
         /// Files set aside because they are damaged.
         chunks_set_aside,
+        /// Chunks that cuFile wrote.
+        cufile_chunks_stored,
+        /// Chunks that cuFile read.
+        cufile_chunks_loaded,
+        /// Chunks that cuFile failed on and POSIX moved instead.
+        cufile_fallbacks,
+        /// Paths that are left to POSIX because cuFile failed while running.
+        cufile_mounts_downgraded,
+        /// Stores given up because their blocks changed while cuFile wrote them in place.
+        stores_dropped_blocks_reused,
         /// Lookups answered.
         lookups,
         /// Chunks that lookups asked for.

@@ -25,6 +25,7 @@ mod namespace;
 mod notice;
 mod open;
 mod options;
+mod parked;
 mod present;
 mod publish;
 mod quarantine;
@@ -40,6 +41,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use kv_cache::{KvCache, LoadChunk, StoreChunk};
+pub use kvrail_cuda::probe::ProbeProgram;
 pub use metrics::MetricsSnapshot;
 pub use namespace::Namespace;
 pub use notice::{Notice, NoticeLevel};
@@ -152,7 +154,7 @@ impl Store {
             .shared
             .mounts
             .iter()
-            .map(|mount| mount.report.clone())
+            .map(mount::Mount::describe)
             .collect()
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use twox_hash::XxHash3_64;
 
 use super::directory::NamespaceDirectory;
+use super::gpu::CufileState;
 use crate::chunk::ChunkKey;
 use crate::config::{MinFree, PathSharding};
 use crate::error::{Error, ErrorKind, Result};
@@ -23,6 +24,8 @@ pub(super) struct Mount {
     pub(super) root: PathBuf,
     pub(super) directory: NamespaceDirectory,
     pub(super) report: MountReport,
+    /// Whether cuFile moves the bytes, and how it fares.
+    pub(super) cufile: CufileState,
     min_free: MinFree,
     state: Mutex<State>,
 }
@@ -53,9 +56,24 @@ impl Mount {
             root,
             directory,
             report,
+            cufile: CufileState::default(),
             min_free,
             state: Mutex::default(),
         }
+    }
+
+    /// Returns what the path does now, and why.
+    pub(super) fn describe(&self) -> MountReport {
+        let mut report = self.report.clone();
+        match self.cufile.describe() {
+            Some((true, reason)) => {
+                report.engine = "cufile";
+                report.reason = reason;
+            }
+            Some((false, reason)) => report.reason.push_str(&format!("; no cuFile: {reason}")),
+            None => {}
+        }
+        report
     }
 
     /// Returns why nothing should be stored now, `None` if it may be tried.

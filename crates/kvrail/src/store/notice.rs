@@ -39,6 +39,8 @@ pub(super) enum Topic {
     LoadFailed,
     SetAsideFailed,
     LookupFailed,
+    CufileFailed,
+    CufileGivenUp,
     Panic,
 }
 
@@ -78,8 +80,11 @@ impl Notices {
     ) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let mut withheld = 0;
-        // What is said at the start is said in full: there is no flood of it.
-        if !matches!(topic, Topic::Start | Topic::Namespace) {
+        // What is said at the start, or once for each path, is said in full: there is no flood of it.
+        if !matches!(
+            topic,
+            Topic::Start | Topic::Namespace | Topic::CufileGivenUp
+        ) {
             match state.topics.get_mut(&topic) {
                 Some(quiet) if now < quiet.until => {
                     quiet.withheld += 1;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::directory::{NamespaceDirectory, create_directory};
-use super::gpu::Gpus;
+use super::gpu::{CufileWish, Gpus};
 use super::lookup::LookupQueue;
 use super::manifest::{check_manifest, ensure_manifest, nearest_other, read_manifest};
 use super::metrics::Metrics;
@@ -87,6 +87,15 @@ pub(super) fn open(
         buffer_mib: config.buffer_mib,
         pool: Mutex::new(None),
         gpus: Gpus::new(options.libraries.clone()),
+        cufile: CufileWish {
+            wanted: config.wants_cufile(),
+            compatibility: config.cufile_compat_mode,
+            in_place: config.direct,
+            threads,
+            cpus: options.cpus.clone(),
+            probe: options.cufile_probe.clone(),
+            system: options.system.clone(),
+        },
     });
     let queue = Arc::new(TransferQueue::default());
     // Made before the workers start, so that a failure to start one closes the queue again.
@@ -101,7 +110,7 @@ pub(super) fn open(
 }
 
 /// Returns what each thread does first: it moves to `cpus`, where the caller names some.
-fn thread_start(cpus: Option<&[usize]>) -> Arc<dyn Fn() + Send + Sync> {
+pub(super) fn thread_start(cpus: Option<&[usize]>) -> Arc<dyn Fn() + Send + Sync> {
     let Some(cpus) = cpus else {
         return Arc::new(|| ());
     };

@@ -1,6 +1,8 @@
 //! How a store is opened.
 
 use kvrail_cuda::LibraryPaths;
+use kvrail_cuda::probe::ProbeProgram;
+use kvrail_cuda::system::SystemView;
 
 /// What a store may do to its directory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -21,7 +23,12 @@ pub struct OpenOptions {
     ///
     /// For callers that pin the opening thread, as vLLM's CPU worker does: threads inherit that.
     pub cpus: Option<Vec<usize>>,
-    /// Where the CUDA driver is looked for when a KV cache lies in the memory of a GPU. Default:
-    /// the system's search.
+    /// Where the CUDA driver and cuFile are looked for when a KV cache lies in the memory of a GPU.
+    /// Default: the system's search.
     pub libraries: LibraryPaths,
+    /// A program that calls [`kvrail_cuda::probe::answer`]: it tries cuFile before this process
+    /// does. Default: none, and then cuFile is not used.
+    pub cufile_probe: Option<ProbeProgram>,
+    /// Where it is looked whether cuFile may be tried. Default: this machine.
+    pub system: SystemView,
 }

@@ -4,9 +4,8 @@ use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::load::LoadJob;
+use super::load::{LoadBuffer, LoadJob};
 use super::save::StoreJob;
-use crate::memory::StagingRange;
 
 /// Loads that may wait; a request of a million tokens has 4,000 chunks of 256.
 const LOADS_MAX: usize = 65_536;
@@ -15,9 +14,9 @@ const LOADS_MAX: usize = 65_536;
 #[derive(Debug)]
 pub(super) enum Job {
     /// A load with its staging buffer, or without one: then the worker waits for it.
-    Load(Box<LoadJob>, Option<StagingRange>),
+    Load(Box<LoadJob>, Option<LoadBuffer>),
     /// A store; its staging buffer is filled already.
-    Store(StoreJob),
+    Store(Box<StoreJob>),
 }
 
 /// Waiting transfers, and the number of those under way.
@@ -30,7 +29,7 @@ pub(super) struct TransferQueue {
 #[derive(Debug, Default)]
 struct State {
     loads: VecDeque<Box<LoadJob>>,
-    stores: VecDeque<StoreJob>,
+    stores: VecDeque<Box<StoreJob>>,
     loads_running: usize,
     stores_running: usize,
     closed: bool,
@@ -64,7 +63,7 @@ impl TransferQueue {
             drop(job);
             return false;
         }
-        state.stores.push_back(job);
+        state.stores.push_back(Box::new(job));
         drop(state);
         self.changed.notify_one();
         true

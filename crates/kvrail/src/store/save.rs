@@ -14,7 +14,7 @@ use super::publish::TemporaryFile;
 use super::quarantine::set_aside;
 use super::queue::TransferQueue;
 use super::shared::StoreShared;
-use super::staged::StagedImage;
+use super::staged::{Staged, StagedImage};
 use super::ticket::StoreReport;
 use crate::chunk::{ChunkHead, ChunkRef, PageTable, hash_pages, root_checksum};
 use crate::config::Durability;
@@ -27,7 +27,7 @@ pub(super) struct StoreJob {
     pub(super) cache: Arc<CacheShared>,
     pub(super) chunk: ChunkRef,
     /// The image of the file: payload gathered, head and perhaps page table still to come.
-    pub(super) image: StagedImage,
+    pub(super) image: Staged,
     pub(super) member: Member<StoreReport>,
     pub(super) submitted: Instant,
 }
@@ -44,7 +44,7 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
     let mount = store.mount(cache.rank, &chunk.key);
     let result = store_chunk(store, mount, &cache, chunk, image);
     let ending = match result {
-        Ok(true) => {
+        Ok(Stored::Written) => {
             store.metrics.chunks_stored.add(1);
             store
                 .metrics
@@ -56,9 +56,14 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
                 .add_duration(submitted.elapsed());
             Ending::Stored
         }
-        Ok(false) => {
+        Ok(Stored::AlreadyPresent) => {
             store.metrics.chunks_already_present.add(1);
             Ending::AlreadyPresent
+        }
+        Ok(Stored::BlocksReused) => {
+            store.present.remove(&cache.place(&chunk.key));
+            store.metrics.stores_dropped_blocks_reused.add(1);
+            Ending::Dropped
         }
         Err(error) => {
             store.present.remove(&cache.place(&chunk.key));
@@ -82,46 +87,151 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
     member.end(ending);
 }
 
-/// Stores one chunk. Returns whether it was written: `false` when it is there already.
+/// What became of a chunk that did not fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stored {
+    Written,
+    AlreadyPresent,
+    /// Its blocks changed while they were written in place; nothing was published.
+    BlocksReused,
+}
+
+/// Stores one chunk, unless it is there already.
 fn store_chunk(
     store: &StoreShared,
     mount: &Mount,
     cache: &CacheShared,
     chunk: ChunkRef,
-    image: StagedImage,
-) -> Result<bool> {
+    image: Staged,
+) -> Result<Stored> {
     let target = mount.directory.chunk(cache.group, cache.rank, &chunk.key);
     if is_present(mount, &target, cache.format.file_bytes())? {
-        return Ok(false);
+        return Ok(Stored::AlreadyPresent);
     }
     mount.check_space(cache.format.file_bytes() as u64)?;
-    let (mut image, hashed) = image.wait(Instant::now() + store.wait_limit)?;
-    complete_image(cache, chunk, image.as_mut_slice(), hashed)?;
-    let temporary = create_temporary(store, mount)?;
-    let file = temporary.file()?;
-    let bytes = image.len();
-    let engine = &*store.engine;
-    let deadline = Instant::now() + store.wait_limit;
-    let parts = image::submit(
-        engine,
-        Operation::Write,
-        file,
-        0,
-        image,
-        WRITE_REQUEST_BYTES,
-    );
-    // All parts are waited for, so that no write goes on when the file is given up.
-    let results: Vec<Result<usize>> = parts
-        .into_iter()
-        .map(|part| part.wait(deadline).map(|part| part.len()))
-        .collect();
-    let written = results.into_iter().sum::<Result<usize>>()?;
-    if written != bytes {
-        let message = format!("expected to write {bytes} bytes, wrote {written}");
-        return Err(Error::new(ErrorKind::Io, message).with_path(&target));
+    let save = Save {
+        store,
+        mount,
+        cache,
+        chunk,
+        target: &target,
+    };
+    match image {
+        Staged::Host(image) => save.by_posix(image),
+        image => save.by_cufile(image),
     }
-    temporary.publish(&target, bytes as u64, store.durability == Durability::Full)?;
-    Ok(true)
+}
+
+/// The parts of one store.
+#[derive(Clone, Copy)]
+struct Save<'a> {
+    store: &'a StoreShared,
+    mount: &'a Mount,
+    cache: &'a CacheShared,
+    chunk: ChunkRef,
+    target: &'a Path,
+}
+
+impl Save<'_> {
+    /// Writes an image in a staging buffer.
+    fn by_posix(self, image: StagedImage) -> Result<Stored> {
+        let store = self.store;
+        let (mut image, hashed) = image.wait(Instant::now() + store.wait_limit)?;
+        complete_image(self.cache, self.chunk, image.as_mut_slice(), hashed)?;
+        let temporary = create_temporary(store, self.mount)?;
+        let file = temporary.file()?;
+        let bytes = image.len();
+        let engine = &*store.engine;
+        let deadline = Instant::now() + store.wait_limit;
+        let parts = image::submit(
+            engine,
+            Operation::Write,
+            file,
+            0,
+            image,
+            WRITE_REQUEST_BYTES,
+        );
+        // All parts are waited for, so that no write goes on when the file is given up.
+        let results: Vec<Result<usize>> = parts
+            .into_iter()
+            .map(|part| part.wait(deadline).map(|part| part.len()))
+            .collect();
+        let written = results.into_iter().sum::<Result<usize>>()?;
+        if written != bytes {
+            let message = format!("expected to write {bytes} bytes, wrote {written}");
+            return Err(Error::new(ErrorKind::Io, message).with_path(self.target));
+        }
+        self.publish(temporary)
+    }
+
+    /// Writes an image in the memory of a GPU; by POSIX, from a staging buffer, if cuFile fails.
+    fn by_cufile(self, mut image: Staged) -> Result<Stored> {
+        let error = match self.try_cufile(&mut image) {
+            Ok(stored) => return Ok(stored),
+            Err(error) => error,
+        };
+        let store = self.store;
+        let deadline = Instant::now() + store.wait_limit;
+        let buffer = self.cache.pool.take(deadline);
+        let buffer = buffer.map(|mut buffer| buffer.split_to(self.cache.format.file_bytes()));
+        let gpu = self.cache.gpu.as_ref().ok_or_else(no_gpu)?;
+        let staged = match (image, buffer?) {
+            (Staged::Host(image), _) => Some(image),
+            (Staged::Slot(image), buffer) => Some(image.into_host(gpu, buffer, deadline)?),
+            (Staged::InPlace(image), buffer) => {
+                image.into_host(gpu, self.cache, buffer, deadline)?
+            }
+        };
+        let Some(staged) = staged else {
+            return Ok(Stored::BlocksReused);
+        };
+        let stored = self.by_posix(staged)?;
+        store.metrics.cufile_fallbacks.add(1);
+        let hangs = error.kind() == ErrorKind::TimedOut;
+        store.cufile_failed(self.mount, &error, hangs);
+        Ok(stored)
+    }
+
+    fn try_cufile(self, image: &mut Staged) -> Result<Stored> {
+        // cuFile may use half of the time: a call that hangs leaves the rest to POSIX.
+        let deadline = Instant::now() + self.store.wait_limit / 2;
+        if !self.mount.cufile.is_on() {
+            let message = "cuFile is not used on this path any more";
+            return Err(Error::new(ErrorKind::Gpu, message));
+        }
+        let gpu = self.cache.gpu.as_ref().ok_or_else(no_gpu)?;
+        let temporary = create_temporary(self.store, self.mount)?;
+        let file = temporary.file()?;
+        let same = match image {
+            Staged::Host(_) => return Err(no_gpu()),
+            Staged::Slot(image) => image
+                .write(gpu, self.cache, self.chunk, file, deadline)
+                .map(|()| true)?,
+            Staged::InPlace(image) => image.write(gpu, self.cache, self.chunk, file, deadline)?,
+        };
+        if !same {
+            return Ok(Stored::BlocksReused);
+        }
+        let stored = self.publish(temporary)?;
+        self.store.metrics.cufile_chunks_stored.add(1);
+        self.mount.cufile.succeeded();
+        Ok(stored)
+    }
+
+    fn publish(self, temporary: TemporaryFile) -> Result<Stored> {
+        let bytes = self.cache.format.file_bytes() as u64;
+        temporary.publish(
+            self.target,
+            bytes,
+            self.store.durability == Durability::Full,
+        )?;
+        Ok(Stored::Written)
+    }
+}
+
+fn no_gpu() -> Error {
+    let message = "a chunk in the memory of a GPU whose KV cache is on the host";
+    Error::new(ErrorKind::InvalidArgument, message)
 }
 
 /// Fills head and, unless a GPU has, page table around the payload. One pass over the payload then.

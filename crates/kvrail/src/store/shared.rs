@@ -3,12 +3,12 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::gpu::Gpus;
+use super::gpu::{CufileWish, GpuSide, Gpus, Opened};
 use super::lookup::LookupQueue;
 use super::metrics::Metrics;
 use super::mount::{Mount, mount_index};
 use super::namespace::Namespace;
-use super::notice::Notices;
+use super::notice::{Notices, Topic};
 use super::present::PresentChunks;
 use super::queue::TransferQueue;
 use super::writer::Writer;
@@ -16,7 +16,7 @@ use crate::chunk::ChunkKey;
 use crate::config::{Durability, PathSharding};
 use crate::error::{Error, Result};
 use crate::io::IoEngine;
-use crate::memory::{Gpu, HostArena, StagingPool};
+use crate::memory::{HostArena, StagingPool};
 
 /// Settings and state of a store, seen by all its threads.
 #[derive(Debug)]
@@ -36,6 +36,7 @@ pub(super) struct StoreShared {
     pub(super) buffer_mib: usize,
     pub(super) pool: Mutex<Option<(usize, StagingPool)>>,
     pub(super) gpus: Gpus,
+    pub(super) cufile: CufileWish,
 }
 
 impl StoreShared {
@@ -48,13 +49,33 @@ impl StoreShared {
         &self.mounts[mount_index(&self.mounts, self.sharding, rank, key)]
     }
 
+    /// Takes note that cuFile failed where POSIX did not, or hung (`at_once`): says so, and leaves
+    /// the path to POSIX when it was one too many.
+    pub(super) fn cufile_failed(&self, mount: &Mount, error: &Error, at_once: bool) {
+        let path = mount.root.display();
+        if mount.cufile.failed(error, at_once) {
+            self.metrics.cufile_mounts_downgraded.add(1);
+            self.notices.warn(Topic::CufileGivenUp, || {
+                format!("{path}: POSIX moves the bytes from now on, cuFile failed: {error}")
+            });
+        } else {
+            self.notices.warn(Topic::CufileFailed, || {
+                format!("{path}: cuFile failed, POSIX did it instead: {error}")
+            });
+        }
+    }
+
     /// Returns the staging pool; the first KV cache that is attached decides about its slots.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidConfig`](crate::ErrorKind::InvalidConfig) when not one slot fits into
     /// the configured size, or a later KV cache has larger chunks;
     /// [`ErrorKind::Gpu`](crate::ErrorKind::Gpu) when the memory cannot be pinned for `gpu`.
-    pub(super) fn staging_pool(&self, slot_bytes: usize, gpu: Option<&Gpu>) -> Result<StagingPool> {
+    pub(super) fn staging_pool(
+        &self,
+        slot_bytes: usize,
+        gpu: Option<&Opened>,
+    ) -> Result<StagingPool> {
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
         let pool_bytes = self.buffer_mib << 20;
         if let Some((size, pool)) = pool.as_ref() {
@@ -78,9 +99,11 @@ impl StoreShared {
         }
         let made = match gpu {
             None => StagingPool::new(pool_bytes, slot_bytes)?,
-            Some(gpu) => {
-                let bytes = pool_bytes / slot_bytes * slot_bytes;
-                StagingPool::over(HostArena::pinned(bytes, gpu.context())?, slot_bytes)?
+            Some(opened) => {
+                let bytes = pool_bytes.min(GpuSide::pinned_bytes(opened, slot_bytes));
+                let bytes = bytes / slot_bytes * slot_bytes;
+                let arena = HostArena::pinned(bytes, opened.gpu.context())?;
+                StagingPool::over(arena, slot_bytes)?
             }
         };
         *pool = Some((slot_bytes, made.clone()));

@@ -5,8 +5,20 @@ use std::time::{Duration, Instant};
 
 use kvrail_cuda::Event;
 
+use super::gpu::{InPlaceImage, SlotImage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::StagingRange;
+
+/// A chunk on its way out, by the route that was open when it was staged.
+#[derive(Debug)]
+pub(super) enum Staged {
+    /// In a staging buffer of the host.
+    Host(StagedImage),
+    /// In a VRAM slot.
+    Slot(SlotImage),
+    /// In the KV cache.
+    InPlace(InPlaceImage),
+}
 
 /// How long a store that is given up waits for the GPU to let go of its buffer.
 const GRACE: Duration = Duration::from_secs(1);

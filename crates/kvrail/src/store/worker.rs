@@ -36,11 +36,11 @@ pub(super) fn start(
 }
 
 /// Runs a job. A panic in it is a bug of ours; it costs the chunk, not the thread or the ticket.
-fn run(shared: &StoreShared, queue: &TransferQueue, job: Job) {
+fn run(shared: &StoreShared, queue: &Arc<TransferQueue>, job: Job) {
     let is_load = matches!(job, Job::Load(..));
     let outcome = catch_unwind(AssertUnwindSafe(|| match job {
         Job::Load(job, buffer) => load::run(shared, queue, job, buffer),
-        Job::Store(job) => save::run(shared, queue, job),
+        Job::Store(job) => save::run(shared, queue, *job),
     }));
     if outcome.is_err() {
         // The job was dropped while unwinding, so its ticket says failed; count it out.

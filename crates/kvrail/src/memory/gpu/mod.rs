@@ -8,6 +8,8 @@
 
 mod check;
 mod device;
+mod frame;
+mod hash;
 mod slot;
 mod transfer;
 

@@ -1,9 +1,10 @@
 //! The ring of VRAM slots: one holds the image of a chunk file, and what the GPU needs beside it.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvrail_cuda::{COPY_PIECE_BYTES, CopyDescriptor, Event, HashDescriptor};
+use kvrail_cuda::{COPY_PIECE_BYTES, CopyDescriptor, CuFileDriver, Event, HashDescriptor};
 
 use super::Gpu;
 use crate::chunk::{ChunkFormat, PAGE_BYTES};
@@ -21,8 +22,10 @@ const _: () = assert!(size_of::<HashDescriptor>() == DESCRIPTOR_BYTES);
 /// What a slot must hold for the chunks of one KV cache, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SlotShape {
-    /// The image of a chunk file.
+    /// The image of a chunk file, or of what of it does not stay in the KV cache.
     pub image: usize,
+    /// The page table at the image's end.
+    pub table: usize,
     /// Hashes of the payload's pages, 8 bytes each.
     pub hashes: usize,
     /// Copy descriptors, and one hash descriptor behind them.
@@ -41,9 +44,27 @@ impl SlotShape {
         let pieces = pieces * blocks + 3;
         Self {
             image: format.file_bytes(),
+            table: format.table_bytes(),
             hashes: page_aligned(format.page_count() * 8),
             descriptors: page_aligned((pieces + 1) * DESCRIPTOR_BYTES),
         }
+    }
+
+    /// Returns what chunks of `blocks` blocks need whose payload stays in the KV cache: room for
+    /// head and page table, one behind the other.
+    pub fn frame(format: &ChunkFormat, blocks: usize) -> Self {
+        Self {
+            image: PAGE_BYTES + format.table_bytes(),
+            table: format.table_bytes(),
+            hashes: page_aligned(format.page_count() * 8),
+            // One for the padding of the table, one for each block.
+            descriptors: page_aligned((blocks + 1) * DESCRIPTOR_BYTES),
+        }
+    }
+
+    /// Returns where the page table begins in the image.
+    pub fn table_offset(&self) -> usize {
+        self.image - self.table
     }
 
     /// Returns the bytes of a slot in VRAM.
@@ -53,7 +74,7 @@ impl SlotShape {
 
     /// Returns the bytes of pinned host memory beside it.
     pub fn scratch_bytes(&self) -> usize {
-        PAGE_BYTES + self.hashes + self.descriptors
+        2 * PAGE_BYTES + self.table + self.hashes + self.descriptors
     }
 }
 
@@ -90,6 +111,10 @@ pub(super) struct Parts {
 pub(super) struct HostParts {
     /// A page that is never written: the source of padding.
     pub(super) zeros: StagingRange,
+    /// The head of the chunk file.
+    pub(super) head: StagingRange,
+    /// Its page table.
+    pub(super) table: StagingRange,
     pub(super) hashes: StagingRange,
     pub(super) descriptors: StagingRange,
 }
@@ -110,12 +135,18 @@ pub struct GpuSlot {
 }
 
 impl GpuSlots {
-    /// Allocates `count` slots in VRAM.
+    /// Allocates `count` slots in VRAM, and registers them with cuFile if its driver is given.
     ///
     /// # Errors
     /// [`ErrorKind::Gpu`] when there is not so much VRAM, naming how much was asked, how much is
-    /// free, and what to change; also when the memory beside it cannot be pinned.
-    pub fn new(gpu: &Gpu, shape: SlotShape, count: usize) -> Result<Self> {
+    /// free, and what to change; also when the memory beside it cannot be pinned, or cuFile does
+    /// not take the slots.
+    pub fn new(
+        gpu: &Gpu,
+        shape: SlotShape,
+        count: usize,
+        cufile: Option<&CuFileDriver>,
+    ) -> Result<Self> {
         let bytes = count * shape.device_bytes();
         let memory = gpu.context().allocate(bytes).map_err(|error| {
             let free = gpu.context().memory_info().map_or(0, |(free, _)| free);
@@ -128,7 +159,11 @@ impl GpuSlots {
             );
             Error::gpu(message, error)
         })?;
-        let slots = StagingPool::over(DeviceArena::new(memory, None), shape.device_bytes())?;
+        let arena = match cufile {
+            None => DeviceArena::new(memory, None),
+            Some(driver) => DeviceArena::registered(memory, driver)?,
+        };
+        let slots = StagingPool::over(arena, shape.device_bytes())?;
         let pinned = HostArena::pinned(count * shape.scratch_bytes(), gpu.context())?;
         let scratch = StagingPool::over(pinned, shape.scratch_bytes())?;
         Ok(Self {
@@ -139,6 +174,16 @@ impl GpuSlots {
                 shape,
             }),
         })
+    }
+
+    /// Returns what a slot holds.
+    pub fn shape(&self) -> SlotShape {
+        self.shared.shape
+    }
+
+    /// Returns whether cuFile knows the slots.
+    pub fn is_registered(&self) -> bool {
+        self.shared.slots.arena().is_registered()
     }
 
     /// Returns the number of slots.
@@ -199,6 +244,8 @@ impl GpuSlots {
             descriptors: device,
             host: HostParts {
                 zeros: host.split_to(PAGE_BYTES),
+                head: host.split_to(PAGE_BYTES),
+                table: host.split_to(shape.table),
                 hashes: host.split_to(shape.hashes),
                 descriptors: host,
             },
@@ -214,6 +261,22 @@ impl GpuSlots {
 }
 
 impl GpuSlot {
+    /// Returns a hold of a range of the image, for an engine; the slot goes back when that is
+    /// dropped, too.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for a range outside the image.
+    pub fn share(&self, range: Range<usize>) -> Result<StagingRange<DeviceArena>> {
+        let image = &self.parts()?.image;
+        if range.start > range.end || range.end > image.len() {
+            let message = format!("range {range:?} of an image of {} bytes", image.len());
+            return Err(Error::new(ErrorKind::InvalidArgument, message));
+        }
+        let mut rest = image.share();
+        drop(rest.split_to(range.start));
+        Ok(rest.split_to(range.len()))
+    }
+
     /// Returns the last mark: the event is done when the GPU is done with the slot.
     ///
     /// # Errors

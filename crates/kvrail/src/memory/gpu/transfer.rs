@@ -1,4 +1,4 @@
-//! What a GPU does with a slot, put on a stream: gather, hash, copy to and from the host, scatter.
+//! What a GPU does with a slot, put on a stream: gather, copy to and from the host, scatter.
 #![expect(
     unsafe_code,
     reason = "hands addresses of KV cache, slot and pinned memory to the GPU"
@@ -70,39 +70,21 @@ impl GpuSlot {
         self.copy_pieces(stream, &pieces)
     }
 
-    /// Hashes `pages` pages of the image from `at` on; the hashes go to the image at `into`, or
-    /// without it to the slot's own memory for them (see [`GpuSlot::fetch_hashes`]).
+    /// Clears a range of the image, less than a page.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] for pages outside the image or a GPU without kernels,
-    /// [`ErrorKind::Gpu`] when the driver refuses.
-    pub fn hash_pages(
-        &mut self,
-        stream: &Stream,
-        at: usize,
-        pages: usize,
-        into: Option<usize>,
-    ) -> Result<()> {
-        let source = self.image_span(at..at + pages * PAGE_BYTES)?;
-        let hashes = match into {
-            Some(into) => self.image_span(into..into + pages * 8)?,
-            None if pages * 8 <= self.parts()?.hashes.len() => self.parts()?.hashes.address(),
-            None => return Err(outside("hashes", pages * 8)),
+    /// As [`GpuSlot::gather`].
+    pub fn clear(&mut self, stream: &Stream, range: Range<usize>) -> Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let target = self.image_span(range.clone())?;
+        let piece = Piece {
+            source: self.clear_page(stream, range.len())?,
+            target,
+            bytes: range.len(),
         };
-        let gpu = self.gpu.clone();
-        let Some(kernels) = gpu.kernels() else {
-            let message = "hashing on a GPU without kernels";
-            return Err(Error::new(ErrorKind::InvalidArgument, message));
-        };
-        let parts = self.parts_mut()?;
-        // The last place is kept for this descriptor: those of a gather may still be in use.
-        let last = parts.descriptors.len() - DESCRIPTOR_BYTES;
-        put_descriptor(parts, last, [source, 0, pages as u64])?;
-        let descriptor = send_descriptors(stream, parts, last..last + DESCRIPTOR_BYTES)?;
-        // SAFETY: descriptor, pages and hashes lie in this slot, whose memory stays until the
-        // stream is past its last mark.
-        let launched = unsafe { kernels.hash_pages(stream, descriptor, 1, pages, hashes) };
-        launched.map_err(|error| Error::gpu("hash pages", error))
+        self.copy_pieces(stream, &[piece])
     }
 
     /// Copies a range of the image to the start of `target`.
@@ -136,20 +118,6 @@ impl GpuSlot {
         let source = source.ok_or_else(|| outside("pinned memory", range.len()))?;
         self.unmarked = true;
         to_device(stream, target, source)
-    }
-
-    /// Copies the hashes of `pages` pages to the pinned memory beside the slot.
-    ///
-    /// # Errors
-    /// As [`GpuSlot::fetch`].
-    pub fn fetch_hashes(&mut self, stream: &Stream, pages: usize) -> Result<()> {
-        let parts = self.parts_mut()?;
-        let source = parts.hashes.address();
-        to_host(
-            stream,
-            sized(parts.host.hashes.as_mut_slice(), pages * 8)?,
-            source,
-        )
     }
 
     /// Marks the end of the work put on `stream` so far.
@@ -209,29 +177,18 @@ impl GpuSlot {
         waited
     }
 
-    /// Returns the hashes of `pages` pages, as fetched.
-    ///
-    /// # Errors
-    /// [`ErrorKind::InvalidArgument`] for more pages than the slot has.
-    pub fn hashes(&self, pages: usize) -> Result<Vec<u64>> {
-        let bytes = self.parts()?.host.hashes.as_slice().get(..pages * 8);
-        let bytes = bytes.ok_or_else(|| outside("hashes", pages * 8))?;
-        let (words, _) = bytes.as_chunks::<8>();
-        Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
-    }
-
     pub(super) fn parts(&self) -> Result<&Parts> {
         self.parts.as_ref().ok_or_else(|| outside("slot", 0))
     }
 
     /// Returns the parts for work on a stream, which needs a mark behind it.
-    fn parts_mut(&mut self) -> Result<&mut Parts> {
+    pub(super) fn parts_mut(&mut self) -> Result<&mut Parts> {
         self.unmarked = true;
         self.parts.as_mut().ok_or_else(|| outside("slot", 0))
     }
 
     /// Returns the address of a range of the image.
-    fn image_span(&self, range: Range<usize>) -> Result<DevicePointer> {
+    pub(super) fn image_span(&self, range: Range<usize>) -> Result<DevicePointer> {
         let image = &self.parts()?.image;
         if range.start <= range.end && range.end <= image.len() {
             return Ok(image.address() + range.start as u64);
@@ -326,7 +283,7 @@ fn pieces(
 }
 
 /// Writes a descriptor into the pinned memory of a slot.
-fn put_descriptor(parts: &mut Parts, at: usize, words: [u64; 3]) -> Result<()> {
+pub(super) fn put_descriptor(parts: &mut Parts, at: usize, words: [u64; 3]) -> Result<()> {
     let target = parts
         .host
         .descriptors
@@ -340,7 +297,11 @@ fn put_descriptor(parts: &mut Parts, at: usize, words: [u64; 3]) -> Result<()> {
 }
 
 /// Copies descriptors to their place in VRAM and returns its address.
-fn send_descriptors(stream: &Stream, parts: &Parts, range: Range<usize>) -> Result<DevicePointer> {
+pub(super) fn send_descriptors(
+    stream: &Stream,
+    parts: &Parts,
+    range: Range<usize>,
+) -> Result<DevicePointer> {
     let target = parts.descriptors.address() + range.start as u64;
     let source = parts.host.descriptors.as_slice().get(range);
     to_device(
@@ -351,26 +312,26 @@ fn send_descriptors(stream: &Stream, parts: &Parts, range: Range<usize>) -> Resu
     Ok(target)
 }
 
-fn to_host(stream: &Stream, target: &mut [u8], source: DevicePointer) -> Result<()> {
+pub(super) fn to_host(stream: &Stream, target: &mut [u8], source: DevicePointer) -> Result<()> {
     // SAFETY: `target` is pinned memory of a slot or of a staging range on loan: it stays until
     // the GPU is past the mark that follows, and nobody reads it before that mark is done.
     unsafe { stream.copy_to_host(target.as_mut_ptr(), source, target.len()) }
         .map_err(|error| Error::gpu("copy from the GPU", error))
 }
 
-fn to_device(stream: &Stream, target: DevicePointer, source: &[u8]) -> Result<()> {
+pub(super) fn to_device(stream: &Stream, target: DevicePointer, source: &[u8]) -> Result<()> {
     // SAFETY: as in `to_host`; nobody writes to it before the mark is done.
     unsafe { stream.copy_to_device(target, source.as_ptr(), source.len()) }
         .map_err(|error| Error::gpu("copy to the GPU", error))
 }
 
-fn sized(bytes: &mut [u8], count: usize) -> Result<&mut [u8]> {
+pub(super) fn sized(bytes: &mut [u8], count: usize) -> Result<&mut [u8]> {
     bytes
         .get_mut(..count)
         .ok_or_else(|| outside("pinned memory", count))
 }
 
-fn outside(what: &str, end: usize) -> Error {
+pub(super) fn outside(what: &str, end: usize) -> Error {
     let message = format!("{what} of a VRAM slot: {end} is outside");
     Error::new(ErrorKind::InvalidArgument, message)
 }

@@ -1,143 +1,33 @@
-//! KV cache in the memory of a GPU: through VRAM slots and pinned staging buffers.
+//! Through a VRAM slot and a pinned staging buffer, for POSIX to write and read.
 //!
 //! Store: gather into a VRAM slot on the compute stream, then, on a stream of our own, page hashes
 //! and one large copy to the staging buffer. Load: one large copy to a VRAM slot, page hashes,
 //! and, once the hashes are found right, scatter. The GPU hashes, so the CPU touches no payload.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use kvrail_cuda::{Cuda, Event, LibraryPaths, Stream};
+use kvrail_cuda::Stream;
 
-use super::image::Extents;
-use super::kv_cache::CacheShared;
-use super::load::{LoadJob, verify};
-use super::staged::StagedImage;
-use crate::chunk::{ChunkFormat, PAGE_BYTES};
+use super::side::GpuSide;
+use super::slot_image::GRACE;
+use crate::chunk::PAGE_BYTES;
 use crate::error::{Error, ErrorKind, Result};
-use crate::layout::{KvLayout, TransferPlan};
-use crate::memory::{
-    ComputeStream, Device, Gpu, GpuSlot, GpuSlots, Region, SlotShape, StagingRange,
-};
+use crate::layout::TransferPlan;
+use crate::memory::{ComputeStream, GpuSlot, StagingRange};
+use crate::store::image::{self, Extents};
+use crate::store::kv_cache::CacheShared;
+use crate::store::load::{LoadJob, verify};
+use crate::store::staged::StagedImage;
 
-/// VRAM slots of a KV cache at most. What goes through them is on its way between two memories:
-/// a few hide the latency of each other's copies, more only take memory from the KV cache.
-const SLOTS_MAX: usize = 16;
-/// How long an error waits for the GPU to let go of what it works on, before it asks again or
-/// gives the memory up.
-const GRACE: Duration = Duration::from_secs(1);
 /// Refusals of the driver after which a load that failed takes the GPU for dead.
 const REFUSALS_MAX: usize = 3;
 
-/// The GPUs that a store uses, opened when the first KV cache on them is attached.
-#[derive(Debug)]
-pub(super) struct Gpus {
-    libraries: LibraryPaths,
-    open: Mutex<HashMap<usize, Gpu>>,
-}
-
-impl Gpus {
-    pub(super) fn new(libraries: LibraryPaths) -> Self {
-        Self {
-            libraries,
-            open: Mutex::default(),
-        }
-    }
-
-    /// Returns the GPU with this ordinal.
-    fn get(&self, ordinal: usize) -> Result<Gpu> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(gpu) = open.get(&ordinal) {
-            return Ok(gpu.clone());
-        }
-        let cuda = Cuda::load(&self.libraries.cuda)
-            .map_err(|error| Error::gpu(format!("KV cache on cuda:{ordinal}"), error))?;
-        let gpu = Gpu::open(&cuda, ordinal)?;
-        open.insert(ordinal, gpu.clone());
-        Ok(gpu)
-    }
-
-    /// Returns the GPU that holds all of `regions`, `None` for host memory.
-    ///
-    /// # Errors
-    /// [`ErrorKind::InvalidArgument`] for regions of several devices, [`ErrorKind::Gpu`].
-    pub(super) fn of(&self, regions: &[Region]) -> Result<Option<Gpu>> {
-        let device = regions.first().map_or(Device::Host, Region::device);
-        if let Some(other) = regions.iter().find(|region| region.device() != device) {
-            let message = format!("a KV cache on {device} and {}", other.device());
-            return Err(Error::new(ErrorKind::InvalidArgument, message));
-        }
-        match device {
-            Device::Host => Ok(None),
-            Device::Cuda(ordinal) => self.get(ordinal).map(Some),
-        }
-    }
-}
-
-/// What an attached KV cache on a GPU has beside its staging buffers.
-#[derive(Debug)]
-pub(super) struct GpuSide {
-    gpu: Gpu,
-    slots: GpuSlots,
-}
-
 impl GpuSide {
-    /// Allocates the VRAM slots: as many as there are staging buffers, 16 at most, fewer where the
-    /// GPU has not so much memory left.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Gpu`] when there is no VRAM for a single slot.
-    pub(super) fn new(
-        gpu: Gpu,
-        layout: &KvLayout,
-        format: &ChunkFormat,
-        blocks: usize,
-        buffers: usize,
-    ) -> Result<Self> {
-        let shape = SlotShape::new(layout, format, blocks);
-        let mut count = buffers.clamp(1, SLOTS_MAX);
-        loop {
-            match GpuSlots::new(&gpu, shape, count) {
-                Ok(slots) => return Ok(Self { gpu, slots }),
-                Err(error) if count == 1 => return Err(error),
-                Err(_) => count /= 2,
-            }
-        }
-    }
-
-    /// Says what was found and set up, in words.
-    pub(super) fn describe(&self, buffers: usize) -> String {
-        format!(
-            "KV cache on cuda:{}: {} VRAM slots, {buffers} pinned staging buffers, pieces copied by {}, \
-             pages hashed by the {}: {}",
-            self.gpu.context().ordinal(),
-            self.slots.slot_count(),
-            self.gpu.method(),
-            if self.hashes() { "GPU" } else { "CPU" },
-            self.gpu.reason()
-        )
-    }
-
-    /// Returns whether the GPU hashes pages.
-    pub(super) fn hashes(&self) -> bool {
-        self.gpu.kernels().is_some()
-    }
-
-    /// Marks what the serving engine has put on its stream so far.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Gpu`].
-    pub(super) fn mark(&self, compute: ComputeStream) -> Result<Arc<Event>> {
-        let stream = self.gpu.compute_stream(compute);
-        self.gpu.mark(&stream).map(Arc::new)
-    }
-
     /// Puts the way of a chunk from its blocks to `image` on the GPU; `None` without a free slot.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] for blocks outside the KV cache, [`ErrorKind::Gpu`].
-    pub(super) fn stage(
+    pub(in crate::store) fn stage(
         &self,
         cache: &CacheShared,
         blocks: &[usize],
@@ -150,54 +40,52 @@ impl GpuSide {
         };
         let compute = self.gpu.compute_stream(compute);
         let own = self.gpu.store_stream();
-        let mut image = image;
-        let mut head = image.split_to(PAGE_BYTES);
-        let staged = self.stage_on(cache, &plan, &mut slot, &mut image, &compute, own);
-        match staged.and_then(|()| slot.release_marked()) {
-            Ok(event) => {
-                // The parts of one slot, in order: this cannot fail.
-                if head.rejoin(image).is_err() {
-                    return Ok(None);
-                }
-                Ok(Some(StagedImage::arriving(head, event, self.hashes())))
-            }
+        match self.gather_chunk(cache, &plan, &mut slot, &compute, own) {
+            Ok(()) => self.fetch_image(own, slot, image, self.hashes()).map(Some),
             Err(error) => {
                 let deadline = Instant::now() + GRACE;
-                let settled = [&compute, own].map(|stream| slot.settle(stream, deadline));
-                if settled.iter().any(Result::is_err) {
-                    std::mem::forget(image);
+                for stream in [&compute, own] {
+                    // A slot that cannot be waited for is not used again.
+                    drop(slot.settle(stream, deadline));
                 }
                 Err(error)
             }
         }
     }
 
-    fn stage_on(
+    /// Puts the copy of an image, all but the head, to a pinned buffer on `own`, behind whatever
+    /// is there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Gpu`]; then the buffer is lost if the GPU may still write there.
+    pub(super) fn fetch_image(
         &self,
-        cache: &CacheShared,
-        plan: &TransferPlan,
-        slot: &mut GpuSlot,
-        rest: &mut StagingRange,
-        compute: &Stream,
         own: &Stream,
-    ) -> Result<()> {
-        let format = &cache.format;
-        let start = format.payload_offset();
-        let end = start + format.payload_bytes();
-        let table = format.table_offset();
-        // What the file has behind payload and hashes is zero.
-        let zeros = [
-            end..end + format.pad_bytes(),
-            table + format.page_count() * 8..table + format.table_bytes(),
-        ];
-        slot.gather(compute, plan, &cache.regions, start, &zeros)?;
-        slot.mark(compute)?;
-        slot.order_after_mark(own)?;
-        if self.hashes() {
-            slot.hash_pages(own, start, format.page_count(), Some(table))?;
+        mut slot: GpuSlot,
+        image: StagingRange,
+        hashed: bool,
+    ) -> Result<StagedImage> {
+        let mut image = image;
+        let end = image.len();
+        let mut head = image.split_to(PAGE_BYTES);
+        let fetched = slot
+            .fetch(own, PAGE_BYTES..end, &mut image)
+            .and_then(|()| slot.mark(own))
+            .and_then(|()| slot.release_marked());
+        match fetched {
+            Ok(event) => {
+                head.rejoin(image).map_err(|_| {
+                    Error::new(ErrorKind::InvalidArgument, "parts of two staging buffers")
+                })?;
+                Ok(StagedImage::arriving(head, event, hashed))
+            }
+            Err(error) => {
+                if slot.settle(own, Instant::now() + GRACE).is_err() {
+                    std::mem::forget(image);
+                }
+                Err(error)
+            }
         }
-        slot.fetch(own, start..format.file_bytes(), rest)?;
-        slot.mark(own)
     }
 
     /// Brings a chunk that was read to its blocks, if it is what it should be.
@@ -208,7 +96,7 @@ impl GpuSide {
     /// # Errors
     /// [`ErrorKind::Damaged`] for a chunk that is not, [`ErrorKind::TimedOut`],
     /// [`ErrorKind::Gpu`].
-    pub(super) fn finish_load(
+    pub(in crate::store) fn finish_load(
         &self,
         job: &LoadJob,
         image: StagingRange,
@@ -247,18 +135,15 @@ impl GpuSide {
             slot.fetch_hashes(stream, pages)?;
             slot.mark(stream)?;
             slot.wait(deadline)?;
-            verify(job, image.as_slice(), extents, &slot.hashes(pages)?)?;
+            let (head, table) = image::frame(image.as_slice(), extents)?;
+            verify(job, head, table, &extents.pages, &slot.hashes(pages)?)?;
         } else {
-            verify(job, image.as_slice(), extents, computed)?;
+            let (head, table) = image::frame(image.as_slice(), extents)?;
+            verify(job, head, table, &extents.pages, computed)?;
         }
         let plan = TransferPlan::new(&job.cache.layout, &job.blocks)?;
         let at = PAGE_BYTES + job.payload.start - extents.pages.start * PAGE_BYTES;
-        // What was on the compute stream when the load was asked for may still use the blocks: a
-        // forward that writes behind the end of their last owner, a gather that reads them.
-        if let Some(before) = &job.after {
-            let ordered = stream.wait_for(before);
-            ordered.map_err(|error| Error::gpu("order a load behind the forward", error))?;
-        }
+        job.order_after(stream)?;
         slot.scatter(stream, &plan, &job.cache.regions, at)?;
         slot.mark(stream)?;
         slot.wait(deadline)
@@ -270,7 +155,7 @@ impl GpuSide {
 ///
 /// The blocks are computed anew once the load has ended, so it must not end while a scatter may
 /// still write to them. The serving engine waits for the same GPU all the while.
-fn wait_out(slot: &mut GpuSlot, stream: &Stream) -> bool {
+pub(super) fn wait_out(slot: &mut GpuSlot, stream: &Stream) -> bool {
     let mut refusals = 0;
     while refusals < REFUSALS_MAX {
         match slot.settle(stream, Instant::now() + GRACE) {

@@ -1,0 +1,363 @@
+//! In place, by cuFile: the blocks of the KV cache themselves are written and read; no copy.
+//!
+//! For layouts whose blocks lie as a whole, all layers of a block one behind the other, and fill
+//! pages. Head and page table go through a little VRAM slot of their own.
+//!
+//! A store cannot keep vLLM from giving the blocks to somebody else while they are written, and
+//! need not: their pages are hashed on the compute stream, where the blocks are still whole, and
+//! hashed again after they were written. Only if both agree is the chunk published, so what was
+//! written is what was hashed. Were the bytes different only in between, the chunk's own checksums
+//! would tell at its first load.
+//!
+//! A load writes to blocks before they are verified. They are the load's alone, and blocks of a
+//! load that failed are computed anew. But it must not end before cuFile has let go of them, even
+//! if that never happens: a late write would hit whoever has the blocks then.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::cufile::{Cufile, wait_all};
+use super::side::{GpuSide, Shape};
+use super::slot_image::{GRACE, send_head};
+use crate::chunk::{ChunkRef, PAGE_BYTES};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{IoFile, Operation, PieceHandle, PieceRequest, within};
+use crate::layout::TransferPlan;
+use crate::memory::{
+    ComputeStream, Gpu, GpuSlot, GpuSlots, RegisteredRegion, SlotShape, StagingRange,
+};
+use crate::store::image::WRITE_REQUEST_BYTES;
+use crate::store::kv_cache::CacheShared;
+use crate::store::load::{LoadJob, verify, verify_frame};
+use crate::store::shared::StoreShared;
+use crate::store::staged::StagedImage;
+
+/// Chunks on their way at most: as many as cuFile may have calls.
+const FRAMES: usize = 64;
+/// The longest that the registration of a KV cache may take: tens of gigabytes are pinned.
+const REGISTER_LIMIT: Duration = Duration::from_secs(60);
+
+/// A KV cache that cuFile knows.
+#[derive(Debug)]
+pub(super) struct InPlace {
+    /// Slots for head and page table.
+    pub(super) slots: GpuSlots,
+    regions: Vec<Arc<RegisteredRegion>>,
+}
+
+/// A chunk on its way out that stays where it is; only its page table is hashed already.
+#[derive(Debug)]
+pub(in crate::store) struct InPlaceImage {
+    slot: GpuSlot,
+    plan: TransferPlan,
+}
+
+/// How a load in place failed.
+#[derive(Debug)]
+pub(in crate::store) enum InPlaceFailure {
+    /// It is over, and nothing touches the blocks any more.
+    Over(Error),
+    /// cuFile did not return in time, and may still write to the blocks.
+    Hangs(Error, Vec<PieceHandle>),
+}
+
+impl From<Error> for InPlaceFailure {
+    fn from(error: Error) -> Self {
+        Self::Over(error)
+    }
+}
+
+impl InPlace {
+    /// Registers the KV cache, or says in words why it is not read and written in place.
+    pub(super) fn new(
+        store: &StoreShared,
+        gpu: &Gpu,
+        cufile: &Cufile,
+        shape: Shape<'_>,
+    ) -> Result<Self, String> {
+        if store.cufile.in_place == Some(false) {
+            return Err("`extra_config.direct` is false".into());
+        }
+        check_shape(shape)?;
+        let regions = shape.regions.to_vec();
+        let driver = cufile.driver.clone();
+        let registered = within(REGISTER_LIMIT, "cuFileBufRegister of the KV cache", {
+            move || -> Result<Vec<Arc<RegisteredRegion>>> {
+                let register = |region| RegisteredRegion::new(region, &driver).map(Arc::new);
+                regions.into_iter().map(register).collect()
+            }
+        });
+        let registered = registered.and_then(|regions| regions);
+        let regions = registered.map_err(|error| error.to_string())?;
+        let frame = SlotShape::frame(shape.format, shape.blocks);
+        let (driver, device) = (cufile.driver.clone(), gpu.clone());
+        let slots = within(REGISTER_LIMIT, "cuFileBufRegister", move || {
+            GpuSlots::new(&device, frame, FRAMES, Some(&driver))
+        });
+        let slots = slots.and_then(|slots| slots);
+        Ok(Self {
+            slots: slots.map_err(|error| error.to_string())?,
+            regions,
+        })
+    }
+
+    /// Submits the transfer of what `plan` names, which lies at `offset` of the file.
+    fn submit(
+        &self,
+        cufile: &Cufile,
+        operation: Operation,
+        file: &Arc<IoFile>,
+        plan: &TransferPlan,
+        offset: usize,
+    ) -> Result<Vec<PieceHandle>> {
+        let mut requests: Vec<PieceRequest> = Vec::new();
+        let mut offset = offset as u64;
+        let mut room = 0;
+        let mut last_region = None;
+        for range in plan.ranges() {
+            let memory = self.regions.get(range.region).ok_or_else(|| {
+                Error::new(
+                    ErrorKind::InvalidArgument,
+                    "a region that is not registered",
+                )
+            })?;
+            let mut at = range.offset;
+            let end = range.offset + range.bytes;
+            while at < end {
+                if room == 0 || last_region != Some(range.region) {
+                    room = WRITE_REQUEST_BYTES;
+                    last_region = Some(range.region);
+                    requests.push(PieceRequest {
+                        operation,
+                        file: Arc::clone(file),
+                        offset,
+                        memory: Arc::clone(memory),
+                        pieces: Vec::new(),
+                    });
+                }
+                let bytes = (end - at).min(room);
+                if let Some(request) = requests.last_mut() {
+                    request.pieces.push(at..at + bytes);
+                }
+                at += bytes;
+                room -= bytes;
+                offset += bytes as u64;
+            }
+        }
+        let submit = |request| cufile.engine.submit_pieces(request);
+        Ok(requests.into_iter().map(submit).collect())
+    }
+}
+
+/// Checks that every block is one run of whole pages; the error says what is not.
+fn check_shape(shape: Shape<'_>) -> Result<(), String> {
+    let layout = shape.layout;
+    let last = layout.block_count() - 1;
+    for block in [0, last] {
+        let plan = TransferPlan::new(layout, &[block]).map_err(|error| error.to_string())?;
+        let [range] = plan.ranges() else {
+            let count = plan.ranges().len();
+            return Err(format!(
+                "a block lies in {count} pieces; vLLM's layouts BLNHC and BLHNC have one"
+            ));
+        };
+        let base = shape.regions.get(range.region);
+        let base = base.and_then(|region| region.device_span(0, 1).ok());
+        let is_aligned = |bytes: u64| bytes.is_multiple_of(PAGE_BYTES as u64);
+        if !is_aligned(range.offset as u64 | range.bytes as u64 | base.unwrap_or(1)) {
+            return Err(format!(
+                "block {block} has {} bytes at {:#x}, which are not whole pages of {PAGE_BYTES}",
+                range.bytes,
+                base.unwrap_or(0) + range.offset as u64
+            ));
+        }
+    }
+    Ok(())
+}
+
+impl GpuSide {
+    fn in_place(&self) -> Result<&InPlace> {
+        let missing = || {
+            Error::new(
+                ErrorKind::InvalidArgument,
+                "a KV cache cuFile does not know",
+            )
+        };
+        self.in_place.as_ref().ok_or_else(missing)
+    }
+
+    /// Puts the hashing of a chunk where it lies on the compute stream; `None` unless more than
+    /// `reserve` slots for head and page table are free.
+    ///
+    /// # Errors
+    /// As [`GpuSide::stage_slot`].
+    pub(in crate::store) fn stage_in_place(
+        &self,
+        cache: &CacheShared,
+        blocks: &[usize],
+        reserve: usize,
+        compute: ComputeStream,
+    ) -> Result<Option<InPlaceImage>> {
+        let plan = TransferPlan::new(&cache.layout, blocks)?;
+        let Some(mut slot) = self.in_place()?.slots.try_take(&self.gpu, reserve) else {
+            return Ok(None);
+        };
+        let compute = self.gpu.compute_stream(compute);
+        let own = self.gpu.store_stream();
+        let used = PAGE_BYTES + cache.format.page_count() * 8;
+        let end = PAGE_BYTES + cache.format.table_bytes();
+        let staged = slot
+            .clear(&compute, used..end)
+            .and_then(|()| slot.hash_in_place(&compute, &plan, &cache.regions, Some(PAGE_BYTES)))
+            .and_then(|()| slot.mark(&compute))
+            .and_then(|()| slot.order_after_mark(own))
+            .and_then(|()| slot.fetch_frame(own, PAGE_BYTES))
+            .and_then(|()| slot.mark(own));
+        match staged {
+            Ok(()) => Ok(Some(InPlaceImage { slot, plan })),
+            Err(error) => {
+                let deadline = Instant::now() + GRACE;
+                for stream in [&compute, own] {
+                    // A slot that cannot be waited for is not used again.
+                    drop(slot.settle(stream, deadline));
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Reads a chunk into its blocks and verifies it there.
+    ///
+    /// # Errors
+    /// See [`InPlaceFailure`]; the blocks hold no valid KV then.
+    pub(in crate::store) fn load_in_place(
+        &self,
+        job: &LoadJob,
+        slot: &mut GpuSlot,
+        file: &Arc<IoFile>,
+        deadline: Instant,
+    ) -> Result<(), InPlaceFailure> {
+        let (cufile, in_place) = (self.cufile()?, self.in_place()?);
+        let stream = self.gpu.load_stream();
+        let format = &job.cache.format;
+        // Head and table first: what is wrong with them is known before any block is touched.
+        let table = PAGE_BYTES..PAGE_BYTES + format.table_bytes();
+        let mut handles = cufile.submit(Operation::Read, file, 0, slot.share(0..PAGE_BYTES)?);
+        let table_at = format.table_offset();
+        handles.extend(cufile.submit(Operation::Read, file, table_at, slot.share(table)?));
+        wait_all(handles, deadline)?;
+        slot.fetch_frame(stream, PAGE_BYTES)?;
+        slot.mark(stream)?;
+        slot.wait(deadline)?;
+        let (head, table) = slot.frame()?;
+        verify_frame(job, head, table)?;
+        // cuFile knows no streams: what still uses the blocks must be over.
+        job.wait_before(deadline)?;
+        let plan =
+            TransferPlan::new(&job.cache.layout, &job.blocks).map_err(InPlaceFailure::Over)?;
+        let offset = format.payload_offset() + job.payload.start;
+        let handles = in_place.submit(cufile, Operation::Read, file, &plan, offset)?;
+        wait_pieces(handles, deadline)?;
+        let pages = job.payload.start / PAGE_BYTES..job.payload.end / PAGE_BYTES;
+        slot.hash_in_place(stream, &plan, &job.cache.regions, None)?;
+        slot.fetch_hashes(stream, pages.len())?;
+        slot.mark(stream)?;
+        slot.wait(deadline)?;
+        let (head, table) = slot.frame()?;
+        verify(job, head, table, &pages, &slot.hashes(pages.len())?)?;
+        Ok(())
+    }
+}
+
+/// Waits for all of them; an error is told only when none of them touches memory any more.
+fn wait_pieces(handles: Vec<PieceHandle>, deadline: Instant) -> Result<(), InPlaceFailure> {
+    let mut outcome = Ok(());
+    let mut hanging = Vec::new();
+    for handle in handles {
+        match handle.wait(deadline) {
+            Some(result) => outcome = outcome.and(result),
+            None => hanging.push(handle),
+        }
+    }
+    if hanging.is_empty() {
+        return outcome.map_err(InPlaceFailure::Over);
+    }
+    let message = format!(
+        "{} cuFile calls on the KV cache do not return",
+        hanging.len()
+    );
+    let error = Error::new(ErrorKind::TimedOut, message);
+    Err(InPlaceFailure::Hangs(error, hanging))
+}
+
+impl InPlaceImage {
+    /// Writes the chunk to a file. Returns whether its blocks were the same all the while.
+    ///
+    /// # Errors
+    /// As [`GpuSide::load_slot`]; nothing is lost by it.
+    pub(in crate::store) fn write(
+        &mut self,
+        side: &GpuSide,
+        cache: &CacheShared,
+        chunk: ChunkRef,
+        file: &Arc<IoFile>,
+        deadline: Instant,
+    ) -> Result<bool> {
+        let (cufile, in_place) = (side.cufile()?, side.in_place()?);
+        let (format, slot) = (&cache.format, &mut self.slot);
+        send_head(side, cache, chunk, slot, deadline)?;
+        let table = PAGE_BYTES..PAGE_BYTES + format.table_bytes();
+        let (start, table_at) = (format.payload_offset(), format.table_offset());
+        let mut handles = cufile.submit(Operation::Write, file, 0, slot.share(0..PAGE_BYTES)?);
+        handles.extend(cufile.submit(Operation::Write, file, table_at, slot.share(table)?));
+        let pieces = in_place.submit(cufile, Operation::Write, file, &self.plan, start)?;
+        wait_all(handles, deadline)?;
+        wait_pieces(pieces, deadline).map_err(|failure| match failure {
+            InPlaceFailure::Over(error) | InPlaceFailure::Hangs(error, _) => error,
+        })?;
+        let own = side.gpu.store_stream();
+        let pages = format.page_count();
+        slot.hash_in_place(own, &self.plan, &cache.regions, None)?;
+        slot.fetch_hashes(own, pages)?;
+        slot.mark(own)?;
+        slot.wait(deadline)?;
+        Ok(has_hashes(slot.frame()?.1, &slot.hashes(pages)?))
+    }
+
+    /// Copies the chunk to a pinned buffer, as long as the file, for POSIX to write; `None` when
+    /// its blocks are no longer what they were.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TimedOut`], [`ErrorKind::Gpu`].
+    pub(in crate::store) fn into_host(
+        mut self,
+        side: &GpuSide,
+        cache: &CacheShared,
+        buffer: StagingRange,
+        deadline: Instant,
+    ) -> Result<Option<StagedImage>> {
+        self.slot.wait(deadline)?;
+        let mut slot = side.slots.take(&side.gpu, deadline)?;
+        let own = side.gpu.store_stream();
+        let gathered = side
+            .gather_chunk(cache, &self.plan, &mut slot, own, own)
+            .and_then(|()| slot.fetch_frame(own, cache.format.table_offset()))
+            .and_then(|()| slot.mark(own))
+            .and_then(|()| slot.wait(deadline));
+        if let Err(error) = gathered {
+            drop(slot.settle(own, Instant::now() + GRACE));
+            return Err(error);
+        }
+        if slot.frame()?.1 != self.slot.frame()?.1 {
+            return Ok(None);
+        }
+        side.fetch_image(own, slot, buffer, true).map(Some)
+    }
+}
+
+/// Returns whether a page table begins with these hashes.
+fn has_hashes(table: &[u8], hashes: &[u64]) -> bool {
+    let (entries, _) = table.as_chunks::<8>();
+    let entries = entries.iter().map(|entry| u64::from_le_bytes(*entry));
+    entries.take(hashes.len()).eq(hashes.iter().copied())
+}

@@ -1,0 +1,253 @@
+//! What an attached KV cache on a GPU has beside its staging buffers.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvrail_cuda::Event;
+
+use super::cufile::Cufile;
+use super::devices::Opened;
+use super::in_place::InPlace;
+use crate::chunk::ChunkFormat;
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::within;
+use crate::layout::KvLayout;
+use crate::memory::{ComputeStream, Gpu, GpuSlot, GpuSlots, Region, SlotShape};
+use crate::store::mount::Mount;
+use crate::store::notice::Topic;
+use crate::store::shared::StoreShared;
+
+/// VRAM slots of a KV cache at most where they only lie on the way to pinned memory: a few hide the
+/// latency of each other's copies, more only take memory from the KV cache.
+const PINNED_SLOTS_MAX: usize = 16;
+/// VRAM slots beside a KV cache that is read and written in place: for what falls back to POSIX.
+const FALLBACK_SLOTS: usize = 4;
+/// Pinned staging buffers beside VRAM slots that cuFile uses: for what falls back to POSIX, four
+/// chunks in flight at least.
+const FALLBACK_BUFFERS: usize = 8;
+/// The longest that one registration with cuFile may take.
+const REGISTER_LIMIT: Duration = Duration::from_secs(20);
+
+/// The way of a chunk between KV cache and file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::store) enum Route {
+    /// Through a pinned staging buffer, by POSIX calls.
+    Pinned,
+    /// Through a VRAM slot, by cuFile.
+    Slot,
+    /// Between the blocks themselves and the file, by cuFile.
+    InPlace,
+}
+
+/// The GPU's part of an attached KV cache.
+#[derive(Debug)]
+pub(in crate::store) struct GpuSide {
+    pub(super) gpu: Gpu,
+    pub(super) slots: GpuSlots,
+    pub(super) cufile: Option<Arc<Cufile>>,
+    pub(super) in_place: Option<InPlace>,
+}
+
+/// What a KV cache on a GPU is attached with.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::store) struct Shape<'a> {
+    pub(in crate::store) layout: &'a KvLayout,
+    pub(in crate::store) format: &'a ChunkFormat,
+    pub(in crate::store) regions: &'a [Region],
+    pub(in crate::store) blocks: usize,
+}
+
+impl GpuSide {
+    /// Returns how many bytes of pinned staging memory a KV cache needs at most on a GPU.
+    pub(in crate::store) fn pinned_bytes(opened: &Opened, slot_bytes: usize) -> usize {
+        match opened.cufile {
+            Some(_) => slot_bytes.saturating_mul(FALLBACK_BUFFERS),
+            None => usize::MAX,
+        }
+    }
+
+    /// Allocates the VRAM slots, registers what cuFile shall use, and checks it on each path.
+    ///
+    /// Slots: with cuFile as many as `cufile_buffer_size` holds, else as many as there are staging
+    /// buffers, 16 at most; fewer where the GPU has not so much memory left.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Gpu`] when there is no VRAM for a single slot.
+    pub(in crate::store) fn new(
+        store: &StoreShared,
+        opened: Opened,
+        shape: Shape<'_>,
+        buffers: usize,
+    ) -> Result<Self> {
+        let Opened { gpu, cufile } = opened;
+        let slot_shape = SlotShape::new(shape.layout, shape.format, shape.blocks);
+        let (in_place, refusal) = match &cufile {
+            None => (None, None),
+            Some(cufile) => match InPlace::new(store, &gpu, cufile, shape) {
+                Ok(in_place) => (Some(in_place), None),
+                Err(reason) => (None, Some(reason)),
+            },
+        };
+        let wanted = match (&cufile, &in_place) {
+            (Some(_), Some(_)) => FALLBACK_SLOTS,
+            (Some(_), None) => (store.buffer_mib << 20) / slot_shape.device_bytes(),
+            (None, _) => buffers.min(PINNED_SLOTS_MAX),
+        };
+        let (slots, cufile) = allocate(store, &gpu, slot_shape, wanted.max(1), cufile)?;
+        let in_place = in_place.filter(|_| cufile.is_some());
+        let side = Self {
+            gpu,
+            slots,
+            cufile,
+            in_place,
+        };
+        side.check_mounts(store);
+        side.tell(store, buffers, refusal);
+        Ok(side)
+    }
+
+    /// Returns the way of chunks on a mount now.
+    pub(in crate::store) fn route(&self, mount: &Mount) -> Route {
+        match (&self.cufile, &self.in_place) {
+            (Some(_), Some(_)) if mount.cufile.is_on() => Route::InPlace,
+            (Some(_), None) if mount.cufile.is_on() => Route::Slot,
+            _ => Route::Pinned,
+        }
+    }
+
+    /// Returns whether the GPU hashes pages.
+    pub(in crate::store) fn hashes(&self) -> bool {
+        self.gpu.kernels().is_some()
+    }
+
+    /// Marks what the serving engine has put on its stream so far.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Gpu`].
+    pub(in crate::store) fn mark(&self, compute: ComputeStream) -> Result<Arc<Event>> {
+        let stream = self.gpu.compute_stream(compute);
+        self.gpu.mark(&stream).map(Arc::new)
+    }
+
+    /// Returns the slots that chunks on a route pass.
+    pub(in crate::store) fn slots(&self, route: Route) -> &GpuSlots {
+        match (route, &self.in_place) {
+            (Route::InPlace, Some(in_place)) => &in_place.slots,
+            _ => &self.slots,
+        }
+    }
+
+    /// Takes a slot for a load on a route by cuFile, if one is free.
+    pub(in crate::store) fn try_take(&self, route: Route) -> Option<GpuSlot> {
+        self.slots(route).try_take(&self.gpu, 0)
+    }
+
+    /// Takes a slot for a load on a route by cuFile.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TimedOut`] when none came free until `deadline`.
+    pub(in crate::store) fn take(&self, route: Route, deadline: Instant) -> Result<GpuSlot> {
+        self.slots(route).take(&self.gpu, deadline)
+    }
+
+    /// Returns cuFile, on a route that has it.
+    pub(super) fn cufile(&self) -> Result<&Arc<Cufile>> {
+        let missing = || Error::new(ErrorKind::InvalidArgument, "a route without cuFile");
+        self.cufile.as_ref().ok_or_else(missing)
+    }
+
+    /// Tries cuFile in this process on each mount where it works in another one.
+    fn check_mounts(&self, store: &StoreShared) {
+        let Some(cufile) = &self.cufile else { return };
+        for mount in store.mounts.iter().filter(|mount| mount.cufile.is_on()) {
+            let slots = self.slots(self.route(mount));
+            let limit = REGISTER_LIMIT.min(store.wait_limit);
+            match cufile.check(&self.gpu, slots, mount, &store.writer, limit) {
+                Ok(()) => mount
+                    .cufile
+                    .turn_on("verified by write, read and compare".into()),
+                Err(error) => mount.cufile.turn_off(error.to_string()),
+            }
+        }
+    }
+
+    /// Says what was found and set up: a line for the KV cache, and one for each path.
+    fn tell(&self, store: &StoreShared, buffers: usize, refusal: Option<String>) {
+        let way = match (&self.cufile, &self.in_place) {
+            (Some(_), Some(_)) => "blocks read and written in place".to_owned(),
+            _ => format!("pieces copied by {}", self.gpu.method()),
+        };
+        let hashed = if self.hashes() { "GPU" } else { "CPU" };
+        store.notices.info(Topic::Start, || {
+            format!(
+                "KV cache on cuda:{}: {} VRAM slots{}, {buffers} pinned staging buffers, {way}, pages \
+                 hashed by the {hashed}: {}",
+                self.gpu.context().ordinal(),
+                self.slots.slot_count(),
+                if self.slots.is_registered() { " registered with cuFile" } else { "" },
+                self.gpu.reason()
+            )
+        });
+        if let Some(reason) = refusal {
+            store.notices.info(Topic::Start, || {
+                format!(
+                    "KV cache is not read and written in place, but through VRAM slots: {reason}"
+                )
+            });
+        }
+        for mount in &store.mounts {
+            let path = mount.root.display();
+            match mount.cufile.describe() {
+                Some((true, reason)) => store.notices.info(Topic::Start, || {
+                    format!("{path}: cuFile moves the bytes: {reason}")
+                }),
+                Some((false, reason)) => store.notices.info(Topic::Start, || {
+                    format!("{path}: POSIX moves the bytes, not cuFile: {reason}")
+                }),
+                None => {}
+            }
+        }
+    }
+}
+
+/// Allocates slots, registered with cuFile where that is in use; without it if they cannot be.
+fn allocate(
+    store: &StoreShared,
+    gpu: &Gpu,
+    shape: SlotShape,
+    wanted: usize,
+    cufile: Option<Arc<Cufile>>,
+) -> Result<(GpuSlots, Option<Arc<Cufile>>)> {
+    if let Some(cufile) = cufile {
+        let limit = REGISTER_LIMIT.min(store.wait_limit);
+        let (driver, device) = (cufile.driver.clone(), gpu.clone());
+        let registered = within(limit, "cuFileBufRegister", move || {
+            fewer(wanted, |count| {
+                GpuSlots::new(&device, shape, count, Some(&driver))
+            })
+        });
+        match registered.and_then(|slots| slots) {
+            Ok(slots) => return Ok((slots, Some(cufile))),
+            Err(error) => {
+                for mount in store.mounts.iter().filter(|mount| mount.cufile.is_on()) {
+                    mount.cufile.turn_off(error.to_string());
+                }
+            }
+        }
+    }
+    let count = wanted.min(PINNED_SLOTS_MAX);
+    let slots = fewer(count, |count| GpuSlots::new(gpu, shape, count, None))?;
+    Ok((slots, None))
+}
+
+/// Makes as many slots as there is memory for, halving their number until there is.
+fn fewer(wanted: usize, make: impl Fn(usize) -> Result<GpuSlots>) -> Result<GpuSlots> {
+    let mut count = wanted;
+    loop {
+        match make(count) {
+            Ok(slots) => return Ok(slots),
+            Err(error) if count == 1 => return Err(error),
+            Err(_) => count /= 2,
+        }
+    }
+}

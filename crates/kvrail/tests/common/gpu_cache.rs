@@ -1,0 +1,259 @@
+//! A KV cache on a mock GPU, on a machine where cuFile may be tried.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "each test binary uses its own part of this"
+)]
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use kvrail::config::StoreConfig;
+use kvrail::store::ProbeProgram;
+use kvrail::{
+    Device, KvCache, KvLayout, LayerSpan, LoadChunk, LoadReport, LoadTicket, OpenOptions, Region,
+    Store, StoreChunk, StoreReport,
+};
+use kvrail_cuda::{Context, Cuda, DeviceMemory, LibraryPaths, Priority};
+use mock_support::Mocks;
+use tempfile::TempDir;
+
+use crate::common::{self, LIMIT, chunk, namespace};
+use crate::machine::Machine;
+
+pub const POISON: u8 = 0xA5;
+const LAYERS: usize = 3;
+const BLOCKS: usize = 16;
+
+/// How the KV cache lies in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Pieces that end anywhere in a page, with gaps: `LB...`.
+    LayersOutermost,
+    /// One run of whole pages for each block: `BL...`.
+    BlocksOutermost,
+}
+
+/// Mocks, a machine, and how a store is opened on them.
+pub struct Bench {
+    pub mocks: Mocks,
+    pub machine: Machine,
+    pub libraries: LibraryPaths,
+    pub probe: Option<ProbeProgram>,
+    pub config: StoreConfig,
+}
+
+impl Bench {
+    pub fn start() -> Self {
+        let mocks = Mocks::load();
+        mocks.script_cuda("");
+        mocks.script_cufile("");
+        let mut config = common::config("/unset".as_ref());
+        config.wait_limit_seconds = 20.0;
+        Self {
+            libraries: LibraryPaths {
+                cuda: vec![mocks.cuda().to_path_buf()],
+                cufile: vec![mocks.cufile().to_path_buf()],
+            },
+            mocks,
+            machine: Machine::direct(),
+            probe: Some(ProbeProgram {
+                program: std::env::current_exe().unwrap(),
+                arguments: ["probe_program", "--exact", "--ignored", "--nocapture"]
+                    .map(Into::into)
+                    .to_vec(),
+            }),
+            config,
+        }
+    }
+
+    /// A folder on a file system that takes O_DIRECT, as build folders are.
+    pub fn folder(&self) -> TempDir {
+        tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+    }
+
+    pub fn open(&self, path: &Path) -> Store {
+        let options = OpenOptions {
+            libraries: self.libraries.clone(),
+            cufile_probe: self.probe.clone(),
+            system: self.machine.view(),
+            ..OpenOptions::default()
+        };
+        let mut config = self.config.clone();
+        config.gds_path = vec![path.to_path_buf()];
+        Store::open(&config, namespace(), options).unwrap()
+    }
+
+    /// Waits until all objects of both libraries were given back.
+    pub fn assert_balance(&self) {
+        let deadline = Instant::now() + LIMIT;
+        while self.mocks.balance() != (0, 0) {
+            assert!(
+                Instant::now() < deadline,
+                "{:?} are left",
+                self.mocks.balance()
+            );
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// A KV cache in the memory of a mock GPU.
+pub struct Cache {
+    pub kv_cache: KvCache,
+    pub context: Context,
+    memory: Arc<DeviceMemory>,
+}
+
+fn piece_bytes(kind: Kind) -> usize {
+    match kind {
+        Kind::LayersOutermost => 5008,
+        Kind::BlocksOutermost => 8192,
+    }
+}
+
+/// Where a piece lies, in bytes.
+fn offset(kind: Kind, layer: usize, block: usize) -> usize {
+    match kind {
+        Kind::LayersOutermost => (layer * BLOCKS + block) * (piece_bytes(kind) + 16),
+        Kind::BlocksOutermost => (block * LAYERS + layer) * piece_bytes(kind),
+    }
+}
+
+fn layout(kind: Kind) -> (KvLayout, usize) {
+    let bytes = match kind {
+        Kind::LayersOutermost => offset(kind, LAYERS, 0),
+        Kind::BlocksOutermost => offset(kind, 0, BLOCKS),
+    };
+    let layers = (0..LAYERS)
+        .map(|layer| LayerSpan {
+            region: 0,
+            offset: offset(kind, layer, 0),
+            block_stride: offset(kind, layer, 1) - offset(kind, layer, 0),
+            block_bytes: piece_bytes(kind),
+        })
+        .collect();
+    (KvLayout::new(layers, BLOCKS, &[bytes]).unwrap(), bytes)
+}
+
+/// Bytes of one block of all layers in the memory of a KV cache.
+pub fn block(kind: Kind, memory: &[u8], block: usize) -> Vec<u8> {
+    (0..LAYERS)
+        .flat_map(|layer| {
+            let start = offset(kind, layer, block);
+            memory[start..start + piece_bytes(kind)].to_vec()
+        })
+        .collect()
+}
+
+pub fn is_untouched(kind: Kind, memory: &[u8], which: usize) -> bool {
+    block(kind, memory, which)
+        .iter()
+        .all(|byte| *byte == POISON)
+}
+
+/// Stores a chunk of the same memory on the host, into another store.
+pub fn store_from_host(path: &Path, kind: Kind, content: &[u8], name: u64, blocks: [usize; 2]) {
+    let store = common::open(path);
+    let region = Region::zeroed(content.len()).unwrap();
+    region.copy_in(0, content).unwrap();
+    let cache = store.attach(0, 0, layout(kind).0, vec![region], 2).unwrap();
+    let chunk = StoreChunk {
+        chunk: chunk(name),
+        blocks: blocks.to_vec(),
+    };
+    let report = cache.store(&[chunk]).unwrap().wait(LIMIT).unwrap();
+    assert_eq!(report.stored, 1);
+}
+
+/// Returns how many temp files lie in a store.
+pub fn leftovers(path: &Path) -> usize {
+    let namespaces = std::fs::read_dir(path).unwrap();
+    namespaces
+        .flat_map(|entry| std::fs::read_dir(entry.unwrap().path()).unwrap())
+        .map(Result::unwrap)
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with('.'))
+        .map(|folder| std::fs::read_dir(folder.path()).map_or(1, Iterator::count))
+        .sum()
+}
+
+impl Cache {
+    pub fn attach(
+        bench: &Bench,
+        store: &Store,
+        ordinal: usize,
+        kind: Kind,
+    ) -> kvrail::Result<Self> {
+        let (layout, bytes) = layout(kind);
+        let cuda = Cuda::load(&[bench.mocks.cuda().to_path_buf()]).unwrap();
+        let context = cuda.retain_primary(ordinal).unwrap();
+        let memory = Arc::new(context.allocate(bytes).unwrap());
+        // SAFETY: the allocation has these bytes and lives as long as the region's owner.
+        let region = unsafe {
+            Region::from_raw(
+                memory.address() as usize,
+                bytes,
+                Device::Cuda(ordinal),
+                Arc::clone(&memory) as _,
+            )
+        }
+        .unwrap();
+        let cache = Self {
+            kv_cache: store.attach(0, 0, layout, vec![region], 2)?,
+            memory,
+            context,
+        };
+        cache.write(&vec![POISON; bytes]);
+        Ok(cache)
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.memory.bytes()
+    }
+
+    pub fn address(&self) -> u64 {
+        self.memory.address()
+    }
+
+    pub fn write(&self, bytes: &[u8]) {
+        let stream = self.context.stream(Priority::Low).unwrap();
+        // SAFETY: as long as the allocation; waited for.
+        unsafe { stream.copy_to_device(self.memory.address(), bytes.as_ptr(), bytes.len()) }
+            .unwrap();
+        stream.synchronize().unwrap();
+    }
+
+    pub fn read(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.memory.bytes()];
+        let stream = self.context.stream(Priority::Low).unwrap();
+        // SAFETY: as above.
+        unsafe { stream.copy_to_host(bytes.as_mut_ptr(), self.memory.address(), bytes.len()) }
+            .unwrap();
+        stream.synchronize().unwrap();
+        bytes
+    }
+
+    pub fn store(&self, name: u64, blocks: [usize; 2]) -> StoreReport {
+        let chunk = StoreChunk {
+            chunk: chunk(name),
+            blocks: blocks.to_vec(),
+        };
+        self.kv_cache.store(&[chunk]).unwrap().wait(LIMIT).unwrap()
+    }
+
+    pub fn start_load(&self, name: u64, first_block: usize, blocks: &[usize]) -> LoadTicket {
+        let chunk = LoadChunk {
+            chunk: chunk(name),
+            first_block,
+            blocks: blocks.to_vec(),
+        };
+        self.kv_cache.load(vec![chunk]).unwrap()
+    }
+
+    pub fn load(&self, name: u64, first_block: usize, blocks: &[usize]) -> LoadReport {
+        self.start_load(name, first_block, blocks)
+            .wait(LIMIT)
+            .unwrap()
+    }
+}
