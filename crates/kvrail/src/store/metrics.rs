@@ -83,6 +83,8 @@ metrics! {
         chunks_damaged,
         /// Files set aside because they are damaged.
         chunks_set_aside,
+        /// Damaged files removed because they could not be set aside.
+        bad_chunks_removed,
         /// Lookups answered.
         lookups,
         /// Chunks that lookups asked for.

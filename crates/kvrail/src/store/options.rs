@@ -2,6 +2,8 @@
 
 use kvrail_cuda::LibraryPaths;
 
+use crate::io::Observer;
+
 /// What a store may do to its directory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Access {
@@ -24,4 +26,6 @@ pub struct OpenOptions {
     /// Where the CUDA driver is looked for when a KV cache lies in the memory of a GPU. Default:
     /// the system's search.
     pub libraries: LibraryPaths,
+    /// Who is told of each change to the directories; for tests. Default: nobody.
+    pub observer: Option<Observer>,
 }
