@@ -24,7 +24,8 @@ use super::writer::{Writer, remove_leftovers};
 use crate::config::{Durability, StoreConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{
-    Folder, FolderRules, IoEngine, MountReport, PosixEngine, file_system_name, probe_folder,
+    Folder, FolderRules, IoEngine, MountReport, Permissions, PosixEngine, file_system_name,
+    probe_folder,
 };
 
 /// What opening needs at hand.
@@ -59,8 +60,8 @@ pub(super) fn open(
         namespace: &namespace,
         access: options.access,
         rules: FolderRules {
+            permissions: Permissions::of_files(config.file_mode.bits()),
             observer: options.observer.clone(),
-            ..FolderRules::default()
         },
         engine: &*engine,
         writer: &writer,
