@@ -139,7 +139,19 @@ impl Folder {
     /// [`ErrorKind::Io`](crate::ErrorKind::Io) when the system does not tell.
     pub fn holds(&self, below: impl AsRef<Path>) -> Result<bool> {
         let below = below.as_ref();
-        match self.open_below(below, OFlags::PATH, Mode::empty()) {
+        let found = if kernel_resolves() {
+            // Asked for as a folder, a file is refused before it is opened: one call instead of
+            // two, and lookups are nothing but this. access(2) is one, too, but follows links. A
+            // file in the place of a folder on the way gives the same answer; opening shows it.
+            match self.open_below(below, PLACE, Mode::empty()) {
+                Err(Errno::NOTDIR) => return Ok(true),
+                Err(Errno::LOOP) => self.open_below(below, OFlags::PATH, Mode::empty()),
+                found => found,
+            }
+        } else {
+            self.open_below(below, OFlags::PATH, Mode::empty())
+        };
+        match found {
             Ok(_) => Ok(true),
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(false),
             Err(errno) => Err(self.failed("look up", below, errno)),

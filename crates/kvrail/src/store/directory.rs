@@ -141,9 +141,11 @@ impl Location {
     }
 
     /// Returns the path below the namespace's directory.
-    pub(super) fn below(&self) -> PathBuf {
-        let folder = self.folder.as_deref().unwrap_or_default();
-        Path::new(folder).join(&self.name)
+    pub(super) fn below(&self) -> String {
+        match &self.folder {
+            Some(folder) => format!("{folder}/{}", self.name),
+            None => self.name.clone(),
+        }
     }
 }
 

@@ -3,7 +3,6 @@
 //! Several threads claim chunks of one lookup in ascending order and stop at the first that is
 //! missing. No thread waits for another, so lookups of several requests run side by side.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -193,7 +192,7 @@ fn find<'a, 'b>(
     open: &'b mut OpenFolders<'a>,
     mount: &'a Mount,
     place: &Place,
-) -> Result<Option<(&'b Folder, PathBuf)>> {
+) -> Result<Option<(&'b Folder, String)>> {
     let known = open
         .iter()
         .position(|(known, _)| std::ptr::eq(*known, mount));
