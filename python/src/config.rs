@@ -137,6 +137,7 @@ fn values(store: &StoreConfig) -> Value {
             Durability::None => "none",
             Durability::Full => "full",
         },
+        "file_mode": store.file_mode.to_string(),
         "save_decode_cache": store.save_decode_cache,
         "extra_config.use_cufile": store.use_cufile,
         "extra_config.cufile_compat_mode": store.cufile_compat_mode,

@@ -109,7 +109,7 @@ fn list(namespace: &NamespaceInfo, with_chunks: bool) -> NamespaceListing {
 fn list_group(group: u32, rank: u32, chunks: &[ChunkFile], with_chunks: bool) -> GroupListing {
     let count = chunks.len() as u64;
     let tokens = match chunks.first() {
-        Some(chunk) => store_directory::tokens_of(&chunk.path).map(|tokens| tokens * count),
+        Some(chunk) => store_directory::tokens_of(chunk).map(|tokens| tokens * count),
         None => Some(0),
     };
     GroupListing {

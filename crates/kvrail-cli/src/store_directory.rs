@@ -1,11 +1,8 @@
 //! A store as the inspecting commands see it: a directory with namespaces in it.
 
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
-use kvrail::chunk::{ChunkHead, PAGE_BYTES};
-use kvrail::store::inspect::{ChunkFile, NamespaceInfo, chunks, namespaces};
+use kvrail::store::inspect::{ChunkFile, NamespaceInfo, chunks, namespaces, read_head};
 
 use crate::failure::Failure;
 use crate::output::warn;
@@ -67,8 +64,6 @@ pub(crate) fn list(namespace: &NamespaceInfo) -> Vec<ChunkFile> {
 /// Returns the tokens of one chunk as its head states them; `None` where there is no good head.
 ///
 /// All chunks of a group have as many tokens, since the chunk size is part of the namespace.
-pub(crate) fn tokens_of(path: &Path) -> Option<u64> {
-    let mut page = vec![0; PAGE_BYTES];
-    File::open(path).ok()?.read_exact(&mut page).ok()?;
-    u64::try_from(ChunkHead::decode(&page).ok()?.fields.tokens).ok()
+pub(crate) fn tokens_of(chunk: &ChunkFile) -> Option<u64> {
+    u64::try_from(read_head(chunk).ok()?.fields.tokens).ok()
 }

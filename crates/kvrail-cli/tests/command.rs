@@ -146,7 +146,15 @@ fn stat_shows_totals_leftovers_and_identity() {
     let directory = store();
     let listing = json(&kvrail(&["ls", path_of(&directory), "--json"]));
     let namespace = PathBuf::from(listing["namespaces"][0]["directory"].as_str().unwrap());
-    for (folder, name) in [("tmp", ".a"), ("quarantine", "b"), ("quarantine", "c")] {
+    // What is not ours in a quarantine is not counted.
+    let aside = |key: &str| format!("00000000000000000001-g0r0-{key}.safetensors");
+    let (first, second) = (aside(&"ab".repeat(16)), aside(&"cd".repeat(16)));
+    for (folder, name) in [
+        ("tmp", ".a"),
+        ("quarantine", &first),
+        ("quarantine", &second),
+        ("quarantine", "notes"),
+    ] {
         std::fs::create_dir_all(namespace.join(folder)).unwrap();
         std::fs::write(namespace.join(folder).join(name), "left").unwrap();
     }

@@ -12,6 +12,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
 use common::{Cache, Geometry, LIMIT, chunk_path, key, names, open};
+use kvrail::store::inspect;
 use proptest::prelude::*;
 
 const VICTIM: u64 = 1;
@@ -63,7 +64,17 @@ fn load_after(damage: impl FnOnce(&Path)) -> String {
     let error = report.errors[0].clone();
     if metrics.chunks_missing == 0 {
         assert_eq!((metrics.chunks_damaged, metrics.chunks_set_aside), (1, 1));
-        assert_eq!(names(directory.path(), "quarantine").len(), 1);
+        let mut kept = names(directory.path(), "quarantine");
+        kept.sort();
+        assert_eq!(kept.len(), 2, "the chunk and why: {kept:?}");
+        assert_eq!(kept[1], format!("{}.json", kept[0]));
+        let namespace = path.ancestors().nth(3).unwrap();
+        let aside = inspect::quarantined(namespace).unwrap().remove(0);
+        assert_eq!((aside.group, aside.rank, aside.key), (0, 0, key(VICTIM)));
+        let reason = aside.reason.unwrap();
+        let age = aside.since.elapsed().unwrap_or_default();
+        assert!(error.starts_with(&reason), "{reason:?} for {error:?}");
+        assert!(age < LIMIT, "{age:?}");
         let notices = store.take_notices();
         let told = notices.iter().any(|notice| notice.message.contains(&error));
         assert!(told, "{error:?} in {notices:?}");

@@ -36,6 +36,7 @@ COUNTERS: dict[str, str] = {
     "chunks_missing": "Chunks that were gone when they were to be loaded.",
     "chunks_damaged": "Chunks that failed verification.",
     "chunks_set_aside": "Files of damaged chunks that were moved out of the way.",
+    "bad_chunks_removed": "Files of damaged chunks that were removed, as they could not be moved.",
     "chunks_stored": "Chunks written.",
     "bytes_stored": "Payload bytes written.",
     "store_seconds": "Time spent in stores, in seconds, summed over chunks.",

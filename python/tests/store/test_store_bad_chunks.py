@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -78,8 +79,10 @@ def test_a_bad_chunk_is_a_miss(tmp_path: Path, source: HostMemory, damage: Damag
         check_miss(store, source, chunk, damaged=True)
     if outside.exists():
         assert outside.read_bytes() == good
-    kept = list((path / namespace().directory_name / "quarantine").iterdir())
-    assert len(kept) == 1 and kept[0].name.endswith(chunk.name)
+    kept = sorted((path / namespace().directory_name / "quarantine").iterdir())
+    assert len(kept) == 2 and kept[0].name.endswith(chunk.name)
+    assert kept[1].name == f"{kept[0].name}.json"
+    assert json.loads(kept[1].read_text())["reason"]
 
 
 def test_a_chunk_deleted_between_lookup_and_load_is_a_miss(

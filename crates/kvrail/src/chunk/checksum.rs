@@ -4,6 +4,7 @@
 //! can hash pages in parallel. XXH3 guards against accidents (bit rot, torn or misplaced writes),
 //! not against somebody who can write to the directory.
 
+use std::hash::Hasher;
 use std::ops::Range;
 
 use twox_hash::XxHash3_64;
@@ -32,6 +33,28 @@ pub fn root_checksum(encoded_table: &[u8]) -> u64 {
     XxHash3_64::oneshot(encoded_table)
 }
 
+/// The root checksum of a page table that comes in pieces.
+#[derive(Default)]
+pub struct RootHasher(XxHash3_64);
+
+impl RootHasher {
+    /// Adds the next bytes of the encoded page table.
+    pub fn add(&mut self, piece: &[u8]) {
+        self.0.write(piece);
+    }
+
+    /// Returns what [`root_checksum`] gives for all pieces together.
+    pub fn root(&self) -> u64 {
+        self.0.finish()
+    }
+}
+
+impl std::fmt::Debug for RootHasher {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(out, "RootHasher({:016x})", self.root())
+    }
+}
+
 /// The XXH3-64 of each payload page of one chunk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PageTable {
@@ -56,10 +79,7 @@ impl PageTable {
         if bytes.len() != format.table_bytes() {
             return None;
         }
-        let entries: Vec<u64> = bytes
-            .chunks_exact(ENTRY_BYTES)
-            .filter_map(|entry| entry.try_into().ok().map(u64::from_le_bytes))
-            .collect();
+        let entries = Self::decode_entries(bytes);
         let unused = entries.get(format.page_count()..)?;
         if unused.iter().any(|entry| *entry != 0) {
             return None;
@@ -68,6 +88,14 @@ impl PageTable {
             entries,
             pages: format.page_count(),
         })
+    }
+
+    /// Reads some entries of a table from their bytes in the file.
+    pub fn decode_entries(bytes: &[u8]) -> Vec<u64> {
+        bytes
+            .chunks_exact(ENTRY_BYTES)
+            .filter_map(|entry| entry.try_into().ok().map(u64::from_le_bytes))
+            .collect()
     }
 
     /// Writes the table to its place in the file.
@@ -114,6 +142,16 @@ mod tests {
             payload[page * PAGE_BYTES + 17] ^= 4;
             assert_eq!(first_bad_page(&payload, table.pages(0..3)), Some(page));
             payload[page * PAGE_BYTES + 17] ^= 4;
+        }
+    }
+
+    #[test]
+    fn a_root_of_pieces_is_that_of_the_whole() {
+        let bytes: Vec<u8> = (0..10_000_u32).map(|i| (i * 31 % 251) as u8).collect();
+        for size in [1, 8, 4096, 9_999, 20_000] {
+            let mut hasher = RootHasher::default();
+            bytes.chunks(size).for_each(|piece| hasher.add(piece));
+            assert_eq!(hasher.root(), root_checksum(&bytes), "pieces of {size}");
         }
     }
 

@@ -88,6 +88,14 @@ impl ChunkKey {
     }
 }
 
+/// Returns the lower-case hex digit of a value below 16.
+fn digit(value: u8) -> u8 {
+    match value {
+        0..10 => b'0' + value,
+        _ => b'a' + value - 10,
+    }
+}
+
 /// Returns the value of a lower-case hex digit.
 fn hex_digit(digit: u8) -> Option<u8> {
     match digit {
@@ -99,9 +107,13 @@ fn hex_digit(digit: u8) -> Option<u8> {
 
 impl fmt::Display for ChunkKey {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.as_bytes()
-            .iter()
-            .try_for_each(|byte| write!(out, "{byte:02x}"))
+        // Written at once: formatting digit by digit costs as much as looking a file up.
+        let mut digits = [0; 2 * KEY_BYTES_MAX];
+        for (pair, byte) in digits.chunks_exact_mut(2).zip(self.as_bytes()) {
+            pair.copy_from_slice(&[digit(byte >> 4), digit(byte & 15)]);
+        }
+        let text = digits.get(..2 * usize::from(self.length));
+        out.write_str(std::str::from_utf8(text.unwrap_or_default()).unwrap_or_default())
     }
 }
 

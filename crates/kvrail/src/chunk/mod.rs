@@ -15,7 +15,7 @@ mod format;
 mod head;
 mod key;
 
-pub use checksum::{PageTable, first_bad_page, hash_pages, root_checksum};
+pub use checksum::{PageTable, RootHasher, first_bad_page, hash_pages, root_checksum};
 pub use format::{ChunkFormat, FORMAT_VERSION, PAGE_BYTES};
 pub use head::{ChunkHead, HeadFields};
 pub use key::{ChunkKey, ChunkRef};

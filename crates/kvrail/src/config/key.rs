@@ -131,6 +131,11 @@ pub(super) static KEYS: &[Key] = &[
         },
     },
     Key {
+        name: "file_mode",
+        aliases: &[],
+        set: |config, given| value::file_mode(given).map(|mode| config.file_mode = mode),
+    },
+    Key {
         name: "save_decode_cache",
         aliases: &[],
         set: |config, given| value::boolean(given).map(|switch| config.save_decode_cache = switch),

@@ -24,6 +24,7 @@
 //! # Ok::<(), kvrail::Error>(())
 //! ```
 
+mod file_mode;
 mod foreign;
 mod key;
 mod lmcache;
@@ -37,6 +38,7 @@ mod yaml;
 #[cfg(test)]
 mod tests;
 
+pub use file_mode::FileMode;
 pub use resolve::{ResolvedConfig, resolve};
 pub use source::ConfigSources;
 pub use store_config::{

@@ -3,6 +3,7 @@
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
+use super::file_mode::FileMode;
 use crate::error::{Error, Result};
 
 /// Tokens of a chunk; the upper end is whatever memory holds, which the buffer check decides.
@@ -115,6 +116,8 @@ pub struct StoreConfig {
     pub min_free: MinFree,
     /// What a published chunk survives. Default: [`Durability::None`].
     pub durability: Durability,
+    /// Permission bits of new files, and of new folders with the right to enter. Default: 0600.
+    pub file_mode: FileMode,
     /// Whether chunks that fill up while decoding are stored too. Default: false.
     pub save_decode_cache: bool,
     /// What happens to a request whose load failed. Default: [`LoadFailurePolicy::Recompute`].
@@ -151,6 +154,7 @@ impl StoreConfig {
             max_size: None,
             min_free: MinFree::default(),
             durability: Durability::default(),
+            file_mode: FileMode::default(),
             save_decode_cache: false,
             load_failure_policy: LoadFailurePolicy::default(),
             wait_limit_seconds: 30.0,

@@ -103,11 +103,19 @@ fn defaults_are_those_of_the_documentation() {
         (None, MinFree::Share(0.05))
     );
     assert_eq!(
-        (config.use_direct_io, config.durability),
-        (None, Durability::None)
+        (config.use_direct_io, config.durability, config.file_mode),
+        (None, Durability::None, FileMode::default())
     );
     assert_eq!(config.gds_path_sharding, PathSharding::ByHash);
     assert_eq!(config.load_failure_policy, LoadFailurePolicy::Recompute);
+}
+
+#[test]
+fn a_file_mode_needs_no_quotes() {
+    for text in ["0640", "640", "0o640", "'0640'", "\"640\""] {
+        let resolved = from_file(&format!("gds_path: /kv\nfile_mode: {text}")).unwrap();
+        assert_eq!(resolved.store.file_mode.bits(), 0o640, "{text}");
+    }
 }
 
 #[test]
@@ -152,6 +160,7 @@ fn every_key_is_taken_in_every_source_under_every_name() {
         ("max_size", json!("500GB"), "500GB"),
         ("min_free", json!("10%"), "0.1"),
         ("durability", json!("full"), "full"),
+        ("file_mode", json!("0640"), "640"),
         ("save_decode_cache", json!(true), "yes"),
         ("extra_config.use_cufile", json!(false), "0"),
         ("extra_config.cufile_compat_mode", json!(true), "on"),

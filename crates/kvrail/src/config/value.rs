@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
+use super::file_mode::FileMode;
 use super::store_config::{MinFree, check_paths};
 
 /// A typed value, or what was expected instead.
@@ -131,6 +132,23 @@ pub(super) fn min_free(value: &Value) -> Parsed<MinFree> {
     };
     parsed.ok_or_else(|| {
         "a share below 1 like \"5%\" or 0.05, a size like \"50GB\", or a number of bytes".to_owned()
+    })
+}
+
+/// Reads the permission bits of files: octal digits, as text or as YAML makes numbers of them.
+pub(super) fn file_mode(value: &Value) -> Parsed<FileMode> {
+    let mode = match value {
+        Value::Number(number) => number
+            .as_u64()
+            .or_else(|| exact(number.as_f64()?))
+            .and_then(FileMode::from_number),
+        Value::String(text) => FileMode::parse(text),
+        _ => None,
+    };
+    mode.ok_or_else(|| {
+        "\"0600\", \"0640\", \"0660\", \"0644\" or \"0664\": files that their owner can read and \
+         write, others no more than the group, and nobody else can write"
+            .to_owned()
     })
 }
 

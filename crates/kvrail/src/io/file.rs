@@ -1,13 +1,17 @@
 //! An open file with its path, opened so that nothing but a regular file of ours is touched.
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use kvrail_cuda::{CuFileDriver, FileHandle};
 use rustix::fs::{Mode, OFlags};
 
+use super::folder::{FileStatus, Folder, set_exact_mode};
+use super::observer::Step;
+use super::permissions::Permissions;
 use crate::error::{Error, Result};
 
 /// How to open a chunk file.
@@ -15,7 +19,7 @@ use crate::error::{Error, Result};
 pub enum OpenMode {
     /// An existing file, for reading.
     Read,
-    /// A file that must not exist yet, for writing; mode 0600.
+    /// A file that must not exist yet, for writing; its bits are the folder's, else 0600.
     CreateNew,
 }
 
@@ -30,29 +34,53 @@ pub struct IoFile {
 }
 
 impl IoFile {
-    /// Opens `path`; `direct` asks for O_DIRECT.
+    /// Opens `path`; `direct` asks for O_DIRECT. Links in front of the last part are followed.
     ///
     /// A symbolic link as the last part of the path is refused, and so is waiting for a FIFO.
     ///
     /// # Errors
     /// [`ErrorKind::Io`](crate::ErrorKind::Io) with the system's error.
     pub fn open(path: &Path, mode: OpenMode, direct: bool) -> Result<Self> {
-        let mut flags = OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-        flags |= match mode {
-            OpenMode::Read => OFlags::RDONLY,
-            OpenMode::CreateNew => OFlags::RDWR | OFlags::CREATE | OFlags::EXCL,
-        };
-        if direct {
-            flags |= OFlags::DIRECT;
-        }
-        let opened = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR);
+        let bits = Permissions::default().file();
+        let opened = rustix::fs::open(path, flags(mode, direct), bits);
         let file = opened.map_err(|errno| Error::io("open", path, errno.into()))?;
-        Ok(Self {
+        Ok(Self::new(file, path.to_path_buf(), direct))
+    }
+
+    /// Opens `below` in a folder, through no symbolic link; `direct` asks for O_DIRECT.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io) with the system's error.
+    pub fn open_in(
+        folder: &Folder,
+        below: impl AsRef<Path>,
+        mode: OpenMode,
+        direct: bool,
+    ) -> Result<Self> {
+        let path = folder.path().join(&below);
+        let failed = |errno: rustix::io::Errno| Error::io("open", &path, errno.into());
+        // openat2 takes no bits for what exists.
+        let bits = match mode {
+            OpenMode::Read => Mode::empty(),
+            OpenMode::CreateNew => folder.permissions().file(),
+        };
+        let file = folder
+            .open_below(below.as_ref(), flags(mode, direct), bits)
+            .map_err(failed)?;
+        if mode == OpenMode::CreateNew {
+            set_exact_mode(&file, bits).map_err(failed)?;
+            folder.tell(&Step::CreateFile(&path));
+        }
+        Ok(Self::new(file, path, direct))
+    }
+
+    fn new(file: OwnedFd, path: PathBuf, direct: bool) -> Self {
+        Self {
             registration: OnceLock::new(),
             file: file.into(),
-            path: path.to_path_buf(),
+            path,
             direct,
-        })
+        }
     }
 
     /// Returns the path that the file was opened by.
@@ -90,6 +118,41 @@ impl IoFile {
         Ok(metadata.is_file().then_some(metadata.len()))
     }
 
+    /// Returns what the system says of the open file.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io) when it does not tell.
+    pub fn status(&self) -> Result<FileStatus> {
+        let found = rustix::fs::fstat(&self.file);
+        let found = found.map_err(|errno| Error::io("stat", &self.path, errno.into()))?;
+        Ok(FileStatus::of(&found))
+    }
+
+    /// Reads a small regular file whole, or its first `bytes_max` bytes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io) with the system's error, and for what is no regular
+    /// file.
+    pub fn read_bounded(&self, bytes_max: usize) -> Result<Vec<u8>> {
+        let failed = |source| Error::io("read", &self.path, source);
+        if !self.status()?.is_file {
+            return Err(failed(std::io::Error::other("not a regular file")));
+        }
+        let mut bytes = Vec::new();
+        let mut start = (&self.file).take(bytes_max as u64);
+        start.read_to_end(&mut bytes).map_err(failed)?;
+        Ok(bytes)
+    }
+
+    /// Reads until the buffer is full.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Damaged`](crate::ErrorKind::Damaged) when the file ends before that,
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io) with the system's error.
+    pub fn read_exact_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        super::posix::read_whole(self, offset, buffer)
+    }
+
     /// Writes data and metadata through to the device.
     ///
     /// # Errors
@@ -105,4 +168,16 @@ impl AsFd for IoFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+fn flags(mode: OpenMode, direct: bool) -> OFlags {
+    let mut flags = OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    flags |= match mode {
+        OpenMode::Read => OFlags::RDONLY,
+        OpenMode::CreateNew => OFlags::RDWR | OFlags::CREATE | OFlags::EXCL,
+    };
+    if direct {
+        flags |= OFlags::DIRECT;
+    }
+    flags
 }

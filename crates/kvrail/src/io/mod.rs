@@ -5,11 +5,17 @@
 //! frees nothing in flight. A request is done whole or fails: a short read or write is an error.
 //!
 //! Engines see files and offsets, never chunk keys.
+//!
+//! A [`Folder`] is an open directory: what the store touches is reached relative to one, and no
+//! symbolic link is followed on the way.
 
 mod bounded;
 mod cufile;
 mod file;
+mod folder;
 mod handle;
+mod observer;
+mod permissions;
 mod pieces;
 mod posix;
 mod probe;
@@ -17,10 +23,13 @@ mod probe;
 pub(crate) use bounded::within;
 pub use cufile::CufileEngine;
 pub use file::{IoFile, OpenMode};
+pub use folder::{FileStatus, Folder, FolderRules, make_path};
 pub use handle::{Completion, IoHandle};
+pub use observer::{Observer, Step};
+pub use permissions::Permissions;
 pub use pieces::{PieceHandle, PieceRequest};
 pub use posix::PosixEngine;
-pub use probe::{MountReport, file_system_name, probe_mount};
+pub use probe::{MountReport, file_system_name, probe_folder, probe_mount};
 
 use std::fmt;
 use std::sync::Arc;

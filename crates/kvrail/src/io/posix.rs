@@ -83,7 +83,7 @@ fn perform(mut request: IoRequest) -> Result<StagingRange> {
 }
 
 /// Reads until the buffer is full; the end of the file before that means a damaged file.
-fn read_whole(file: &IoFile, offset: u64, buffer: &mut [u8]) -> Result<()> {
+pub(super) fn read_whole(file: &IoFile, offset: u64, buffer: &mut [u8]) -> Result<()> {
     let mut done = 0;
     while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
         match rustix::io::pread(file, rest, offset + done as u64) {

@@ -1,13 +1,12 @@
 //! What a mount can do, found out by doing it.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::{IoEngine, IoFile, IoRequest, OpenMode, Operation};
+use super::{Folder, FolderRules, IoEngine, IoFile, IoRequest, OpenMode, Operation};
 use crate::chunk::PAGE_BYTES;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::StagingPool;
@@ -54,8 +53,12 @@ const FILE_SYSTEMS: [(u64, &str); 16] = [
 /// # Errors
 /// [`ErrorKind::Io`] when the system does not tell.
 pub fn file_system_name(path: &Path) -> Result<String> {
-    let statistics =
-        rustix::fs::statfs(path).map_err(|errno| Error::io("statfs", path, errno.into()))?;
+    name_of(&Folder::open(path, FolderRules::default())?)
+}
+
+fn name_of(folder: &Folder) -> Result<String> {
+    let statistics = rustix::fs::fstatfs(folder)
+        .map_err(|errno| Error::io("statfs", folder.path(), errno.into()))?;
     // The kernel's type is signed on some targets; magic numbers have 32 bits.
     let magic = statistics.f_type as u64 & 0xFFFF_FFFF;
     let known = FILE_SYSTEMS.iter().find(|(number, _)| *number == magic);
@@ -81,12 +84,26 @@ pub fn probe_mount(
     wanted: Option<bool>,
     limit: Duration,
 ) -> Result<(bool, String)> {
-    let path = directory.join(file_name);
+    let folder = Folder::open(directory, FolderRules::default())?;
+    probe_folder(engine, &folder, file_name, wanted, limit)
+}
+
+/// As [`probe_mount`], in an open folder.
+///
+/// # Errors
+/// As [`probe_mount`].
+pub fn probe_folder(
+    engine: &dyn IoEngine,
+    folder: &Folder,
+    file_name: &str,
+    wanted: Option<bool>,
+    limit: Duration,
+) -> Result<(bool, String)> {
     let deadline = Instant::now() + limit;
-    let file_system = file_system_name(directory)?;
+    let file_system = name_of(folder)?;
     let attempt = |direct| {
-        let result = write_and_compare(engine, &path, direct, deadline);
-        drop(std::fs::remove_file(&path));
+        let result = write_and_compare(engine, folder, file_name, direct, deadline);
+        drop(folder.remove_file(file_name));
         result
     };
     let buffered = |reason: String| attempt(false).map(|()| (false, reason));
@@ -104,10 +121,12 @@ pub fn probe_mount(
 /// Writes a page, reads it back through a second open file and compares.
 fn write_and_compare(
     engine: &dyn IoEngine,
-    path: &Path,
+    folder: &Folder,
+    file_name: &str,
     direct: bool,
     deadline: Instant,
 ) -> Result<()> {
+    let path = folder.path().join(file_name);
     let pool = StagingPool::new(2 * PAGE_BYTES, PAGE_BYTES)?;
     let mut buffer = pool.take(deadline)?;
     let pattern = path.as_os_str().len();
@@ -118,7 +137,7 @@ fn write_and_compare(
         .for_each(|(index, byte)| *byte = ((index * 31 + pattern) % 251) as u8);
     let expected = buffer.as_slice().to_vec();
     let submit = |operation, mode, buffer| {
-        let file = Arc::new(IoFile::open(path, mode, direct)?);
+        let file = Arc::new(IoFile::open_in(folder, file_name, mode, direct)?);
         engine
             .submit(IoRequest {
                 operation,
@@ -130,18 +149,18 @@ fn write_and_compare(
     };
     drop(submit(Operation::Write, OpenMode::CreateNew, buffer)?);
     let read = submit(Operation::Read, OpenMode::Read, pool.take(deadline)?)?;
+    let damaged = |message: String| Err(Error::new(ErrorKind::Damaged, message).with_path(&path));
     if read.as_slice() != expected {
-        let message = "probe: what was read is not what was written";
-        return Err(Error::new(ErrorKind::Damaged, message).with_path(path));
+        return damaged("probe: what was read is not what was written".into());
     }
-    let length = std::fs::symlink_metadata(path).map(|metadata| metadata.size());
-    match length {
-        Ok(length) if length == PAGE_BYTES as u64 => Ok(()),
-        Ok(length) => {
-            let message = format!("probe: expected {PAGE_BYTES} bytes, the file has {length}");
-            Err(Error::new(ErrorKind::Damaged, message).with_path(path))
+    match folder.status(file_name)? {
+        Some(status) if status.bytes == PAGE_BYTES as u64 => Ok(()),
+        found => {
+            let bytes = found.map(|status| status.bytes);
+            damaged(format!(
+                "probe: expected {PAGE_BYTES} bytes, the file has {bytes:?}"
+            ))
         }
-        Err(source) => Err(Error::io("stat", path, source)),
     }
 }
 

@@ -1,15 +1,19 @@
-//! Where things lie in a path's directory. Names only; see `docs/format.md`.
+//! Where things lie in a path's directory, and how they are reached; see `docs/format.md`.
 
-use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use super::durable::SyncedFolders;
 use super::namespace::Namespace;
 use crate::chunk::ChunkKey;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{Folder, FolderRules, make_path};
 
 /// Ending of a chunk file's name.
-pub(super) const CHUNK_SUFFIX: &str = ".safetensors";
+const CHUNK_SUFFIX: &str = ".safetensors";
+/// Hex digits of fan-out: they keep folders at a size that every file system handles well
+/// (10 million chunks make 2,500 to a folder).
+const FAN_OUT_DIGITS: usize = 3;
 /// File that holds a namespace's identity.
 pub(super) const MANIFEST_NAME: &str = "manifest.json";
 /// Folder of files that are being written; same file system, so a rename publishes.
@@ -18,65 +22,169 @@ pub(super) const TEMPORARY_NAME: &str = "tmp";
 pub(super) const QUARANTINE_NAME: &str = "quarantine";
 
 /// The directory of one namespace on one path.
+///
+/// Paths are for messages. Whatever is done goes through [`NamespaceDirectory::open`], anew for
+/// each operation, so that a directory that others removed, made again or mounted is seen.
 #[derive(Debug, Clone)]
 pub(super) struct NamespaceDirectory {
+    root: PathBuf,
+    name: String,
     path: PathBuf,
+    rules: FolderRules,
+    pub(super) synced: Arc<SyncedFolders>,
+}
+
+/// The name of a file in a namespace: a folder, and the name in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Location {
+    /// `None` for the namespace's directory itself.
+    pub(super) folder: Option<String>,
+    pub(super) name: String,
 }
 
 impl NamespaceDirectory {
     pub(super) fn new(root: &Path, namespace: &Namespace) -> Self {
+        let name = namespace.directory_name();
         Self {
-            path: root.join(namespace.directory_name()),
+            path: root.join(&name),
+            root: root.to_path_buf(),
+            name,
+            rules: FolderRules::default(),
+            synced: Arc::default(),
         }
     }
 
+    /// Takes the directory of a namespace that exists; what is created has bits as it has.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] when the path does not end in a name,
+    /// [`ErrorKind::Io`] when it cannot be opened.
+    pub(super) fn at(path: &Path) -> Result<Self> {
+        let (Some(root), Some(name)) = (
+            path.parent(),
+            path.file_name().and_then(|name| name.to_str()),
+        ) else {
+            let message = "not the directory of a namespace";
+            return Err(Error::new(ErrorKind::InvalidArgument, message).with_path(path));
+        };
+        let root = match root.as_os_str().is_empty() {
+            true => Path::new("."),
+            false => root,
+        };
+        let mut directory = Self {
+            root: root.to_path_buf(),
+            name: name.to_owned(),
+            path: path.to_path_buf(),
+            rules: FolderRules::default(),
+            synced: Arc::default(),
+        };
+        directory.rules.permissions = directory.open()?.own_permissions()?;
+        Ok(directory)
+    }
+
+    /// Sets the bits of what is created, and who is told of changes.
+    #[must_use]
+    pub(super) fn with_rules(mut self, rules: FolderRules) -> Self {
+        self.rules = rules;
+        self
+    }
+
+    /// Opens the directory, through no symbolic link below the root.
+    pub(super) fn open(&self) -> Result<Folder> {
+        self.open_root()?.folder(&self.name)
+    }
+
+    /// Opens the directory, and makes it, its root and its parents where they are missing.
+    pub(super) fn make(&self, sync: bool) -> Result<Folder> {
+        make_path(&self.root, &self.rules, sync)?;
+        self.open_root()?.make(&self.name, sync)
+    }
+
+    /// Opens the path that holds the namespaces.
+    pub(super) fn open_root(&self) -> Result<Folder> {
+        Folder::open(&self.root, self.rules.clone())
+    }
+
+    #[cfg(test)]
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Returns the path of the folder for temp files, for another process that makes one there.
+    pub(super) fn temporary_path(&self) -> PathBuf {
+        self.path.join(TEMPORARY_NAME)
     }
 
     pub(super) fn manifest(&self) -> PathBuf {
         self.path.join(MANIFEST_NAME)
     }
 
-    pub(super) fn temporary(&self) -> PathBuf {
-        self.path.join(TEMPORARY_NAME)
-    }
-
-    pub(super) fn quarantine(&self) -> PathBuf {
-        self.path.join(QUARANTINE_NAME)
-    }
-
-    /// Returns the place of a chunk: three hex digits of fan-out keep folders at a size that
-    /// every file system handles well (10 million chunks make 2,500 to a folder).
+    /// Returns a chunk's path for messages.
+    #[cfg(test)]
     pub(super) fn chunk(&self, group: u32, rank: u32, key: &ChunkKey) -> PathBuf {
-        let name = format!("{key}{CHUNK_SUFFIX}");
-        let fan_out = name.get(..3).unwrap_or_default().to_owned();
-        self.path
-            .join(format!("g{group}r{rank}"))
-            .join(fan_out)
-            .join(name)
+        self.path.join(Location::chunk(group, rank, key).below())
     }
 }
 
-/// Creates a directory and its parents, for the owner only. One that exists is left as it is.
-pub(super) fn create_directory(path: &Path) -> Result<()> {
-    let made = std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path);
-    match made {
-        Ok(()) => Ok(()),
-        Err(source) if source.kind() == io::ErrorKind::AlreadyExists => {
-            let cause = io::Error::from(io::ErrorKind::NotADirectory);
-            Err(Error::io("create directory", path, cause))
+impl Location {
+    /// Returns the location of a chunk.
+    pub(super) fn chunk(group: u32, rank: u32, key: &ChunkKey) -> Self {
+        let name = chunk_name(key);
+        let fan_out = name.get(..FAN_OUT_DIGITS).unwrap_or_default();
+        Self {
+            folder: Some(format!("{}/{fan_out}", rank_name(group, rank))),
+            name,
         }
-        Err(source) => Err(Error::io("create directory", path, source)),
     }
+
+    /// Returns the location of the manifest.
+    pub(super) fn manifest() -> Self {
+        Self {
+            folder: None,
+            name: MANIFEST_NAME.to_owned(),
+        }
+    }
+
+    /// Returns the path below the namespace's directory.
+    pub(super) fn below(&self) -> String {
+        match &self.folder {
+            Some(folder) => format!("{folder}/{}", self.name),
+            None => self.name.clone(),
+        }
+    }
+}
+
+/// Returns the folder name of a group's rank.
+pub(super) fn rank_name(group: u32, rank: u32) -> String {
+    format!("g{group}r{rank}")
+}
+
+/// Reads the folder name of a group's rank; any other spelling of the numbers is none.
+pub(super) fn parse_rank_name(name: &str) -> Option<(u32, u32)> {
+    let (group, rank) = name.strip_prefix('g')?.split_once('r')?;
+    let numbers = (group.parse().ok()?, rank.parse().ok()?);
+    (rank_name(numbers.0, numbers.1) == name).then_some(numbers)
+}
+
+/// Returns the file name of a chunk.
+pub(super) fn chunk_name(key: &ChunkKey) -> String {
+    format!("{key}{CHUNK_SUFFIX}")
+}
+
+/// Reads the file name of a chunk.
+pub(super) fn parse_chunk_name(name: &str) -> Option<ChunkKey> {
+    ChunkKey::from_hex(name.strip_suffix(CHUNK_SUFFIX)?).ok()
+}
+
+/// Returns whether a name is one of a fan-out folder.
+pub(super) fn is_fan_out_name(name: &str) -> bool {
+    let digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    name.len() == FAN_OUT_DIGITS && name.bytes().all(digit)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -88,19 +196,38 @@ mod tests {
         let path = directory.chunk(0, 3, &key);
         let expected = format!("g0r3/aba/{}.safetensors", "ab".repeat(32));
         assert!(path.ends_with(expected), "{}", path.display());
+        assert!(is_fan_out_name("aba") && !is_fan_out_name("ABA") && !is_fan_out_name("ab"));
     }
 
     #[test]
-    fn directories_are_made_for_the_owner_only() {
+    fn a_directory_is_made_again_and_a_link_in_its_place_is_refused() {
         let root = tempfile::tempdir().unwrap();
-        let path = root.path().join("a/b");
-        create_directory(&path).unwrap();
-        create_directory(&path).unwrap();
-        assert_eq!(
-            std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
-            0o700
-        );
-        std::fs::write(root.path().join("file"), "").unwrap();
-        assert!(create_directory(&root.path().join("file")).is_err());
+        let namespace = Namespace::new("m", serde_json::Map::new()).unwrap();
+        let directory = NamespaceDirectory::new(&root.path().join("kv"), &namespace);
+        assert!(directory.open().is_err());
+        directory.make(true).unwrap();
+        std::fs::remove_dir_all(root.path().join("kv")).unwrap();
+        assert!(directory.open().is_err());
+        directory.make(false).unwrap();
+        directory.open().unwrap();
+        std::fs::remove_dir(directory.path()).unwrap();
+        std::os::unix::fs::symlink("/tmp", directory.path()).unwrap();
+        assert!(directory.open().is_err() && directory.make(false).is_err());
+    }
+
+    proptest! {
+        /// What is read from disk is taken only when the name made of it is the same.
+        #[test]
+        fn names_have_one_spelling(name in "g[0-9+]{1,3}r[0-9-]{1,3}|.{0,12}") {
+            if let Some((group, rank)) = parse_rank_name(&name) {
+                prop_assert_eq!(rank_name(group, rank), name);
+            }
+        }
+
+        #[test]
+        fn chunk_names_round_trip(hash in proptest::collection::vec(any::<u8>(), 8..=32)) {
+            let key = ChunkKey::from_bytes(&hash).unwrap();
+            prop_assert_eq!(parse_chunk_name(&chunk_name(&key)), Some(key));
+        }
     }
 }

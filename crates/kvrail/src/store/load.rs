@@ -1,28 +1,29 @@
 //! One chunk from its file into the KV cache: read, verify, scatter.
 
 use std::ops::Range;
-use std::os::fd::AsFd;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvrail_cuda::{Event, Stream};
 
 use super::batch::{Ending, Member};
+use super::directory::Location;
 use super::gpu::{InPlaceFailure, Route};
 use super::image::{self, Extents, READ_REQUEST_BYTES};
 use super::kv_cache::CacheShared;
 use super::mount::Mount;
 use super::notice::Topic;
 use super::parked::{self, Parked};
-use super::quarantine::set_aside;
+use super::present::Place;
+use super::publish::is_missing;
+use super::quarantine::{SetAside, set_aside};
 use super::queue::TransferQueue;
 use super::shared::StoreShared;
 use super::ticket::LoadReport;
 use crate::chunk::ChunkRef;
 use crate::chunk::{ChunkHead, PAGE_BYTES, PageTable, hash_pages, root_checksum};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{IoFile, OpenMode, Operation};
+use crate::io::{FileStatus, IoFile, OpenMode, Operation};
 use crate::layout::TransferPlan;
 use crate::memory::{GpuSlot, StagingRange, scatter};
 
@@ -199,16 +200,19 @@ fn load_chunk(
     buffer: LoadBuffer,
     deadline: Instant,
 ) -> Outcome {
-    let path = mount
-        .directory
-        .chunk(job.cache.group, job.cache.rank, &job.chunk.key);
-    let mut inode = None;
-    let opened = open_chunk(&path, mount.report.direct, job.cache.format.file_bytes());
+    let place = job.cache.place(&job.chunk.key);
+    let mut status = None;
+    let opened = open_chunk(mount, &place, job.cache.format.file_bytes());
     let outcome = match opened {
         Err(error) => Outcome::Failed(error),
-        Ok(file) => {
-            inode = file_inode(&file);
-            move_chunk(store, job, &file, buffer, deadline)
+        Ok((file, found)) => {
+            status = Some(found);
+            if store.bad.holds(&place, || Some(found)) {
+                let known = Error::new(ErrorKind::Damaged, "found bad before, not read again");
+                Outcome::Failed(known.with_path(file.path()))
+            } else {
+                move_chunk(store, job, &file, buffer, deadline)
+            }
         }
     };
     let Outcome::Failed(error) = outcome else {
@@ -221,7 +225,7 @@ fn load_chunk(
         store.notices.warn(Topic::ChunkDamaged, || {
             format!("bad chunk, not used: {error}")
         });
-        set_bad_chunk_aside(store, &mount.directory, &path, inode);
+        set_bad_chunk_aside(store, mount, place, status, &error);
     } else {
         store.notices.warn(Topic::LoadFailed, || {
             format!("load failed, recomputed: {error}")
@@ -277,9 +281,17 @@ fn move_chunk(
 }
 
 /// Opens a chunk file and checks that it is a regular file of the right length.
-fn open_chunk(path: &Path, direct: bool, file_bytes: usize) -> Result<Arc<IoFile>> {
-    let damaged = |message: String| Err(Error::new(ErrorKind::Damaged, message).with_path(path));
-    let file = match IoFile::open(path, OpenMode::Read, direct) {
+fn open_chunk(
+    mount: &Mount,
+    place: &Place,
+    file_bytes: usize,
+) -> Result<(Arc<IoFile>, FileStatus)> {
+    let (group, rank, key) = place;
+    let below = Location::chunk(*group, *rank, key).below();
+    let opened = mount.directory.open().and_then(|namespace| {
+        IoFile::open_in(&namespace, below, OpenMode::Read, mount.report.direct)
+    });
+    let file = match opened {
         Ok(file) => file,
         Err(error) => {
             // What no process of ours leaves at a chunk's name: a symbolic link, a directory, a
@@ -300,13 +312,17 @@ fn open_chunk(path: &Path, direct: bool, file_bytes: usize) -> Result<Arc<IoFile
             return Err(Error::new(ErrorKind::Damaged, "no readable chunk file").with_source(error));
         }
     };
-    match file.regular_bytes()? {
-        Some(length) if length == file_bytes as u64 => Ok(Arc::new(file)),
-        Some(length) => damaged(format!(
-            "expected {file_bytes} bytes, the file has {length}"
-        )),
-        None => damaged("not a regular file".into()),
+    let status = file.status()?;
+    let damaged =
+        |message: String| Err(Error::new(ErrorKind::Damaged, message).with_path(file.path()));
+    if !status.is_file {
+        return damaged("not a regular file".into());
     }
+    if status.bytes != file_bytes as u64 {
+        let bytes = status.bytes;
+        return damaged(format!("expected {file_bytes} bytes, the file has {bytes}"));
+    }
+    Ok((Arc::new(file), status))
 }
 
 /// What was read of a chunk file, one part behind the other: head, pages, page table.
@@ -425,31 +441,32 @@ pub(super) fn verify(
     Err(Error::new(ErrorKind::Damaged, message))
 }
 
+/// Puts a bad chunk out of the way; one that must stay is remembered, so that it is not read again.
 fn set_bad_chunk_aside(
     store: &StoreShared,
-    directory: &super::directory::NamespaceDirectory,
-    path: &Path,
-    inode: Option<u64>,
+    mount: &Mount,
+    place: Place,
+    status: Option<FileStatus>,
+    reason: &Error,
 ) {
+    let remember = || {
+        if let Some(status) = status {
+            store.bad.insert(place, status);
+        }
+    };
     if !store.may_write {
-        return;
+        return remember();
     }
-    match set_aside(directory, path, inode) {
-        Ok(true) => store.metrics.chunks_set_aside.add(1),
-        Ok(false) => {}
-        Err(error) => store.notices.warn(Topic::SetAsideFailed, || {
-            format!("a bad chunk stays where it is: {error}")
-        }),
+    let inode = status.map(|status| status.inode);
+    match set_aside(&mount.directory, &place, inode, &reason.to_string()) {
+        Ok(SetAside::Kept) => store.metrics.chunks_set_aside.add(1),
+        Ok(SetAside::Removed) => store.metrics.bad_chunks_removed.add(1),
+        Ok(SetAside::NotThere) => {}
+        Err(error) => {
+            remember();
+            store.notices.warn(Topic::SetAsideFailed, || {
+                format!("a bad chunk stays where it is and is not read again: {error}")
+            });
+        }
     }
-}
-
-fn file_inode(file: &Arc<IoFile>) -> Option<u64> {
-    rustix::fs::fstat(file.as_fd()).ok().map(|stat| stat.st_ino)
-}
-
-fn is_missing(error: &Error) -> bool {
-    error.kind() == ErrorKind::Io
-        && error
-            .os_error()
-            .is_some_and(|source| source.kind() == std::io::ErrorKind::NotFound)
 }

@@ -3,7 +3,6 @@
 //! Several threads claim chunks of one lookup in ascending order and stop at the first that is
 //! missing. No thread waits for another, so lookups of several requests run side by side.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -11,11 +10,16 @@ use std::time::Instant;
 
 use crossbeam_channel::{Sender, TrySendError, bounded};
 
+use super::directory::Location;
+use super::mount::Mount;
 use super::notice::Topic;
+use super::present::Place;
+use super::publish::is_missing;
 use super::shared::StoreShared;
 use super::ticket::{Issuer, LookupTicket};
 use crate::chunk::ChunkKey;
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::Folder;
 
 /// Lookups that may wait; one more is answered with "nothing there".
 const LOOKUPS_MAX: usize = 16_384;
@@ -136,6 +140,7 @@ impl Lookup {
 
 /// Claims and checks chunks until one is missing or none is left.
 fn work(shared: &StoreShared, lookup: &Lookup) {
+    let mut open = OpenFolders::default();
     loop {
         let index = lookup.next.fetch_add(1, Ordering::AcqRel);
         if index >= lookup.missing.load(Ordering::Acquire) {
@@ -146,7 +151,8 @@ fn work(shared: &StoreShared, lookup: &Lookup) {
         };
         let present = lookup.ranks.iter().all(|rank| {
             let mount = shared.mount(*rank, key);
-            exists(shared, &mount.directory.chunk(lookup.group, *rank, key))
+            let place = (lookup.group, *rank, *key);
+            exists(shared, &mut open, mount, &place)
         });
         if !present {
             lookup.missing.fetch_min(index, Ordering::AcqRel);
@@ -155,20 +161,57 @@ fn work(shared: &StoreShared, lookup: &Lookup) {
     lookup.end_one(shared, false);
 }
 
+/// The namespace's directories that a lookup has opened so far, by path; `None` is one that is not
+/// there. They are few, and are closed when the lookup ends.
+type OpenFolders<'a> = Vec<(&'a Mount, Option<Folder>)>;
+
 /// Returns whether anything has a chunk's name; loading it shows whether it is any good.
-fn exists(shared: &StoreShared, path: &Path) -> bool {
-    use rustix::fs::{Access, AtFlags, CWD};
-    match rustix::fs::accessat(CWD, path, Access::EXISTS, AtFlags::SYMLINK_NOFOLLOW) {
-        Ok(()) => true,
-        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => false,
-        Err(errno) => {
-            shared.notices.warn(Topic::LookupFailed, || {
-                format!(
-                    "lookup failed, taken as a miss: {}",
-                    Error::io("access", path, errno.into())
-                )
-            });
-            false
+fn exists<'a>(
+    shared: &StoreShared,
+    open: &mut OpenFolders<'a>,
+    mount: &'a Mount,
+    place: &Place,
+) -> bool {
+    let found = find(open, mount, place).map(|found| {
+        found.is_some_and(|(namespace, below)| {
+            !shared
+                .bad
+                .holds(place, || namespace.status(below).ok().flatten())
+        })
+    });
+    found.unwrap_or_else(|error| {
+        shared.notices.warn(Topic::LookupFailed, || {
+            format!("lookup failed, taken as a miss: {error}")
+        });
+        false
+    })
+}
+
+/// Returns the namespace's directory and the name below it of a chunk that is there.
+fn find<'a, 'b>(
+    open: &'b mut OpenFolders<'a>,
+    mount: &'a Mount,
+    place: &Place,
+) -> Result<Option<(&'b Folder, String)>> {
+    let known = open
+        .iter()
+        .position(|(known, _)| std::ptr::eq(*known, mount));
+    let index = match known {
+        Some(index) => index,
+        None => {
+            let opened = match mount.directory.open() {
+                Ok(folder) => Some(folder),
+                Err(error) if is_missing(&error) => None,
+                Err(error) => return Err(error),
+            };
+            open.push((mount, opened));
+            open.len() - 1
         }
+    };
+    let (group, rank, key) = place;
+    let below = Location::chunk(*group, *rank, key).below();
+    match open.get(index) {
+        Some((_, Some(namespace))) if namespace.holds(&below)? => Ok(Some((namespace, below))),
+        _ => Ok(None),
     }
 }

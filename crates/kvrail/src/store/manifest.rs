@@ -1,32 +1,34 @@
 //! `manifest.json`: the identity that a namespace directory stands for, readable by people.
 
-use std::io::Read;
 use std::path::Path;
 
 use serde_json::Value;
 
-use super::directory::NamespaceDirectory;
-use super::namespace::{IDENTITY_BYTES_MAX, Namespace};
-use super::publish::publish_bytes;
+use super::directory::{Location, MANIFEST_NAME, NamespaceDirectory};
+use super::namespace::{IDENTITY_BYTES_MAX, Namespace, parse_directory_name};
+use super::publish::{is_missing, publish_bytes};
 use super::writer::Writer;
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::{Folder, IoFile, OpenMode};
 
-/// Reads a manifest of bounded size.
+/// Reads a namespace's manifest, of bounded size.
 ///
 /// # Errors
 /// [`ErrorKind::Io`] when it cannot be read, [`ErrorKind::Damaged`] when it is no JSON.
-pub(super) fn read_manifest(path: &Path) -> Result<Value> {
-    let failed = |source| Error::io("read manifest", path, source);
-    let file = std::fs::File::open(path).map_err(failed)?;
-    let mut text = Vec::new();
-    file.take(IDENTITY_BYTES_MAX as u64)
-        .read_to_end(&mut text)
-        .map_err(failed)?;
-    serde_json::from_slice(&text).map_err(|error| {
-        Error::new(ErrorKind::Damaged, "manifest")
-            .with_path(path)
-            .with_source(error)
-    })
+pub(super) fn read_manifest(namespace: &Folder) -> Result<Value> {
+    let path = namespace.path().join(MANIFEST_NAME);
+    let file = IoFile::open_in(namespace, MANIFEST_NAME, OpenMode::Read, false)?;
+    let text = file.read_bounded(IDENTITY_BYTES_MAX)?;
+    parse_manifest(&text).map_err(|error| error.with_path(&path))
+}
+
+/// Reads the text of a manifest.
+///
+/// # Errors
+/// [`ErrorKind::Damaged`] when it is no JSON.
+pub(super) fn parse_manifest(text: &[u8]) -> Result<Value> {
+    serde_json::from_slice(text)
+        .map_err(|error| Error::new(ErrorKind::Damaged, "manifest").with_source(error))
 }
 
 /// Writes the manifest, or checks the one that is there.
@@ -40,16 +42,15 @@ pub(super) fn ensure_manifest(
     writer: &Writer,
     sync: bool,
 ) -> Result<()> {
-    let path = directory.manifest();
-    match read_manifest(&path) {
-        Ok(found) => check_manifest(&path, &found, namespace),
+    match read_manifest(&directory.open()?) {
+        Ok(found) => check_manifest(&directory.manifest(), &found, namespace),
         Err(error) if is_missing(&error) => {
             let mut text = serde_json::to_vec_pretty(namespace.document()).map_err(|error| {
                 Error::new(ErrorKind::InvalidArgument, "manifest").with_source(error)
             })?;
             text.push(b'\n');
-            let temporary = directory.temporary().join(writer.file_name("manifest"));
-            publish_bytes(temporary, &path, &text, sync)
+            let temporary = writer.file_name("manifest");
+            publish_bytes(directory, temporary, &Location::manifest(), &text, sync)
         }
         Err(error) => Err(error),
     }
@@ -69,24 +70,19 @@ pub(super) fn check_manifest(path: &Path, found: &Value, namespace: &Namespace) 
 ///
 /// So that a user who expects hits learns at once why there are none. Looks at 64 directories at
 /// most.
-pub(super) fn nearest_other(root: &Path, namespace: &Namespace) -> Option<(String, Vec<String>)> {
+pub(super) fn nearest_other(root: &Folder, namespace: &Namespace) -> Option<(String, Vec<String>)> {
     const DIRECTORIES_MAX: usize = 64;
     let own = namespace.directory_name();
-    std::fs::read_dir(root)
+    root.names()
         .ok()?
         .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|name| name.starts_with(namespace.slug()) && *name != own)
+        .filter_map(|name| name.into_string().ok())
+        .filter(|name| parse_directory_name(name).is_some_and(|(slug, _)| slug == namespace.slug()))
+        .filter(|name| *name != own)
         .take(DIRECTORIES_MAX)
         .filter_map(|name| {
-            let found = read_manifest(&root.join(&name).join(super::directory::MANIFEST_NAME));
+            let found = read_manifest(&root.folder(&name).ok()?);
             Some((name, namespace.differences(&found.ok()?)))
         })
         .min_by_key(|(_, differences)| differences.len())
-}
-
-fn is_missing(error: &Error) -> bool {
-    error
-        .os_error()
-        .is_some_and(|source| source.kind() == std::io::ErrorKind::NotFound)
 }

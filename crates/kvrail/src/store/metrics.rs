@@ -93,6 +93,8 @@ metrics! {
         cufile_mounts_downgraded,
         /// Stores given up because their blocks changed while cuFile wrote them in place.
         stores_dropped_blocks_reused,
+        /// Damaged files removed because they could not be set aside.
+        bad_chunks_removed,
         /// Lookups answered.
         lookups,
         /// Chunks that lookups asked for.

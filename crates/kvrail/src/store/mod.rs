@@ -10,8 +10,10 @@
 //! - `queue` decides what goes first, `batch` and `ticket` tell the caller how it ended
 //! - [`inspect`] reads a store without KV cache, for tools
 
+mod bad;
 mod batch;
 mod directory;
+mod durable;
 mod gpu;
 mod image;
 pub mod inspect;

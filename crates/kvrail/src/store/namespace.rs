@@ -8,6 +8,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// Bytes of an identity at most; it is read from disk as well.
 pub(super) const IDENTITY_BYTES_MAX: usize = 4 << 20;
 
+/// Hex digits of an id.
+const ID_DIGITS: usize = 16;
+
 /// Characters of a model's name kept in a directory name.
 const SLUG_CHARACTERS_MAX: usize = 64;
 
@@ -41,7 +44,11 @@ impl Namespace {
         if text.len() > IDENTITY_BYTES_MAX / 2 {
             return Err(invalid(format!("identity of {} bytes of JSON", text.len())));
         }
-        let id = blake3::hash(&text).to_hex().chars().take(16).collect();
+        let id = blake3::hash(&text)
+            .to_hex()
+            .chars()
+            .take(ID_DIGITS)
+            .collect();
         Ok(Self {
             id,
             slug: slug(model),
@@ -95,6 +102,16 @@ fn slug(model: &str) -> String {
         "" => "model".into(),
         name => name.into(),
     }
+}
+
+/// Reads the name of a namespace's directory: its slug and its id; `None` for any other name.
+pub(super) fn parse_directory_name(name: &str) -> Option<(&str, &str)> {
+    let (start, id) = name.rsplit_once('-')?;
+    let is_id = id.len() == ID_DIGITS
+        && id
+            .bytes()
+            .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    (is_id && slug(start) == start).then_some((start, id))
 }
 
 /// Walks two documents and notes what is different, by path.
@@ -158,6 +175,33 @@ mod tests {
             assert!(!slug.starts_with('.') && !slug.contains('/'), "{name}");
             let trimmed = expected.trim_start_matches('.');
             assert_eq!(slug, if trimmed.is_empty() { "model" } else { trimmed });
+        }
+    }
+
+    #[test]
+    fn directory_names_are_read_back_and_others_are_not() {
+        for model in [
+            "meta-llama/Llama-3.1-8B",
+            "",
+            "../../etc",
+            "a b",
+            &"x".repeat(300),
+        ] {
+            let name = namespace(model, json!({})).directory_name();
+            let (slug, id) = parse_directory_name(&name).unwrap();
+            assert_eq!(format!("{slug}-{id}"), name);
+        }
+        let id = "0123456789abcdef";
+        for name in [
+            format!("..-{id}"),
+            format!("a/b-{id}"),
+            format!("-{id}"),
+            format!("m-{}", id.to_uppercase()),
+            format!("m-{id}0"),
+            format!("m {id}"),
+            id.to_owned(),
+        ] {
+            assert_eq!(parse_directory_name(&name), None, "{name}");
         }
     }
 

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-use super::directory::{NamespaceDirectory, create_directory};
+use super::bad::BadChunks;
+use super::directory::{NamespaceDirectory, TEMPORARY_NAME};
 use super::gpu::{CufileWish, Gpus};
 use super::lookup::LookupQueue;
 use super::manifest::{check_manifest, ensure_manifest, nearest_other, read_manifest};
@@ -22,7 +23,10 @@ use super::worker;
 use super::writer::{Writer, remove_leftovers};
 use crate::config::{Durability, StoreConfig};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{IoEngine, MountReport, PosixEngine, file_system_name, probe_mount};
+use crate::io::{
+    Folder, FolderRules, IoEngine, MountReport, Permissions, PosixEngine, file_system_name,
+    probe_folder,
+};
 
 /// What opening needs at hand.
 struct Opening<'a> {
@@ -30,6 +34,7 @@ struct Opening<'a> {
     namespace: &'a Namespace,
     access: Access,
     engine: &'a dyn IoEngine,
+    rules: FolderRules,
     writer: &'a Writer,
     notices: &'a Notices,
     metrics: &'a Metrics,
@@ -54,6 +59,10 @@ pub(super) fn open(
         config,
         namespace: &namespace,
         access: options.access,
+        rules: FolderRules {
+            permissions: Permissions::of_files(config.file_mode.bits()),
+            observer: options.observer.clone(),
+        },
         engine: &*engine,
         writer: &writer,
         notices: &notices,
@@ -80,6 +89,7 @@ pub(super) fn open(
         metrics,
         notices,
         present: PresentChunks::default(),
+        bad: BadChunks::default(),
         chunk_size: config.chunk_size,
         durability: config.durability,
         wait_limit: Duration::from_secs_f64(config.wait_limit_seconds),
@@ -127,7 +137,8 @@ pub(super) fn thread_start(cpus: Option<&[usize]>) -> Arc<dyn Fn() + Send + Sync
 impl Opening<'_> {
     /// Prepares one path.
     fn mount(&self, root: &Path) -> Result<Mount> {
-        let directory = NamespaceDirectory::new(root, self.namespace);
+        let rules = self.rules.clone();
+        let directory = NamespaceDirectory::new(root, self.namespace).with_rules(rules);
         let report = match self.access {
             Access::ReadOnly => self.open_for_reading(root, &directory, "opened read-only")?,
             Access::ReadWrite => match self.prepare(root, &directory) {
@@ -151,21 +162,20 @@ impl Opening<'_> {
 
     /// Creates what is missing and finds out what the mount can do.
     fn prepare(&self, root: &Path, directory: &NamespaceDirectory) -> Result<MountReport> {
-        create_directory(root)?;
-        let is_new = !directory.path().exists();
-        let temporary = directory.temporary();
-        create_directory(&temporary)?;
         let sync = self.config.durability == Durability::Full;
+        let is_new = directory.open().is_err();
+        let namespace = directory.make(sync)?;
+        let temporary = namespace.make(TEMPORARY_NAME, sync)?;
         ensure_manifest(directory, self.namespace, self.writer, sync)?;
         if is_new {
-            self.tell_nearest(root);
+            self.tell_nearest(&directory.open_root()?);
         }
         let removed = remove_leftovers(&temporary)?;
         self.metrics.leftovers_removed.add(removed as u64);
         let limit = Duration::from_secs_f64(self.config.wait_limit_seconds);
         let name = self.writer.file_name("probe");
         let wanted = self.config.use_direct_io;
-        let (direct, reason) = probe_mount(self.engine, &temporary, &name, wanted, limit)?;
+        let (direct, reason) = probe_folder(self.engine, &temporary, &name, wanted, limit)?;
         if wanted == Some(true) && !direct {
             self.notices.warn(Topic::Start, || {
                 format!("use_direct_io is set, but {}: {reason}", root.display())
@@ -182,9 +192,9 @@ impl Opening<'_> {
         directory: &NamespaceDirectory,
         why: &str,
     ) -> Result<MountReport> {
-        let manifest = directory.manifest();
-        if let Ok(found) = read_manifest(&manifest) {
-            check_manifest(&manifest, &found, self.namespace)?;
+        let found = directory.open().and_then(|found| read_manifest(&found));
+        if let Ok(found) = found {
+            check_manifest(&directory.manifest(), &found, self.namespace)?;
         }
         let direct = self.config.use_direct_io == Some(true);
         self.report(root, direct, false, why.to_owned())
@@ -208,7 +218,7 @@ impl Opening<'_> {
     }
 
     /// Says what separates a new namespace from its nearest relative.
-    fn tell_nearest(&self, root: &Path) {
+    fn tell_nearest(&self, root: &Folder) {
         if let Some((name, differences)) = nearest_other(root, self.namespace) {
             self.notices.info(Topic::Namespace, || {
                 format!(

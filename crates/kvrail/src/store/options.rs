@@ -4,6 +4,8 @@ use kvrail_cuda::LibraryPaths;
 use kvrail_cuda::probe::ProbeProgram;
 use kvrail_cuda::system::SystemView;
 
+use crate::io::Observer;
+
 /// What a store may do to its directory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Access {
@@ -31,4 +33,6 @@ pub struct OpenOptions {
     pub cufile_probe: Option<ProbeProgram>,
     /// Where it is looked whether cuFile may be tried. Default: this machine.
     pub system: SystemView,
+    /// Who is told of each change to the directories; for tests. Default: nobody.
+    pub observer: Option<Observer>,
 }

@@ -1,133 +1,215 @@
 //! How a file becomes visible: temp file, every byte counted, rename.
 //!
 //! create (exclusive) -> write -> check -> \[fsync\] -> close -> rename -> \[fsync directory\]
+//!
+//! With `durability: full` a chunk is acknowledged when nothing of it can be lost: its bytes were
+//! synced before its name existed, then the folder with the name, and before that the folder's own
+//! name in its parents (see [`SyncedFolders`](super::durable::SyncedFolders)).
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::directory::{Location, NamespaceDirectory, TEMPORARY_NAME};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{IoFile, OpenMode};
+use crate::io::{Folder, IoFile, OpenMode, Step};
 
 /// A file that is being written; it vanishes unless it is published.
 #[derive(Debug)]
 pub(super) struct TemporaryFile {
-    path: PathBuf,
+    directory: NamespaceDirectory,
+    namespace: Folder,
+    folder: Folder,
+    /// Empty when the file has another name by now.
+    name: String,
     file: Option<Arc<IoFile>>,
 }
 
 impl TemporaryFile {
     /// Creates the file; it must not exist.
-    pub(super) fn create(path: PathBuf, direct: bool) -> Result<Self> {
-        let file = IoFile::open(&path, OpenMode::CreateNew, direct)?;
+    pub(super) fn create(
+        directory: &NamespaceDirectory,
+        name: String,
+        direct: bool,
+    ) -> Result<Self> {
+        let namespace = directory.open()?;
+        let folder = namespace.folder(TEMPORARY_NAME)?;
+        let file = IoFile::open_in(&folder, &name, OpenMode::CreateNew, direct)?;
         Ok(Self {
-            path,
+            directory: directory.clone(),
+            namespace,
+            folder,
+            name,
             file: Some(Arc::new(file)),
         })
     }
 
     /// Returns the open file.
     pub(super) fn file(&self) -> Result<&Arc<IoFile>> {
-        let closed = || Error::new(ErrorKind::Closed, "temp file").with_path(&self.path);
-        self.file.as_ref().ok_or_else(closed)
+        self.file.as_ref().ok_or_else(|| {
+            let path = self.folder.path().join(&self.name);
+            Error::new(ErrorKind::Closed, "temp file").with_path(&path)
+        })
     }
 
-    /// Makes the file visible as `target`, whole: checks its length, syncs if asked, renames.
+    /// Makes the file visible at `location`, whole: checks its length, syncs if asked, renames.
     ///
     /// A file that is there already is replaced: its content has the same key.
-    pub(super) fn publish(mut self, target: &Path, bytes: u64, sync: bool) -> Result<()> {
+    pub(super) fn publish(mut self, location: &Location, bytes: u64, sync: bool) -> Result<()> {
         let file = self.file()?;
         let length = file.regular_bytes()?;
         if length != Some(bytes) {
             let message = format!("publish: expected {bytes} bytes, the file has {length:?}");
-            return Err(Error::new(ErrorKind::Io, message).with_path(&self.path));
+            return Err(Error::new(ErrorKind::Io, message).with_path(file.path()));
         }
         if sync {
             file.sync()?;
+            self.folder.tell(&Step::SyncFile(file.path()));
         }
         // Closed before the rename: on network file systems closing is what sends the data.
         self.file = None;
-        rename_into(&self.path, target)?;
-        if sync {
-            sync_directory(target.parent().unwrap_or(target))?;
+        match &location.folder {
+            None => {
+                self.folder
+                    .rename(&self.name, &self.namespace, &location.name)?;
+                self.name.clear();
+                if sync {
+                    self.namespace.sync()?;
+                }
+            }
+            Some(below) => {
+                let target = self.rename_into(below, &location.name, sync)?;
+                self.name.clear();
+                if sync {
+                    target.sync()?;
+                    self.directory.synced.ensure(
+                        &self.directory,
+                        &self.namespace,
+                        below,
+                        &target,
+                    )?;
+                }
+            }
         }
-        // Nothing is left at the temp path: dropping has nothing to remove.
-        self.path = PathBuf::new();
         Ok(())
+    }
+
+    /// Renames into a folder of the namespace, making it when it is not there yet.
+    fn rename_into(&self, below: &str, name: &str, sync: bool) -> Result<Folder> {
+        let existing = self.namespace.folder(below).and_then(|folder| {
+            self.folder.rename(&self.name, &folder, name)?;
+            Ok(folder)
+        });
+        match existing {
+            Err(error) if is_missing(&error) => {
+                let folder = self.namespace.make(below, sync)?;
+                self.folder.rename(&self.name, &folder, name)?;
+                Ok(folder)
+            }
+            result => result,
+        }
     }
 }
 
 impl Drop for TemporaryFile {
     fn drop(&mut self) {
-        if !self.path.as_os_str().is_empty() {
+        if !self.name.is_empty() {
             // Failing here (a read-only or vanished mount) leaves a leftover for the next clean-up.
-            drop(std::fs::remove_file(&self.path));
+            drop(self.folder.remove_file(&self.name));
         }
     }
 }
 
-/// Renames, making the target's folder when it is not there yet.
-fn rename_into(source: &Path, target: &Path) -> Result<()> {
-    let failed = |error| Error::io("rename to", target, error);
-    match std::fs::rename(source, target) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            super::directory::create_directory(target.parent().unwrap_or(target))?;
-            std::fs::rename(source, target).map_err(failed)
-        }
-        result => result.map_err(failed),
-    }
-}
-
-/// Writes a directory's entries through to the device.
-fn sync_directory(path: &Path) -> Result<()> {
-    let synced = File::open(path).and_then(|directory| directory.sync_all());
-    synced.map_err(|source| Error::io("fsync directory", path, source))
+/// Returns whether the system says that a name, or a folder on the way to it, is not there.
+pub(super) fn is_missing(error: &Error) -> bool {
+    error
+        .os_error()
+        .is_some_and(|source| source.kind() == std::io::ErrorKind::NotFound)
 }
 
 /// Writes a small file whole and publishes it.
 pub(super) fn publish_bytes(
-    temporary: PathBuf,
-    target: &Path,
+    directory: &NamespaceDirectory,
+    temporary: String,
+    location: &Location,
     bytes: &[u8],
     sync: bool,
 ) -> Result<()> {
-    let file = TemporaryFile::create(temporary, false)?;
+    let temporary = TemporaryFile::create(directory, temporary, false)?;
+    let file = temporary.file()?;
     let mut done = 0;
     while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
-        match rustix::io::pwrite(&**file.file()?, rest, done as u64) {
+        match rustix::io::pwrite(&**file, rest, done as u64) {
             Ok(count) if count > 0 => done += count,
             Err(rustix::io::Errno::INTR) => {}
-            Ok(_) => return Err(Error::new(ErrorKind::Io, "write of 0 bytes").with_path(target)),
-            Err(errno) => return Err(Error::io("write", target, errno.into())),
+            Ok(_) => {
+                return Err(Error::new(ErrorKind::Io, "write of 0 bytes").with_path(file.path()));
+            }
+            Err(errno) => return Err(Error::io("write", file.path(), errno.into())),
         }
     }
-    file.publish(target, bytes.len() as u64, sync)
+    temporary.folder.tell(&Step::WriteFile {
+        path: file.path(),
+        offset: 0,
+        bytes,
+    });
+    temporary.publish(location, bytes.len() as u64, sync)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::Namespace;
     use super::*;
+
+    fn directory(root: &std::path::Path) -> NamespaceDirectory {
+        let namespace = Namespace::new("m", serde_json::Map::new()).unwrap();
+        let directory = NamespaceDirectory::new(root, &namespace);
+        let made = directory.make(false).unwrap();
+        made.make(TEMPORARY_NAME, false).unwrap();
+        directory
+    }
+
+    fn location() -> Location {
+        Location {
+            folder: Some("x/y".into()),
+            name: "target".into(),
+        }
+    }
 
     #[test]
     fn an_unpublished_file_vanishes_and_a_short_one_is_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join(".t");
-        drop(TemporaryFile::create(path.clone(), false).unwrap());
+        let root = tempfile::tempdir().unwrap();
+        let directory = directory(root.path());
+        let path = directory.path().join("tmp/.t");
+        let create = || TemporaryFile::create(&directory, ".t".into(), false).unwrap();
+        let file = create();
+        assert!(path.exists());
+        drop(file);
         assert!(!path.exists());
-        let file = TemporaryFile::create(path.clone(), false).unwrap();
-        let target = folder.path().join("x/target");
-        assert!(file.publish(&target, 1, false).is_err());
-        assert!(!path.exists() && !target.exists());
+        assert!(create().publish(&location(), 1, false).is_err());
+        assert!(!path.exists() && !directory.path().join("x").exists());
     }
 
     #[test]
     fn publishing_makes_the_folder_and_replaces() {
-        let folder = tempfile::tempdir().unwrap();
-        let target = folder.path().join("a/target");
+        let root = tempfile::tempdir().unwrap();
+        let directory = directory(root.path());
         for content in [&b"one"[..], b"other"] {
-            publish_bytes(folder.path().join(".t"), &target, content, true).unwrap();
-            assert_eq!(std::fs::read(&target).unwrap(), content);
+            publish_bytes(&directory, ".t".into(), &location(), content, true).unwrap();
+            let found = std::fs::read(directory.path().join(location().below())).unwrap();
+            assert_eq!(found, content);
         }
-        assert!(!folder.path().join(".t").exists());
+        assert!(!directory.path().join("tmp/.t").exists());
+    }
+
+    #[test]
+    fn nothing_is_published_through_a_link() {
+        let root = tempfile::tempdir().unwrap();
+        let outside = tempfile::tempdir().unwrap();
+        let directory = directory(root.path());
+        std::os::unix::fs::symlink(outside.path(), directory.path().join("x")).unwrap();
+        assert!(publish_bytes(&directory, ".t".into(), &location(), b"one", false).is_err());
+        std::fs::remove_dir(directory.path().join("tmp")).unwrap();
+        std::os::unix::fs::symlink(outside.path(), directory.path().join("tmp")).unwrap();
+        assert!(TemporaryFile::create(&directory, ".t".into(), false).is_err());
+        assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
     }
 }

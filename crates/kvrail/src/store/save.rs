@@ -1,16 +1,17 @@
 //! One chunk from its staging buffer into a file: hash, write, publish.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::batch::{Ending, Member};
+use super::directory::{Location, TEMPORARY_NAME};
 use super::image::{self, WRITE_REQUEST_BYTES};
 use super::kv_cache::CacheShared;
 use super::manifest::ensure_manifest;
 use super::mount::Mount;
 use super::notice::Topic;
-use super::publish::TemporaryFile;
+use super::present::Place;
+use super::publish::{TemporaryFile, is_missing};
 use super::quarantine::set_aside;
 use super::queue::TransferQueue;
 use super::shared::StoreShared;
@@ -104,8 +105,9 @@ fn store_chunk(
     chunk: ChunkRef,
     image: Staged,
 ) -> Result<Stored> {
-    let target = mount.directory.chunk(cache.group, cache.rank, &chunk.key);
-    if is_present(mount, &target, cache.format.file_bytes())? {
+    let place = cache.place(&chunk.key);
+    let location = Location::chunk(cache.group, cache.rank, &chunk.key);
+    if is_present(store, mount, &place, &location, cache.format.file_bytes())? {
         return Ok(Stored::AlreadyPresent);
     }
     mount.check_space(cache.format.file_bytes() as u64)?;
@@ -114,7 +116,7 @@ fn store_chunk(
         mount,
         cache,
         chunk,
-        target: &target,
+        location: &location,
     };
     match image {
         Staged::Host(image) => save.by_posix(image),
@@ -129,7 +131,7 @@ struct Save<'a> {
     mount: &'a Mount,
     cache: &'a CacheShared,
     chunk: ChunkRef,
-    target: &'a Path,
+    location: &'a Location,
 }
 
 impl Save<'_> {
@@ -159,7 +161,7 @@ impl Save<'_> {
         let written = results.into_iter().sum::<Result<usize>>()?;
         if written != bytes {
             let message = format!("expected to write {bytes} bytes, wrote {written}");
-            return Err(Error::new(ErrorKind::Io, message).with_path(self.target));
+            return Err(Error::new(ErrorKind::Io, message).with_path(file.path()));
         }
         self.publish(temporary)
     }
@@ -221,7 +223,7 @@ impl Save<'_> {
     fn publish(self, temporary: TemporaryFile) -> Result<Stored> {
         let bytes = self.cache.format.file_bytes() as u64;
         temporary.publish(
-            self.target,
+            self.location,
             bytes,
             self.store.durability == Durability::Full,
         )?;
@@ -260,15 +262,28 @@ fn complete_image(
     head.encode_into(image::bytes_mut(image, 0..format.payload_offset())?)
 }
 
-/// Returns whether a file of the right length has the chunk's name.
+/// Returns whether a file of the right length has the chunk's name and is not known to be bad.
 ///
 /// A folder in its place would make every rename fail, so it is set aside; anything else that is
 /// no chunk is replaced by the rename.
-fn is_present(mount: &Mount, target: &Path, file_bytes: usize) -> Result<bool> {
-    match std::fs::symlink_metadata(target) {
-        Ok(metadata) if metadata.is_file() => Ok(metadata.len() == file_bytes as u64),
-        Ok(metadata) if metadata.is_dir() => {
-            set_aside(&mount.directory, target, None)?;
+fn is_present(
+    store: &StoreShared,
+    mount: &Mount,
+    place: &Place,
+    location: &Location,
+    file_bytes: usize,
+) -> Result<bool> {
+    let status = match mount.directory.open() {
+        Ok(namespace) => namespace.status(location.below())?,
+        Err(_) => return Ok(false),
+    };
+    match status {
+        Some(status) if status.is_file => {
+            Ok(status.bytes == file_bytes as u64 && !store.bad.holds(place, || Some(status)))
+        }
+        Some(status) if status.is_folder => {
+            let reason = "a folder in a chunk's place";
+            set_aside(&mount.directory, place, Some(status.inode), reason)?;
             Ok(false)
         }
         _ => Ok(false),
@@ -277,21 +292,16 @@ fn is_present(mount: &Mount, target: &Path, file_bytes: usize) -> Result<bool> {
 
 /// Creates the temp file, and the namespace's directory again when somebody removed it.
 fn create_temporary(store: &StoreShared, mount: &Mount) -> Result<TemporaryFile> {
-    let folder = mount.directory.temporary();
-    let path = folder.join(store.writer.file_name("chunk"));
-    match TemporaryFile::create(path.clone(), mount.report.direct) {
-        Err(error) if is_missing_folder(&error) => {
-            super::directory::create_directory(&folder)?;
+    let directory = &mount.directory;
+    let name = store.writer.file_name("chunk");
+    let direct = mount.report.direct;
+    match TemporaryFile::create(directory, name.clone(), direct) {
+        Err(error) if is_missing(&error) => {
             let sync = store.durability == Durability::Full;
-            ensure_manifest(&mount.directory, &store.namespace, &store.writer, sync)?;
-            TemporaryFile::create(path, mount.report.direct)
+            directory.make(sync)?.make(TEMPORARY_NAME, sync)?;
+            ensure_manifest(directory, &store.namespace, &store.writer, sync)?;
+            TemporaryFile::create(directory, name, direct)
         }
         result => result,
     }
-}
-
-fn is_missing_folder(error: &Error) -> bool {
-    error
-        .os_error()
-        .is_some_and(|source| source.kind() == std::io::ErrorKind::NotFound)
 }

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use super::bad::BadChunks;
 use super::gpu::{CufileWish, GpuSide, Gpus, Opened};
 use super::lookup::LookupQueue;
 use super::metrics::Metrics;
@@ -29,6 +30,7 @@ pub(super) struct StoreShared {
     pub(super) metrics: Metrics,
     pub(super) notices: Notices,
     pub(super) present: PresentChunks,
+    pub(super) bad: BadChunks,
     pub(super) chunk_size: usize,
     pub(super) durability: Durability,
     pub(super) wait_limit: Duration,

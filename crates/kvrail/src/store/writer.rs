@@ -1,10 +1,10 @@
 //! Who writes: the id in the names of temp files, and the removal of what dead writers left.
 
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::io::Folder;
 
 /// Age from which a temp file of an unknown writer is a leftover: no chunk takes an hour to write.
 const LEFTOVER_AGE: Duration = Duration::from_secs(3600);
@@ -85,21 +85,16 @@ fn writer_is_dead(name: &str) -> Option<bool> {
 /// # Errors
 /// [`ErrorKind::Io`](crate::ErrorKind::Io) when the folder cannot be read; single files that
 /// cannot be removed (another process was quicker) are passed over.
-pub(super) fn remove_leftovers(folder: &Path) -> Result<usize> {
-    let entries =
-        std::fs::read_dir(folder).map_err(|source| Error::io("read directory", folder, source))?;
+pub(super) fn remove_leftovers(folder: &Folder) -> Result<usize> {
     let now = SystemTime::now();
     let mut removed = 0;
-    for entry in entries.take(LEFTOVERS_MAX).flatten() {
-        let name = entry.file_name();
+    for name in folder.names()?.take(LEFTOVERS_MAX).flatten() {
         let dead = writer_is_dead(&name.to_string_lossy()).unwrap_or_else(|| {
-            let modified = entry.metadata().and_then(|metadata| metadata.modified());
-            let age = modified
-                .ok()
-                .and_then(|modified| now.duration_since(modified).ok());
+            let status = folder.status(&name).ok().flatten();
+            let age = status.and_then(|status| now.duration_since(status.modified).ok());
             age.is_some_and(|age| age > LEFTOVER_AGE)
         });
-        if dead && std::fs::remove_file(entry.path()).is_ok() {
+        if dead && folder.remove_file(&name).is_ok() {
             removed += 1;
         }
     }
@@ -110,7 +105,10 @@ pub(super) fn remove_leftovers(folder: &Path) -> Result<usize> {
 mod tests {
     use std::fs::File;
 
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::io::FolderRules;
 
     #[test]
     fn leftovers_go_by_their_writer_or_their_age() {
@@ -127,7 +125,8 @@ mod tests {
         touch(".chunk.otherhost-1.5.5.0", 10);
         touch(".chunk.otherhost-1.5.6.0", 100_000);
         touch(".garbage", 100_000);
-        assert_eq!(remove_leftovers(folder.path()).unwrap(), 3);
+        let opened = Folder::open(folder.path(), FolderRules::default()).unwrap();
+        assert_eq!(remove_leftovers(&opened).unwrap(), 3);
         let mut left: Vec<String> = std::fs::read_dir(folder.path())
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -136,6 +135,15 @@ mod tests {
         let mut expected = [own, ".chunk.otherhost-1.5.5.0".to_owned()];
         expected.sort();
         assert_eq!(left, expected);
+    }
+
+    proptest! {
+        /// A name of any kind says of no living writer that it is dead, and never panics.
+        #[test]
+        fn names_of_any_kind_are_read(name in "\\.?[a-z]{0,3}(\\.[0-9a-f-]{0,20}){0,5}|.{0,60}") {
+            let foreign = !name.contains(&host());
+            prop_assert!(!foreign || writer_is_dead(&name).is_none(), "{}", name);
+        }
     }
 
     #[test]

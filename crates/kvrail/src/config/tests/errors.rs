@@ -19,6 +19,8 @@ fn a_wrong_value_names_key_value_expectation_and_place() {
     let absolute = "expected an absolute path, one that starts with `/`";
     let size = "expected a size above 0 like \"500GB\" or \"512MiB\", a number of bytes, or \
                 \"unlimited\"";
+    let mode = "expected \"0600\", \"0640\", \"0660\", \"0644\" or \"0664\": files that their owner can \
+                read and write, others no more than the group, and nobody else can write";
     let free = "expected a share below 1 like \"5%\" or 0.05, a size like \"50GB\", or a number of \
                 bytes";
     let cases: Vec<(&str, Value, String)> = vec![
@@ -94,6 +96,11 @@ fn a_wrong_value_names_key_value_expectation_and_place() {
             json!("fsync"),
             "\"fsync\": expected none or full".to_owned(),
         ),
+        ("file_mode", json!("0666"), format!("\"0666\": {mode}")),
+        ("file_mode", json!("0606"), format!("\"0606\": {mode}")),
+        ("file_mode", json!("rw-"), format!("\"rw-\": {mode}")),
+        ("file_mode", json!(777), format!("777: {mode}")),
+        ("file_mode", json!(0.64), format!("0.64: {mode}")),
         ("max_size", json!(0), format!("0: {size}")),
         ("max_size", json!("500G"), format!("\"500G\": {size}")),
         ("max_size", json!("-1GB"), format!("\"-1GB\": {size}")),

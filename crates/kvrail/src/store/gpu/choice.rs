@@ -142,7 +142,7 @@ fn by_process<'a>(
     };
     let file = |mount: &&Mount| -> PathBuf {
         let name = store.writer.file_name("probe");
-        mount.directory.temporary().join(name)
+        mount.directory.temporary_path().join(name)
     };
     let request = Request {
         ordinal: gpu.context().ordinal(),

@@ -1,6 +1,5 @@
 //! cuFile in use: its driver, its engine, and the last check of a mount before it is.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,8 +7,9 @@ use kvrail_cuda::CuFileDriver;
 
 use crate::chunk::PAGE_BYTES;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{CufileEngine, IoEngine, IoFile, IoHandle, IoRequest, OpenMode, Operation};
+use crate::io::{CufileEngine, Folder, IoEngine, IoFile, IoHandle, IoRequest, OpenMode, Operation};
 use crate::memory::{DeviceArena, Gpu, GpuSlot, GpuSlots, StagingRange};
+use crate::store::directory::TEMPORARY_NAME;
 use crate::store::image::WRITE_REQUEST_BYTES;
 use crate::store::mount::Mount;
 use crate::store::writer::Writer;
@@ -76,12 +76,12 @@ impl Cufile {
         writer: &Writer,
         limit: Duration,
     ) -> Result<()> {
-        let path = mount.directory.temporary().join(writer.file_name("probe"));
+        let name = writer.file_name("probe");
         let deadline = Instant::now() + limit;
-        let result = slots
-            .take(gpu, deadline)
-            .and_then(|mut slot| self.write_and_compare(gpu, &mut slot, &path, deadline));
-        drop(std::fs::remove_file(&path));
+        let folder = mount.directory.open()?.folder(TEMPORARY_NAME)?;
+        let mut slot = slots.take(gpu, deadline)?;
+        let result = self.write_and_compare(gpu, &mut slot, &folder, &name, deadline);
+        drop(folder.remove_file(&name));
         result
     }
 
@@ -89,11 +89,12 @@ impl Cufile {
         &self,
         gpu: &Gpu,
         slot: &mut GpuSlot,
-        path: &Path,
+        folder: &Folder,
+        name: &str,
         deadline: Instant,
     ) -> Result<()> {
         let stream = gpu.store_stream();
-        let seed = path.as_os_str().len();
+        let seed = name.len();
         let pattern: Vec<u8> = (0..PAGE_BYTES)
             .map(|index| ((index * 31 + seed) % 251) as u8)
             .collect();
@@ -104,11 +105,11 @@ impl Cufile {
             slot.wait(deadline)
         };
         put(slot, &pattern)?;
-        let file = Arc::new(IoFile::open(path, OpenMode::CreateNew, true)?);
+        let file = Arc::new(IoFile::open_in(folder, name, OpenMode::CreateNew, true)?);
         let page = slot.share(0..PAGE_BYTES)?;
         self.transfer(Operation::Write, &file, 0, page, deadline)?;
         put(slot, &[0; PAGE_BYTES])?;
-        let file = Arc::new(IoFile::open(path, OpenMode::Read, true)?);
+        let file = Arc::new(IoFile::open_in(folder, name, OpenMode::Read, true)?);
         let page = slot.share(0..PAGE_BYTES)?;
         self.transfer(Operation::Read, &file, 0, page, deadline)?;
         slot.fetch_frame(stream, PAGE_BYTES)?;
@@ -118,7 +119,7 @@ impl Cufile {
             return Ok(());
         }
         let message = "cuFile: what was read is not what was written";
-        Err(Error::new(ErrorKind::Damaged, message).with_path(path))
+        Err(Error::new(ErrorKind::Damaged, message).with_path(file.path()))
     }
 }
 

@@ -1,0 +1,25 @@
+//! Reading a store without KV cache: what tools list, verify, set aside and remove.
+//!
+//! Nothing here needs the store to be closed. Names on disk are read, checked, and written again
+//! from what they mean: no path is made of a name that was found.
+
+mod chunk;
+mod namespace;
+mod quarantined;
+mod verify;
+
+use std::path::Path;
+
+pub use chunk::{ChunkFile, chunks, chunks_after};
+pub use namespace::{NamespaceInfo, namespaces};
+pub use quarantined::{Handled, QuarantinedChunk, quarantined, set_aside};
+pub use verify::{ChunkSummary, read_head, verify_chunk};
+
+use super::directory::NamespaceDirectory;
+use crate::error::Result;
+use crate::io::Folder;
+
+/// Opens a namespace's directory, which is no symbolic link.
+fn open_namespace(directory: &Path) -> Result<Folder> {
+    NamespaceDirectory::at(directory)?.open()
+}
