@@ -29,7 +29,9 @@ __all__ = [
     "StoreTicket",
     "WaitTimeoutError",
     "__version__",
+    "answer_cufile_probe",
     "debug_build",
+    "direct_path_problem",
 ]
 
 __version__: str
@@ -349,4 +351,12 @@ def answer_cufile_probe() -> None:
     """Tries cuFile as standard input says, and answers on standard output. It may never return.
 
     For the program that ``Store`` is given as ``cufile_probe``, which ends after it.
+    """
+
+def direct_path_problem(
+    directory: str | PathLike[str], *, system_root: str | PathLike[str] | None = None
+) -> str | None:
+    """Why cuFile has no direct path to an existing directory, in words; None where it may have one.
+
+    Reads what the machine says and touches nothing. ``system_root`` is as for ``Store``.
     """

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvrail._core import answer_cufile_probe
+from kvrail._core import answer_cufile_probe, direct_path_problem
 
 # The wheels have only the first name.
 _NAMES = ("libcufile.so.0", "libcufile.so")
@@ -44,6 +44,19 @@ def store_options(environment: Mapping[str, str] | None = None) -> dict[str, Any
         "cufile_libraries": libraries(environment),
         "cufile_probe": [sys.executable, "-m", "kvrail.cufile"],
     }
+
+
+def path_problems(directories: Iterable[str], system_root: str | None = None) -> dict[str, str]:
+    """Why there is no direct path, for each of ``directories`` without one; none need exist yet."""
+    problems = {}
+    for directory in directories:
+        existing = Path(directory)
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        problem = direct_path_problem(existing, system_root=system_root)
+        if problem is not None:
+            problems[directory] = problem
+    return problems
 
 
 if __name__ == "__main__":

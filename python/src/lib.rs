@@ -24,7 +24,7 @@ mod _core {
     #[pymodule_export]
     use crate::namespace::Namespace;
     #[pymodule_export]
-    use crate::store::{Store, answer_cufile_probe};
+    use crate::store::{Store, answer_cufile_probe, direct_path_problem};
     #[pymodule_export]
     use crate::ticket::{LoadReport, LoadTicket, LookupTicket, StoreReport, StoreTicket};
 

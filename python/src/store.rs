@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use kvrail::store::{NoticeLevel, ProbeProgram};
 use kvrail::{Access, ChunkKey, Device, Error, ErrorKind, KvLayout, LayerSpan, OpenOptions};
 use kvrail_cuda::LibraryPaths;
-use kvrail_cuda::system::SystemView;
+use kvrail_cuda::system::{SystemView, cufile_guards};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyDict, PyList};
@@ -69,6 +69,7 @@ impl Store {
             libraries,
             cufile_probe: cufile_probe.and_then(program),
             system,
+            ..OpenOptions::default()
         };
         let namespace = namespace.inner.clone();
         let inner = py
@@ -192,6 +193,22 @@ fn program(command: Vec<OsString>) -> Option<ProbeProgram> {
 #[pyfunction]
 pub(crate) fn answer_cufile_probe(py: Python<'_>) {
     py.detach(|| kvrail_cuda::probe::answer(std::io::stdin(), &mut std::io::stdout()));
+}
+
+/// Says why cuFile has no direct path to a directory, `None` where it may have one.
+#[pyfunction]
+#[pyo3(signature = (directory, *, system_root=None))]
+pub(crate) fn direct_path_problem(
+    py: Python<'_>,
+    directory: PathBuf,
+    system_root: Option<PathBuf>,
+) -> Option<String> {
+    let mut system = SystemView::default();
+    if let Some(root) = system_root {
+        system.root = root;
+    }
+    let guards = py.detach(|| cufile_guards(&system, &directory));
+    guards.err().map(|refusal| refusal.to_string())
 }
 
 fn unreadable(error: serde_json::Error) -> Error {

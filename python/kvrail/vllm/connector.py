@@ -25,6 +25,7 @@ from kvrail import STARTUP_CPUS
 from kvrail._core import Config, ConfigError, KvrailError
 from kvrail.vllm import version
 from kvrail.vllm.config import effective_value, resolve_config
+from kvrail.vllm.direct import wanted_layout
 from kvrail.vllm.fingerprint import AdapterFingerprints
 from kvrail.vllm.identity import engine_none_hash
 from kvrail.vllm.lookup import Agreement, DisagreementError, LookupStore, agree
@@ -70,6 +71,16 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             self._apply_failure_policy()
             self._scheduler = _SchedulerSide(self._config, vllm_config, kv_cache_config)
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """Asks for whole blocks where files and GPU memory may have a direct way; see direct.py."""
+        from vllm.platforms import current_platform
+
+        transfer = vllm_config.kv_transfer_config
+        assert transfer is not None
+        config = resolve_config(transfer.kv_connector_extra_config)
+        return wanted_layout(config, current_platform.is_cuda())
 
     @property
     def requires_kv_delivery(self) -> bool:
