@@ -24,7 +24,9 @@ mod library;
 pub mod probe;
 pub mod system;
 
-pub use cufile::{CuFile, CuFileDriver, FileHandle, RegisteredBuffer, TRANSFER_BYTES_MAX};
+pub use cufile::{
+    CuFile, CuFileDriver, FileHandle, RegisteredBuffer, RegisteredMemory, TRANSFER_BYTES_MAX,
+};
 pub use driver::{
     Context, Cuda, DeviceInfo, DeviceMemory, DevicePointer, Event, PinnedRange, Priority, Stream,
 };

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 
-use kvrail_cuda::{Context, CuFile, CuFileDriver, Cuda, DeviceMemory, Priority};
+use kvrail_cuda::{Context, CuFile, CuFileDriver, Cuda, DeviceMemory, Priority, RegisteredMemory};
 use mock_support::Mocks;
 
 const BYTES: usize = 64 << 10;
@@ -177,4 +177,43 @@ fn a_process_that_was_forked_off_leaves_the_driver_alone() {
         .context
         .run(|| unsafe { handle.write(base, BYTES, 0, 0) });
     assert_eq!(written.unwrap(), BYTES, "the parent goes on");
+}
+
+#[test]
+fn memory_of_our_own_is_read_and_written_inside_its_bounds_only() {
+    let bench = start();
+    bench.fill(9);
+    let Bench {
+        mocks,
+        driver,
+        memory,
+        file,
+        ..
+    } = bench;
+    let address = memory.address();
+    let mut memory = RegisteredMemory::new(&driver, memory).unwrap();
+    let handle = driver.register_file(file.as_fd()).unwrap();
+    assert_eq!(memory.write(&handle, 0..BYTES, 4096).unwrap(), BYTES);
+    let byte = |offset| mocks.translate(address + offset as u64, 1);
+    // SAFETY: one byte of the allocation, by its alias.
+    unsafe { byte(BYTES).write(1) };
+    // SAFETY: as above.
+    unsafe { byte(2 * BYTES - 1).write(1) };
+    assert_eq!(memory.read(&handle, BYTES..2 * BYTES, 4096).unwrap(), BYTES);
+    // SAFETY: as above.
+    let first = unsafe { byte(BYTES).read() };
+    // SAFETY: as above.
+    let last = unsafe { byte(2 * BYTES - 1).read() };
+    assert_eq!((first, last), (9, 9));
+    let calls = mocks.cufile_calls("cuFileRead");
+    for range in [BYTES..3 * BYTES, 2 * BYTES..2 * BYTES + 1, 0..usize::MAX] {
+        assert!(memory.read(&handle, range.clone(), 0).is_err(), "{range:?}");
+        assert!(
+            memory.write(&handle, range.clone(), 0).is_err(),
+            "{range:?}"
+        );
+    }
+    assert_eq!(mocks.cufile_calls("cuFileRead"), calls);
+    drop((memory, handle, driver));
+    assert_eq!(mocks.balance().1, 0);
 }

@@ -22,6 +22,7 @@ const OUT_OF_MEMORY: c_int = 2;
 const NO_DEVICE: c_int = 101;
 const NO_CONTEXT: c_int = 201;
 const NOT_FOUND: c_int = 500;
+const NOT_READY: c_int = 600;
 
 /// Counts the call; returns what the script wants instead of the work.
 macro_rules! begin {
@@ -381,10 +382,13 @@ pub extern "C" fn cuEventQuery(event: Handle) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventElapsedTime(time: *mut f32, _from: Handle, _to: Handle) -> c_int {
+pub unsafe extern "C" fn cuEventElapsedTime(time: *mut f32, from: Handle, to: Handle) -> c_int {
     begin!("cuEventElapsedTime", _device);
-    // SAFETY: passed on.
-    unsafe { put(time, 1.0) }
+    match streams().elapsed(from.addr(), to.addr()) {
+        // SAFETY: passed on.
+        Some(milliseconds) => unsafe { put(time, milliseconds) },
+        None => NOT_READY,
+    }
 }
 
 #[unsafe(no_mangle)]

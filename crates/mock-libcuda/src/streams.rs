@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::c_int;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use mock_script::Action;
 
@@ -45,6 +46,8 @@ struct Event {
     stream: usize,
     recorded: u64,
     done: u64,
+    /// When the stream passed it.
+    passed: Option<Instant>,
 }
 
 /// All streams and events, by handle.
@@ -107,6 +110,13 @@ impl Streams {
         std::mem::take(&mut self.error)
     }
 
+    /// Returns the milliseconds between two events that were passed.
+    pub(crate) fn elapsed(&self, from: usize, to: usize) -> Option<f32> {
+        let passed = |event| self.events.get(&event)?.passed;
+        let (from, to) = (passed(from)?, passed(to)?);
+        Some(to.saturating_duration_since(from).as_secs_f32() * 1e3)
+    }
+
     /// Runs everything.
     pub(crate) fn finish_all(&mut self) {
         let streams: Vec<usize> = self.queues.keys().copied().collect();
@@ -141,6 +151,7 @@ impl Streams {
             Work::Record(event, recorded) => {
                 let state = self.events.entry(event).or_default();
                 state.done = state.done.max(recorded);
+                state.passed = Some(Instant::now());
                 0
             }
             Work::Wait(event, recorded) => {

@@ -2,10 +2,12 @@
 
 mod driver;
 mod file;
+mod memory;
 pub(crate) mod sys;
 
 pub use driver::{CuFile, CuFileDriver, RegisteredBuffer, TRANSFER_BYTES_MAX};
 pub use file::FileHandle;
+pub use memory::RegisteredMemory;
 
 use crate::error::{Error, Result};
 

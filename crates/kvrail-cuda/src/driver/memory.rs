@@ -47,6 +47,11 @@ impl DeviceMemory {
     pub fn bytes(&self) -> usize {
         self.bytes
     }
+
+    /// Returns the context that the memory belongs to.
+    pub fn context(&self) -> &Context {
+        &self.context
+    }
 }
 
 impl Drop for DeviceMemory {

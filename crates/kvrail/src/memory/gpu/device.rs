@@ -56,6 +56,8 @@ impl ComputeStream {
 #[derive(Debug, Clone)]
 pub struct Gpu {
     inner: Arc<Inner>,
+    /// A way of copying pieces other than the one that was chosen.
+    forced: Option<CopyMethod>,
 }
 
 #[derive(Debug)]
@@ -109,7 +111,15 @@ impl Gpu {
         };
         Ok(Self {
             inner: Arc::new(inner),
+            forced: None,
         })
+    }
+
+    pub(super) fn forced(&self, method: CopyMethod) -> Self {
+        Self {
+            inner: Arc::clone(&self.inner),
+            forced: Some(method),
+        }
     }
 
     /// Returns the context.
@@ -124,7 +134,7 @@ impl Gpu {
 
     /// Returns how pieces are copied.
     pub fn method(&self) -> CopyMethod {
-        self.inner.method
+        self.forced.unwrap_or(self.inner.method)
     }
 
     /// Returns why it is that way, in words.

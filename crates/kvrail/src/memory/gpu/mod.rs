@@ -10,6 +10,7 @@ mod check;
 mod device;
 mod frame;
 mod hash;
+mod plain;
 mod slot;
 mod transfer;
 
