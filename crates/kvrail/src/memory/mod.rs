@@ -14,7 +14,7 @@ mod staging;
 
 pub use arena::{Arena, DeviceArena, HostArena};
 pub use copy::{gather, scatter};
-pub use gpu::{ComputeStream, CopyMethod, Gpu, GpuSlot, GpuSlots, SlotShape};
+pub use gpu::{ComputeStream, CopyMethod, Gpu, GpuSlot, GpuSlots, SlotShape, Timing};
 pub use region::{Device, Region};
 pub use registered::RegisteredRegion;
 pub use staging::{StagingPool, StagingRange};

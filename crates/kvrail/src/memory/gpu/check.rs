@@ -65,23 +65,19 @@ pub(super) fn check_kernels(context: &Context, kernels: &Kernels) -> Result<()> 
     differ(found == expected, "page hashes of the GPU")
 }
 
-/// Finds a way of the driver's own to copy pieces, and checks it.
-pub(super) fn check_copies(context: &Context) -> Result<CopyMethod> {
+/// Checks one of the driver's own ways to copy pieces.
+pub(super) fn check_copies(context: &Context, method: CopyMethod) -> Result<()> {
     let bench = Bench::new(context)?;
     let (source, target) = (bench.source.address(), bench.target.address());
-    let targets = PIECES.map(|(_, to, _)| target + to as u64);
-    let sources = PIECES.map(|(from, _, _)| source + from as u64);
-    // SAFETY: as in `check_kernels`.
-    let batch = unsafe {
-        bench
-            .stream
-            .copy_batch(&targets, &sources, &PIECES.map(|(_, _, bytes)| bytes))
-    };
-    if batch.map_err(failed).and_then(|()| bench.compare()).is_ok() {
-        return Ok(CopyMethod::Batch);
+    if method == CopyMethod::Batch {
+        let targets = PIECES.map(|(_, to, _)| target + to as u64);
+        let sources = PIECES.map(|(from, _, _)| source + from as u64);
+        let bytes = PIECES.map(|(_, _, bytes)| bytes);
+        // SAFETY: as in `check_kernels`.
+        let copied = unsafe { bench.stream.copy_batch(&targets, &sources, &bytes) };
+        copied.map_err(failed)?;
+        return bench.compare();
     }
-    let bench = Bench::new(context)?;
-    let (source, target) = (bench.source.address(), bench.target.address());
     for (from, to, bytes) in PIECES {
         // SAFETY: as in `check_kernels`.
         let copied = unsafe {
@@ -91,8 +87,7 @@ pub(super) fn check_copies(context: &Context) -> Result<CopyMethod> {
         };
         copied.map_err(failed)?;
     }
-    bench.compare()?;
-    Ok(CopyMethod::Pieces)
+    bench.compare()
 }
 
 /// A pattern on the device, and room for its copy.

@@ -63,7 +63,8 @@ pub struct Gpu {
 #[derive(Debug)]
 struct Inner {
     kernels: Option<Kernels>,
-    method: CopyMethod,
+    /// The ways to copy pieces that brought the right bytes, none of them timed; not empty.
+    methods: Vec<CopyMethod>,
     reason: String,
     store_streams: Vec<Stream>,
     load_streams: Vec<Stream>,
@@ -72,8 +73,8 @@ struct Inner {
 }
 
 impl Gpu {
-    /// Opens device `ordinal`: loads the kernels and checks on the device that they do what they
-    /// shall, else falls back to the driver's own copies.
+    /// Opens device `ordinal`: loads the kernels, and checks on the device that they and the driver's
+    /// own copies do what they shall. What does not is not used.
     ///
     /// # Errors
     /// [`ErrorKind::Gpu`](crate::ErrorKind::Gpu) when the driver gives no context, memory or
@@ -90,19 +91,25 @@ impl Gpu {
         let kernels = Kernels::load(&context)
             .map_err(failed)
             .and_then(|kernels| check_kernels(&context, &kernels).map(|()| kernels));
-        let (kernels, method, reason) = match kernels {
-            Ok(kernels) => {
-                let reason = "kernels checked on the device".to_owned();
-                (Some(kernels), CopyMethod::Kernel, reason)
-            }
-            Err(error) => {
-                let method = check_copies(&context)?;
-                (None, method, format!("kernels not used ({error})"))
-            }
+        let (kernels, reason) = match kernels {
+            Ok(kernels) => (Some(kernels), "kernels checked on the device".to_owned()),
+            Err(error) => (None, format!("kernels not used ({error})")),
         };
+        let mut methods = Vec::new();
+        methods.extend(kernels.as_ref().map(|_| CopyMethod::Kernel));
+        let mut failure = None;
+        for method in [CopyMethod::Batch, CopyMethod::Pieces] {
+            match check_copies(&context, method) {
+                Ok(()) => methods.push(method),
+                Err(error) => failure = Some(error),
+            }
+        }
+        if let (true, Some(error)) = (methods.is_empty(), failure) {
+            return Err(error);
+        }
         let inner = Inner {
             kernels,
-            method,
+            methods,
             reason,
             store_streams,
             load_streams,
@@ -134,7 +141,13 @@ impl Gpu {
 
     /// Returns how pieces are copied.
     pub fn method(&self) -> CopyMethod {
-        self.forced.unwrap_or(self.inner.method)
+        let first = self.inner.methods.first().copied();
+        self.forced.or(first).unwrap_or(CopyMethod::Pieces)
+    }
+
+    /// Returns the ways of copying pieces that work on this device.
+    pub fn methods(&self) -> &[CopyMethod] {
+        &self.inner.methods
     }
 
     /// Returns why it is that way, in words.

@@ -6,6 +6,7 @@
 //!
 //! Nothing here waits for the GPU: work is put on a stream, and an event tells when it is done.
 
+mod calibrate;
 mod check;
 mod device;
 mod frame;
@@ -14,5 +15,6 @@ mod plain;
 mod slot;
 mod transfer;
 
+pub use calibrate::Timing;
 pub use device::{ComputeStream, CopyMethod, Gpu};
 pub use slot::{GpuSlot, GpuSlots, SlotShape};

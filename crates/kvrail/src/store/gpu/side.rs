@@ -11,8 +11,8 @@ use super::in_place::InPlace;
 use crate::chunk::ChunkFormat;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::within;
-use crate::layout::KvLayout;
-use crate::memory::{ComputeStream, Gpu, GpuSlot, GpuSlots, Region, SlotShape};
+use crate::layout::{KvLayout, TransferPlan};
+use crate::memory::{ComputeStream, Gpu, GpuSlot, GpuSlots, Region, SlotShape, Timing};
 use crate::store::mount::Mount;
 use crate::store::notice::Topic;
 use crate::store::shared::StoreShared;
@@ -95,6 +95,7 @@ impl GpuSide {
         };
         let (slots, cufile) = allocate(store, &gpu, slot_shape, wanted.max(1), cufile)?;
         let in_place = in_place.filter(|_| cufile.is_some());
+        let (gpu, timings) = calibrate(&gpu, &slots, shape)?;
         let side = Self {
             gpu,
             slots,
@@ -102,7 +103,7 @@ impl GpuSide {
             in_place,
         };
         side.check_mounts(store);
-        side.tell(store, buffers, refusal);
+        side.tell(store, buffers, refusal, &timings);
         Ok(side)
     }
 
@@ -172,10 +173,16 @@ impl GpuSide {
     }
 
     /// Says what was found and set up: a line for the KV cache, and one for each path.
-    fn tell(&self, store: &StoreShared, buffers: usize, refusal: Option<String>) {
+    fn tell(
+        &self,
+        store: &StoreShared,
+        buffers: usize,
+        refusal: Option<String>,
+        timings: &[Timing],
+    ) {
         let way = match (&self.cufile, &self.in_place) {
             (Some(_), Some(_)) => "blocks read and written in place".to_owned(),
-            _ => format!("pieces copied by {}", self.gpu.method()),
+            _ => format!("pieces copied by {}", list(timings)),
         };
         let hashed = if self.hashes() { "GPU" } else { "CPU" };
         store.notices.info(Topic::Start, || {
@@ -208,6 +215,24 @@ impl GpuSide {
             }
         }
     }
+}
+
+/// Finds out which way of copying pieces is the quickest for a chunk of this KV cache.
+fn calibrate(gpu: &Gpu, slots: &GpuSlots, shape: Shape<'_>) -> Result<(Gpu, Vec<Timing>)> {
+    let count = shape.blocks.min(shape.layout.block_count());
+    let blocks: Vec<usize> = (0..count).collect();
+    let plan = TransferPlan::new(shape.layout, &blocks)?;
+    gpu.calibrated(slots, &plan, shape.regions, shape.format.payload_offset())
+}
+
+/// Says which way was the quickest, and how long each took.
+fn list(timings: &[Timing]) -> String {
+    let times: Vec<String> = timings
+        .iter()
+        .map(|timing| format!("{} {:.3} ms", timing.method, timing.milliseconds))
+        .collect();
+    let best = timings.first().map(|best| best.method.to_string());
+    format!("{} ({})", best.unwrap_or_default(), times.join(", "))
 }
 
 /// Allocates slots, registered with cuFile where that is in use; without it if they cannot be.
