@@ -4,6 +4,7 @@
 
 mod bench;
 mod completions;
+mod cufile_probe;
 mod doctor;
 mod failure;
 mod ls;
@@ -57,6 +58,9 @@ enum Command {
     /// Removes a directory of `bench` when stdin closes, that is, when the parent is gone.
     #[command(name = bench::CLEANUP_COMMAND, hide = true)]
     BenchCleanup(bench::CleanupArguments),
+    /// Tries cuFile as stdin says and answers on stdout.
+    #[command(name = cufile_probe::COMMAND, hide = true)]
+    CufileProbe,
 }
 
 fn main() -> ExitCode {
@@ -79,6 +83,7 @@ fn run(command_line: CommandLine) -> Result<ExitCode, Failure> {
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Completions(arguments) => completions::run(&arguments),
         Command::BenchCleanup(arguments) => bench::clean_up(&arguments),
+        Command::CufileProbe => Ok(cufile_probe::run()),
     }
 }
 

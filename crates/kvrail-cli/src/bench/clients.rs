@@ -84,6 +84,17 @@ pub(crate) fn run<S: Send>(
     })
 }
 
+/// Runs `work` once, on this thread.
+pub(crate) fn time(work: impl FnOnce() -> Result<(), Failure>) -> Result<Sample, Failure> {
+    let (start, cpu_start) = (Instant::now(), process_cpu_seconds());
+    work()?;
+    Ok(Sample {
+        seconds: start.elapsed().as_secs_f64(),
+        cpu_seconds: process_cpu_seconds() - cpu_start,
+        latencies: Vec::new(),
+    })
+}
+
 /// Returns the CPU time of this process so far: user and system, all threads, in nanosecond steps
 /// where `/proc/self/stat` counts in hundredths of a second.
 fn process_cpu_seconds() -> f64 {

@@ -16,8 +16,8 @@ use kvrail::{
 };
 use serde::Serialize;
 
-use super::run::key_of;
 use super::statistics::Spread;
+use super::submission::key_of;
 use crate::failure::Failure;
 
 /// Chunks of one lookup: 131072 tokens, the longest prompt of Llama 3.1.

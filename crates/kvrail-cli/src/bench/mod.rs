@@ -6,6 +6,7 @@
 
 mod clients;
 mod geometry;
+mod gpu;
 mod kv_memory;
 mod lookup;
 mod random;
@@ -14,15 +15,19 @@ mod report;
 mod run;
 mod scratch;
 mod statistics;
+mod submission;
 
-use std::io;
+use std::fs::File;
+use std::io::{self, BufWriter, StdoutLock, Write};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
+use serde::Serialize;
 
 use self::geometry::{Geometry, Model};
+use self::gpu::{Device, Outermost};
 use self::report::{ModelReport, Report};
 use self::run::Plan;
 use self::scratch::Scratch;
@@ -42,7 +47,17 @@ pub(crate) struct Arguments {
     /// Chunks per round
     #[arg(long, default_value = "32")]
     chunks: NonZeroUsize,
-    /// How bytes move
+    /// Where the KV cache lies: cpu, cuda or cuda:N. On a GPU each way that the store can take there
+    /// is measured, and what the GPU does inside its own memory
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+    /// Which axis of the KV cache is the outermost in the memory of a GPU
+    #[arg(long, value_enum, default_value = "lb")]
+    layout: Outermost,
+    /// The library of cuFile to use on a GPU [default: as `kvrail doctor` finds it]
+    #[arg(long, value_name = "PATH", env = "KVRAIL_CUFILE_LIBRARY")]
+    cufile_library: Option<PathBuf>,
+    /// How bytes move from and to the memory of the host
     #[arg(long, value_enum, default_value = "posix")]
     engine: Engine,
     /// Threads that do file I/O, of kvrail and of the raw limit alike
@@ -62,9 +77,12 @@ pub(crate) struct Arguments {
     /// stored and loaded in waves
     #[arg(long, default_value = "1024", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     memory_mib: u64,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    /// Print JSON instead of the table, or write it to FILE and print the table
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
+    json: Option<PathBuf>,
+    /// Read /proc, /sys, /run and /dev below this folder, for tests.
+    #[arg(long, hide = true, default_value = "/")]
+    system_root: PathBuf,
 }
 
 /// The I/O engines that can be measured.
@@ -76,10 +94,15 @@ enum Engine {
 
 /// Measures and prints.
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
+    if let Device::Cuda(ordinal) = arguments.device {
+        return gpu::run(arguments, ordinal);
+    }
     let Engine::Posix = arguments.engine;
     let geometries = arguments.model.geometries();
     let scratch = Scratch::new(&arguments.path)?;
-    check_space(scratch.path(), &geometries, arguments.chunks.get())?;
+    // Both sides' files of one round.
+    let files = 2 * arguments.chunks.get() as u64;
+    check_space(scratch.path(), &geometries, files)?;
     let mut models = Vec::new();
     for geometry in geometries {
         let plan = plan(arguments, geometry);
@@ -104,13 +127,29 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     };
     // Before the output, so that a reader that hangs does not keep the files.
     drop(scratch);
-    let mut out = io::stdout().lock();
-    if arguments.json {
-        write_json(&mut out, &report)?;
-    } else {
-        report.write(&mut out)?;
-    }
+    print(arguments, &report, |out| report.write(out))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes a report where it was asked for: JSON or a table on stdout, or JSON in a file and a table.
+fn print(
+    arguments: &Arguments,
+    report: &impl Serialize,
+    write: impl FnOnce(&mut StdoutLock<'_>) -> io::Result<()>,
+) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    match &arguments.json {
+        Some(path) if path.as_os_str() == "-" => write_json(&mut out, report),
+        Some(path) => {
+            // Before the table, which may have a reader that goes away.
+            let failed = |error: io::Error| Failure::io("write", path, &error);
+            let mut file = BufWriter::new(File::create(path).map_err(failed)?);
+            write_json(&mut file, report)?;
+            file.flush().map_err(failed)?;
+            Ok(write(&mut out)?)
+        }
+        None => Ok(write(&mut out)?),
+    }
 }
 
 fn plan(arguments: &Arguments, geometry: Geometry) -> Plan {
@@ -130,9 +169,9 @@ fn plan(arguments: &Arguments, geometry: Geometry) -> Plan {
     }
 }
 
-/// Refuses to start what cannot end: both sides' files of one round must fit, and the store leaves
+/// Refuses to start what cannot end: `files` chunk files of one round must fit, and the store leaves
 /// a twentieth of the file system free.
-fn check_space(path: &Path, geometries: &[Geometry], chunks: usize) -> Result<(), Failure> {
+fn check_space(path: &Path, geometries: &[Geometry], files: u64) -> Result<(), Failure> {
     let statistics = rustix::fs::statvfs(path)
         .map_err(|error| Failure::io("ask for free space", path, &error.into()))?;
     let largest = geometries
@@ -141,7 +180,7 @@ fn check_space(path: &Path, geometries: &[Geometry], chunks: usize) -> Result<()
         .max()
         .unwrap_or_default();
     // 1% covers heads and page tables, and 64 MiB the lookups' small files.
-    let files = (2 * chunks as u64).saturating_mul(largest as u64 + largest as u64 / 100);
+    let files = files.saturating_mul(largest as u64 + largest as u64 / 100);
     let kept = statistics.f_blocks.saturating_mul(statistics.f_frsize) / 20;
     let needed = files.saturating_add(kept).saturating_add(64 << 20);
     let available = statistics.f_bavail.saturating_mul(statistics.f_frsize);

@@ -7,27 +7,18 @@
 //! buffers get their pages) and is not counted.
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use indicatif::ProgressBar;
 use kvrail::config::{GdsBackend, StoreConfig};
-use kvrail::{ChunkKey, ChunkRef, KvCache, LoadChunk, Namespace, OpenOptions, Store, StoreChunk};
+use kvrail::{KvCache, Namespace, OpenOptions, Store, StoreChunk};
 
 use super::clients::{self, Sample};
 use super::geometry::{CHUNK_TOKENS, Geometry};
 use super::kv_memory::KvMemory;
 use super::random::Random;
 use super::raw::{Raw, drop_from_page_cache};
+use super::submission::{self, Submission, WAIT_LIMIT, chunk_ref, slot_of};
 use crate::failure::Failure;
-
-/// Longest wait for one chunk; far above any time worth reporting.
-const WAIT_LIMIT: Duration = Duration::from_secs(120);
-/// How long a client waits before it submits a chunk again that the store had no room for.
-const RETRY_PAUSE: Duration = Duration::from_millis(1);
-/// Most times a chunk is submitted again: half a minute of pauses, when no store takes so long.
-const RETRIES_MAX: u64 = 30_000;
 
 /// What to measure.
 #[derive(Debug, Clone)]
@@ -82,9 +73,7 @@ struct Bench {
     source_cache: KvCache,
     target_cache: KvCache,
     in_flight: usize,
-    /// vLLM submits from one thread, so the gather of two chunks never overlaps.
-    submission: Mutex<()>,
-    retries: AtomicU64,
+    submission: Submission,
 }
 
 /// Measures one geometry below `directory`, which is left with the store's empty folders.
@@ -115,7 +104,7 @@ pub(crate) fn measure(
         raw_direct: raw.is_direct(),
         rounds,
         verified: ((plan.rounds + 1) * plan.chunks) as u64,
-        retries: bench.retries.into_inner(),
+        retries: bench.submission.retries(),
         plan,
     })
 }
@@ -156,8 +145,7 @@ impl Bench {
             source,
             target,
             in_flight: plan.in_flight,
-            submission: Mutex::new(()),
-            retries: AtomicU64::new(0),
+            submission: Submission::default(),
         })
     }
 
@@ -223,56 +211,19 @@ impl Bench {
 
     fn store_wave(&self, wave: &[u64]) -> Result<Sample, Failure> {
         clients::run(&mut vec![(); self.in_flight], wave, |(), item| {
-            let blocks = self.source.blocks(slot_of(wave, item));
             let chunk = StoreChunk {
                 chunk: chunk_ref(item, wave)?,
-                blocks,
+                blocks: self.source.blocks(slot_of(wave, item)),
             };
-            for _ in 0..=RETRIES_MAX {
-                let ticket = {
-                    let turn = self.submission.lock();
-                    let _turn = turn.unwrap_or_else(|poisoned| poisoned.into_inner());
-                    self.source_cache.store(std::slice::from_ref(&chunk))?
-                };
-                let report = ticket.wait(WAIT_LIMIT)?;
-                if report.stored == 1 {
-                    return Ok(());
-                }
-                if report.dropped == 0 {
-                    return Err(self.store_failure(item));
-                }
-                self.retries.fetch_add(1, Ordering::Relaxed);
-                std::thread::sleep(RETRY_PAUSE);
-            }
-            Err(self.store_failure(item))
+            let submit = || Ok(self.source_cache.store(std::slice::from_ref(&chunk))?);
+            self.submission.store(&self.store, item, submit)
         })
-    }
-
-    /// Says why a chunk was not stored, as far as the store's notices tell.
-    fn store_failure(&self, item: u64) -> Failure {
-        let notices = self.store.take_notices();
-        let reasons: Vec<String> = notices.into_iter().map(|notice| notice.message).collect();
-        Failure::new(format!(
-            "chunk {item} was not stored: {}",
-            reasons.join("; ")
-        ))
-        .with_hint("see whether --path has room and can be written to")
     }
 
     fn load_wave(&self, wave: &[u64]) -> Result<Sample, Failure> {
         clients::run(&mut vec![(); self.in_flight], wave, |(), item| {
             let blocks = self.target.blocks(slot_of(wave, item));
-            let chunk = LoadChunk {
-                chunk: chunk_ref(item, wave)?,
-                first_block: 0,
-                blocks,
-            };
-            let report = self.target_cache.load(vec![chunk])?.wait(WAIT_LIMIT)?;
-            if report.loaded == 1 {
-                return Ok(());
-            }
-            let reasons = report.errors.join("; ");
-            Err(Failure::new(format!("chunk {item} was not loaded: {reasons}")).damaged())
+            submission::load(&self.target_cache, wave, item, blocks)
         })
     }
 
@@ -311,34 +262,8 @@ fn order(index: usize) -> [Side; 2] {
     }
 }
 
-/// Returns a chunk's slot: its place in its wave, whose items are consecutive numbers.
-fn slot_of(wave: &[u64], item: u64) -> usize {
-    let first = wave.first().copied().unwrap_or(item);
-    (item - first) as usize
-}
-
-/// Returns a chunk's key; its parent is the chunk before it, as in a prompt that fills a wave.
-fn chunk_ref(item: u64, wave: &[u64]) -> Result<ChunkRef, Failure> {
-    let parent = if slot_of(wave, item) == 0 {
-        None
-    } else {
-        Some(key_of(item - 1)?)
-    };
-    Ok(ChunkRef {
-        key: key_of(item)?,
-        parent,
-    })
-}
-
-/// Returns a chunk key that is as evenly distributed as a hash.
-pub(crate) fn key_of(item: u64) -> Result<ChunkKey, Failure> {
-    let mut bytes = [0; 32];
-    Random::new(item).fill(&mut bytes);
-    Ok(ChunkKey::from_bytes(&bytes)?)
-}
-
 /// Writes everything back, so that one side's leftovers do not slow the other down.
-fn sync_file_system(path: &Path) -> Result<(), Failure> {
+pub(crate) fn sync_file_system(path: &Path) -> Result<(), Failure> {
     let failed = |error: std::io::Error| Failure::io("sync", path, &error);
     let directory = std::fs::File::open(path).map_err(failed)?;
     rustix::fs::syncfs(&directory).map_err(|error| failed(error.into()))

@@ -72,10 +72,7 @@ pub(super) fn find_cuda(limit: Duration) -> Result<CudaLibrary, String> {
 
 /// Loads libcufile: the one that the user chose, else the first that is found.
 pub(super) fn find_cufile(chosen: Option<&Path>, limit: Duration) -> Result<CufileLibrary, String> {
-    let candidates = match chosen {
-        Some(path) => vec![path.to_path_buf()],
-        None => candidates(),
-    };
+    let candidates = cufile_candidates(chosen);
     bounded::run(limit, move || {
         let cufile = CuFile::load(&candidates)?;
         Ok(CufileLibrary {
@@ -88,6 +85,15 @@ pub(super) fn find_cufile(chosen: Option<&Path>, limit: Duration) -> Result<Cufi
     })
     .map_err(|unfinished| format!("libcufile {unfinished}"))?
     .map_err(|error: kvrail_cuda::Error| one_line(&error))
+}
+
+/// Returns where libcufile is looked for: the library that the user chose, else the first of many.
+pub(crate) fn cufile_candidates(chosen: Option<&Path>) -> Vec<PathBuf> {
+    // An empty variable is one that is not set.
+    match chosen.filter(|path| !path.as_os_str().is_empty()) {
+        Some(path) => vec![path.to_path_buf()],
+        None => candidates(),
+    }
 }
 
 /// Returns where libcufile is looked for: the system's places, then the wheels of the environment.

@@ -24,6 +24,7 @@ use kvrail_cuda::system::SystemView;
 use serde::{Serialize, Serializer};
 
 use self::directory::{Directory, Examination};
+pub(crate) use self::libraries::cufile_candidates;
 use self::machine::Machine;
 use crate::failure::Failure;
 use crate::output::{progress_bar, warn, write_json};

@@ -1,0 +1,181 @@
+"""Checks a wheel of kvrail on a machine with a GPU, and measures it there; see scripts/gpu-check.
+
+Prints a table and writes a JSON file. The exit code is 0 only if no check failed; what was skipped
+says why. A ratio below its target is reported and is no failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import steps
+from steps import Machine, Result
+
+MODELS = ("llama-3.1-8b", "deepseek-v3")
+LAYOUTS = ("lb", "bl")
+# On a mock, whose times mean nothing.
+MOCK_BENCH = ["--model", "smollm2-135m", "--chunks", "2", "--rounds", "1", "--memory-mib", "24"]
+OUTCOMES = ("passed", "measured", "skipped", "failed")
+
+
+def main() -> int:
+    """Runs all steps."""
+    arguments = _arguments()
+    wheel = arguments.wheel or _built_wheel()
+    scratch = Path(tempfile.mkdtemp(prefix="kvrail-gpu-check-"))
+    try:
+        directories = arguments.directories
+        if not directories:
+            (scratch / "files").mkdir()
+            directories = [scratch / "files"]
+        machine = Machine(
+            wheel=wheel.resolve(),
+            scratch=scratch,
+            directories=[directory.resolve() for directory in directories],
+            ordinal=arguments.ordinal,
+            seed=arguments.seed,
+            mock=arguments.mock.resolve() if arguments.mock else None,
+        )
+        machine.prepare()
+        report = _run(machine, arguments)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    text = json.dumps(report, indent=2)
+    arguments.json.write_text(text + "\n", encoding="utf-8")
+    _print_summary(report, arguments.json)
+    return int(any(result["outcome"] == "failed" for result in report["results"]))
+
+
+def _run(machine: Machine, arguments: argparse.Namespace) -> dict[str, Any]:
+    start = time.time()
+    results: list[Result] = []
+    report: dict[str, Any] = {
+        "mock": machine.mock is not None,
+        "wheel": machine.wheel.name,
+        "seed": machine.seed,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
+        "python": platform.python_version(),
+        "correctness": {},
+        "doctor": None,
+        "bench": [],
+    }
+
+    def add(*more: Result) -> None:
+        for result in more:
+            results.append(result)
+            print(f"{result.outcome:8}  {result.step:11}  {result.name}: {result.detail}")
+        sys.stdout.flush()
+
+    installed = steps.install(machine)
+    add(installed)
+    if installed.outcome == "passed":
+        doctor, report["doctor"] = steps.doctor(machine)
+        add(doctor)
+        for directory in machine.directories:
+            outcomes, found = steps.correctness(machine, directory)
+            report["correctness"][str(directory)] = found
+            add(*outcomes)
+        add(steps.sanitizer(machine, machine.directories[0]))
+        for directory in machine.directories:
+            for options in _bench_options(machine, arguments):
+                outcomes, measured = steps.bench(machine, directory, options)
+                add(*outcomes)
+                report["bench"] += [measured] if measured is not None else []
+    report["seconds"] = round(time.time() - start, 1)
+    report["results"] = [dataclasses.asdict(result) for result in results]
+    return report
+
+
+def _bench_options(machine: Machine, arguments: argparse.Namespace) -> list[list[str]]:
+    if arguments.no_bench:
+        return []
+    if machine.mock is not None:
+        return [[*MOCK_BENCH, "--layout", layout] for layout in LAYOUTS]
+    rounds = ["--rounds", str(arguments.rounds), "--chunks", str(arguments.chunks)]
+    return [
+        ["--model", model, "--layout", layout, *rounds] for model in MODELS for layout in LAYOUTS
+    ]
+
+
+def _print_summary(report: dict[str, Any], path: Path) -> None:
+    """States where this ran, and how many checks had which outcome."""
+    print()
+    for line in _facts(report):
+        print(line)
+    counts = Counter((found["step"], found["outcome"]) for found in report["results"])
+    print(f"\n{'':12}" + "".join(f"{outcome:>10}" for outcome in OUTCOMES))
+    for step in dict.fromkeys(found["step"] for found in report["results"]):
+        numbers = "".join(f"{counts[step, outcome]:>10}" for outcome in OUTCOMES)
+        print(f"{step:12}{numbers}")
+    for found in report["results"]:
+        if found["outcome"] == "failed":
+            print(f"\nfailed: {found['step']}: {found['name']}: {found['detail']}")
+    if report["mock"]:
+        print("\non a mock: nothing was measured")
+    print(f"\nwritten to {path}")
+
+
+def _facts(report: dict[str, Any]) -> list[str]:
+    """Kernel, driver, devices, file systems and libcufile, as doctor found them."""
+    doctor = report["doctor"]
+    if doctor is None:
+        return ["machine: unknown, `kvrail doctor` did not answer"]
+    machine = doctor["machine"]
+
+    def library(name: str) -> dict[str, Any]:
+        return (machine.get(name) or {}).get("library") or {}
+
+    system = machine["system"]
+    driver, kernel = system["driver"] or {}, system["kernel"]
+    cuda, cufile = library("libcuda"), library("libcufile")
+    lines = [
+        f"kernel {kernel}, driver {driver.get('version', 'unknown')}, "
+        f"CUDA {cuda.get('cuda_version', 'unknown')}, libcufile {cufile.get('version', 'none')}"
+    ]
+    for device in cuda.get("devices", []):
+        lines.append(
+            f"cuda:{device['ordinal']} {device['name']}, {device['memory_bytes'] >> 20} MiB, "
+            f"{device['pci_address']}, compute capability {device['compute_capability']}"
+        )
+    for directory in doctor["directories"]:
+        mount = directory.get("mount") or {}
+        lines.append(f"{directory['path']}: {mount.get('file_system', 'unknown')}")
+    return lines
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu-check", description=__doc__)
+    add = parser.add_argument
+    add("directories", nargs="*", type=Path, metavar="DIR", help="where to write files")
+    add("--wheel", type=Path, help="default: what `make build` left in this checkout")
+    add("--json", type=Path, default=Path("gpu-check.json"), help="default: %(default)s")
+    add("--ordinal", type=int, default=0, metavar="N", help="which GPU; default: 0")
+    add("--seed", type=int, default=random.randrange(1 << 32), help="default: another each time")
+    add("--rounds", type=int, default=5, help="of each benchmark; default: 5")
+    add("--chunks", type=int, default=32, help="of each round; default: 32")
+    add("--no-bench", action="store_true", help="check only")
+    add("--mock", type=Path, metavar="DIR", help="use the mock libraries in DIR, no GPU")
+    return parser.parse_args()
+
+
+def _built_wheel() -> Path:
+    folder = Path(__file__).resolve().parents[2] / "target/python/wheels"
+    wheels = sorted(folder.glob("kvrail-*.whl"))
+    if len(wheels) != 1:
+        sys.exit(f"error: {len(wheels)} wheels in {folder}\nhint: give --wheel FILE")
+    return wheels[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
