@@ -13,7 +13,8 @@ WITHIN := scripts/within
 PYTEST := python -m pytest -ra --durations=5 --timeout=600
 
 .PHONY: help environment model build demo test bench bench-overhead fmt clean clean-cache requirements \
-  tools kernels-check fmt-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test
+  tools kernels-check fmt-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test \
+  fuzz
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' Makefile
@@ -21,7 +22,7 @@ help: ## List the commands.
 demo: build model ## Show kvrail at work: a real vLLM, restarted, takes a long prompt from disk.
 	@$(STEP) 'demo: a long document, read once, then taken from disk' $(WITHIN) python scripts/demo.py
 
-test: fmt-check kernels-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test ## Run all checks and tests.
+test: fmt-check kernels-check clippy rust-test fuzz doc-test doc python-lint stub-test python-test e2e-test ## Run all checks and tests.
 	@printf '\nall checks and tests passed\n'
 
 environment: ## Make the virtual environment with vLLM in the cache folder.
@@ -49,6 +50,12 @@ clippy: tools ## Lint the Rust code.
 rust-test: tools ## Run the Rust tests.
 	@$(STEP) 'rust-test: cargo nextest' env PATH="$$(scripts/rust_tools):$$PATH" \
 	  $(WITHIN) cargo nextest run --workspace --locked --no-fail-fast
+
+# Seconds for all targets together; the first build takes about a minute more.
+FUZZ_SECONDS ?= 60
+
+fuzz: tools ## Fuzz each parser of bytes from disk, FUZZ_SECONDS in all.
+	@$(STEP) 'fuzz: parsers of bytes from disk' $(WITHIN) scripts/fuzz $(FUZZ_SECONDS)
 
 doc-test: tools ## Run the examples in the Rust documentation.
 	@$(STEP) 'doc-test: examples in the documentation' $(WITHIN) \

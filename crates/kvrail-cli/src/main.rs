@@ -2,13 +2,18 @@
 //!
 //! Data goes to stdout, messages to stderr. The library never prints; all of it happens here.
 
+mod amount;
 mod bench;
+mod chains;
 mod completions;
+mod confirm;
 mod cufile_probe;
 mod doctor;
+mod explain;
 mod failure;
 mod ls;
 mod output;
+mod rm;
 mod stat;
 mod store_directory;
 mod verify;
@@ -40,12 +45,18 @@ enum Command {
     /// List namespaces, their groups and ranks, and on request every chunk
     #[command(after_help = EXIT_CODES)]
     Ls(ls::Arguments),
-    /// Show totals of each namespace: chunks, bytes, ages, leftovers, free space, identity
+    /// Show totals of each namespace: chunks, bytes, ages, chains, quarantine, free space, identity
     #[command(after_help = EXIT_CODES)]
     Stat(stat::Arguments),
-    /// Read every chunk and check all of it; changes nothing
+    /// Read chunks and check all of each, at a given pace or in part; set bad ones aside on request
     #[command(after_help = EXIT_CODES)]
     Verify(verify::Arguments),
+    /// Remove namespaces, old chunks, or what lies in quarantine; asks before
+    #[command(after_help = EXIT_CODES)]
+    Rm(rm::Arguments),
+    /// Say why chunks were a miss: absent, elsewhere, in quarantine, evicted
+    #[command(after_help = EXIT_CODES)]
+    Explain(explain::Arguments),
     /// Measure store, load and lookup against the raw limit of the file system
     #[command(after_help = EXIT_CODES)]
     Bench(bench::Arguments),
@@ -79,6 +90,8 @@ fn run(command_line: CommandLine) -> Result<ExitCode, Failure> {
         Command::Ls(arguments) => ls::run(&arguments),
         Command::Stat(arguments) => stat::run(&arguments),
         Command::Verify(arguments) => verify::run(&arguments),
+        Command::Rm(arguments) => rm::run(&arguments),
+        Command::Explain(arguments) => explain::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Completions(arguments) => completions::run(&arguments),

@@ -48,6 +48,26 @@ pub(crate) fn name(namespace: &NamespaceInfo) -> String {
         .unwrap_or_default()
 }
 
+/// Finds the namespace that a user names: by its directory's name, or by its id alone.
+///
+/// # Errors
+/// There is none of that name.
+pub(crate) fn find<'a>(
+    namespaces: &'a [NamespaceInfo],
+    given: &str,
+) -> Result<&'a NamespaceInfo, Failure> {
+    let is_it = |namespace: &&NamespaceInfo| {
+        let name = name(namespace);
+        let id = name.rsplit_once('-').map(|(_, id)| id);
+        name == given || id == Some(given)
+    };
+    namespaces.iter().find(is_it).ok_or_else(|| {
+        let names: Vec<String> = namespaces.iter().map(name).collect();
+        Failure::new(format!("no namespace `{given}` here"))
+            .with_hint(format!("there are: {}", names.join(", ")))
+    })
+}
+
 /// Lists a namespace's chunks by group, rank and key; warns of what cannot be read and goes on.
 pub(crate) fn list(namespace: &NamespaceInfo) -> Vec<ChunkFile> {
     let mut found = Vec::new();

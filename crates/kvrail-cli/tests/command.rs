@@ -6,104 +6,14 @@
     reason = "a test fails by panicking; clippy spares only functions marked as tests"
 )]
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+mod common;
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use kvrail::config::{GdsBackend, StoreConfig};
-use kvrail::{
-    ChunkKey, ChunkRef, KvLayout, LayerSpan, Namespace, OpenOptions, Region, Store, StoreChunk,
-};
+use common::{CHUNKS, LIMIT, chunk_paths, json, kvrail, path_of, stderr, stdout, store};
 use serde_json::Value;
-
-const LIMIT: Duration = Duration::from_secs(60);
-const BLOCK_BYTES: usize = 8192;
-const LAYERS: usize = 2;
-const CHUNKS: u8 = 5;
-
-fn kvrail(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_kvrail"))
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap()
-}
-
-fn stdout(output: &Output) -> String {
-    String::from_utf8(output.stdout.clone()).unwrap()
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8(output.stderr.clone()).unwrap()
-}
-
-fn json(output: &Output) -> Value {
-    serde_json::from_slice(&output.stdout)
-        .unwrap_or_else(|error| panic!("{error}: {} {}", stdout(output), stderr(output)))
-}
-
-/// Makes a store with five chunks of 256 tokens, two blocks and two layers.
-fn make_store(path: &Path) {
-    let config = StoreConfig {
-        gds_backend: GdsBackend::Posix,
-        buffer_mib: 4,
-        disk_io_threads: 2,
-        ..StoreConfig::with_path(path)
-    };
-    let identity = serde_json::from_str(r#"{"kv_dtype": "bfloat16"}"#).unwrap();
-    let namespace = Namespace::new("test/model", identity).unwrap();
-    let store = Store::open(&config, namespace, OpenOptions::default()).unwrap();
-    let memory = Region::zeroed(LAYERS * 2 * BLOCK_BYTES).unwrap();
-    let bytes: Vec<u8> = (0..memory.bytes())
-        .map(|index| (index % 251) as u8)
-        .collect();
-    memory.copy_in(0, &bytes).unwrap();
-    let layers = (0..LAYERS)
-        .map(|layer| LayerSpan {
-            region: 0,
-            offset: layer * 2 * BLOCK_BYTES,
-            block_stride: BLOCK_BYTES,
-            block_bytes: BLOCK_BYTES,
-        })
-        .collect();
-    let layout = KvLayout::new(layers, 2, &[memory.bytes()]).unwrap();
-    let kv_cache = store.attach(0, 0, layout, vec![memory], 2).unwrap();
-    let mut parent = None;
-    for number in 0..CHUNKS {
-        let key = ChunkKey::from_bytes(&[number * 16 + 1; 32]).unwrap();
-        let chunk = StoreChunk {
-            chunk: ChunkRef { key, parent },
-            blocks: vec![0, 1],
-        };
-        let report = kv_cache.store(&[chunk]).unwrap().wait(LIMIT).unwrap();
-        assert_eq!(report.stored, 1, "{report:?}");
-        parent = Some(key);
-    }
-    store.close(LIMIT).unwrap();
-}
-
-fn store() -> tempfile::TempDir {
-    let directory = tempfile::tempdir().unwrap();
-    make_store(directory.path());
-    directory
-}
-
-fn path_of(directory: &tempfile::TempDir) -> &str {
-    directory.path().to_str().unwrap()
-}
-
-/// Returns the chunk files as `ls --chunks` lists them.
-fn chunk_paths(directory: &tempfile::TempDir) -> Vec<PathBuf> {
-    let listing = json(&kvrail(&["ls", path_of(directory), "--chunks", "--json"]));
-    let files = listing["namespaces"][0]["groups"][0]["chunk_files"]
-        .as_array()
-        .unwrap()
-        .clone();
-    files
-        .iter()
-        .map(|file| PathBuf::from(file["path"].as_str().unwrap()))
-        .collect()
-}
 
 #[test]
 fn ls_counts_chunks_tokens_and_bytes() {

@@ -192,8 +192,9 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
+        explanation = self._scheduler.requests.explanation(request)
         self._scheduler.requests.request_finished(request.request_id)
-        return False, None
+        return False, explanation
 
     # Both sides.
 

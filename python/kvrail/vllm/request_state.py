@@ -64,6 +64,8 @@ class RequestState:
     """Leading chunks that need no store: found by the lookup, or submitted before."""
     load_failed: bool = False
     counted: bool = False
+    explained_chunks: int | None = None
+    """Leading chunks that the store had when vLLM took the request up, for whoever asks why."""
 
     def chunk_keys(self, geometry: ChunkGeometry, count: int) -> list[bytes]:
         """Keys of the leading chunks, at most `count` and no more than there are block hashes for.

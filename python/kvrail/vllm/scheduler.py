@@ -41,6 +41,10 @@ MAX_BAD_KEYS = 65536
 ANSWER_SECONDS = 5.0
 # Requests are looked up at their arrival, but a burst of them must not delay the next one in turn.
 MAX_EARLY_LOOKUPS = 64
+# What a request carries in its kv_transfer_params to get its chunk keys back, for `kvrail explain`.
+EXPLAIN = "kvrail_explain"
+# Keys in such an answer: 64 bytes each, at the end of a response.
+MAX_EXPLAINED_CHUNKS = 1024
 # A step without work for the model would be repeated at once; waiting here spares the spinning.
 IDLE_WAIT_SECONDS = 0.001
 
@@ -195,6 +199,26 @@ class ConnectorScheduler:
             state.stored_chunks = min([state.stored_chunks, *failed])
             if self._options.may_store and self.enabled:
                 self._storing.add(request_id)
+
+    def explanation(self, request: Request) -> dict[str, Any] | None:
+        """What `kvrail explain` needs to know of a request, for one that asks for it."""
+        params = getattr(request, "kv_transfer_params", None) or {}
+        if not params.get(EXPLAIN):
+            return None
+        state = self._states.get(request.request_id)
+        if state is None or state.explained_chunks is None:
+            return {"kvrail": {"looked_up": False}}
+        count = min(self._loadable_chunks(state), MAX_EXPLAINED_CHUNKS)
+        keys = state.chunk_keys(self._geometry, count)
+        return {
+            "kvrail": {
+                "looked_up": True,
+                "chunk_size": self._geometry.chunk_size,
+                "found_chunks": state.explained_chunks,
+                "tokens_in_vllms_cache": state.local_tokens,
+                "chunk_keys": [key.hex() for key in keys],
+            }
+        }
 
     def request_finished(self, request_id: str) -> None:
         """Forgets a request that ended or was aborted; a load under way is the worker's to end."""
@@ -405,10 +429,27 @@ class ConnectorScheduler:
         if state.counted or state.hit_chunks is None:
             return
         state.counted = True
-        possible = self._loadable_chunks(state) * self._geometry.chunk_size
+        chunks = self._loadable_chunks(state)
+        self._explain(state, chunks)
+        possible = chunks * self._geometry.chunk_size
         self._count("requests_looked_up", 1)
         self._count("hit_tokens", hit_tokens)
         self._count("miss_tokens", max(0, possible - state.local_tokens - hit_tokens))
+
+    def _explain(self, state: RequestState, chunks: int) -> None:
+        """Notes how much was found, and logs the first chunk that was not, where debugging is on."""
+        found = min(state.hit_chunks or 0, chunks)
+        state.explained_chunks = found
+        if found < chunks and logger.isEnabledFor(logging.DEBUG):
+            keys = state.chunk_keys(self._geometry, found + 1)
+            if len(keys) > found:
+                logger.debug(
+                    "kvrail: request %s: %d of %d chunks found, the first that is missing is %s",
+                    state.request.request_id,
+                    found,
+                    chunks,
+                    keys[found].hex(),
+                )
 
     def _count(self, name: str, amount: float) -> None:
         if amount:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -363,6 +364,32 @@ def test_two_salts_share_no_key(clock):
     scheduler = make(FakeLookup(keys_of(one, 4)), clock)
     assert scheduler.get_num_new_matched_tokens(one, 0) == (4 * CHUNK, True)
     assert scheduler.get_num_new_matched_tokens(other, 0) == (0, False)
+
+
+def test_a_request_that_asks_learns_its_chunk_keys_and_the_log_names_the_first_missing(
+    clock, caplog
+):
+    request = make_request("a", 300)
+    keys = keys_of(request, 4)
+    scheduler = make(FakeLookup(keys[:1] + keys[2:]), clock)
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (CHUNK, True)
+    with caplog.at_level(logging.DEBUG, logger="vllm.kvrail.vllm.scheduler"):
+        scheduler.update_state_after_alloc(request, FakeBlocks(range(19)), CHUNK)
+    line = f"request a: 1 of 4 chunks found, the first that is missing is {keys[1].hex()}"
+    assert line in caplog.text
+    assert scheduler.explanation(request) is None
+    request.kv_transfer_params = {"kvrail_explain": True}
+    assert scheduler.explanation(request) == {
+        "kvrail": {
+            "looked_up": True,
+            "chunk_size": CHUNK,
+            "found_chunks": 1,
+            "tokens_in_vllms_cache": 0,
+            "chunk_keys": [key.hex() for key in keys],
+        }
+    }
+    scheduler.request_finished("a")
+    assert scheduler.explanation(request) == {"kvrail": {"looked_up": False}}
 
 
 def test_an_adapter_that_was_trained_again_shares_no_key(clock):

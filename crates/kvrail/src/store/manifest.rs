@@ -31,7 +31,7 @@ pub(super) fn parse_manifest(text: &[u8]) -> Result<Value> {
         .map_err(|error| Error::new(ErrorKind::Damaged, "manifest").with_source(error))
 }
 
-/// Writes the manifest, or checks the one that is there.
+/// Writes the manifest where there is none that can be read, or checks the one that is there.
 ///
 /// # Errors
 /// [`ErrorKind::Mismatch`] when the directory holds another identity than its name says, and the
@@ -44,7 +44,9 @@ pub(super) fn ensure_manifest(
 ) -> Result<()> {
     match read_manifest(&directory.open()?) {
         Ok(found) => check_manifest(&directory.manifest(), &found, namespace),
-        Err(error) if is_missing(&error) => {
+        // A manifest that is no JSON was cut off by a power failure. The directory's name is the hash
+        // of what belongs there, so it is written again rather than be an error at every start.
+        Err(error) if is_missing(&error) || error.kind() == ErrorKind::Damaged => {
             let mut text = serde_json::to_vec_pretty(namespace.document()).map_err(|error| {
                 Error::new(ErrorKind::InvalidArgument, "manifest").with_source(error)
             })?;
@@ -85,4 +87,34 @@ pub(super) fn nearest_other(root: &Folder, namespace: &Namespace) -> Option<(Str
             Some((name, namespace.differences(&found.ok()?)))
         })
         .min_by_key(|(_, differences)| differences.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::directory::TEMPORARY_NAME;
+    use super::*;
+
+    #[test]
+    fn a_manifest_that_was_cut_off_is_written_again_and_another_one_is_an_error() {
+        let root = tempfile::tempdir().unwrap();
+        let namespace = Namespace::new("m", serde_json::Map::new()).unwrap();
+        let directory = NamespaceDirectory::new(root.path(), &namespace);
+        let opened = directory.make(false).unwrap();
+        opened.make(TEMPORARY_NAME, false).unwrap();
+        let writer = Writer::new();
+        let ensure = || ensure_manifest(&directory, &namespace, &writer, false);
+        ensure().unwrap();
+        let whole = std::fs::read(directory.manifest()).unwrap();
+        for cut in [0, 1, whole.len() / 2] {
+            std::fs::write(directory.manifest(), &whole[..cut]).unwrap();
+            ensure().unwrap();
+            assert_eq!(
+                std::fs::read(directory.manifest()).unwrap(),
+                whole,
+                "cut at {cut}"
+            );
+        }
+        std::fs::write(directory.manifest(), "{}").unwrap();
+        assert_eq!(ensure().unwrap_err().kind(), ErrorKind::Mismatch);
+    }
 }

@@ -14,6 +14,8 @@ mod bad;
 mod batch;
 mod directory;
 mod durable;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod gpu;
 mod image;
 pub mod inspect;

@@ -78,9 +78,7 @@ impl Namespace {
 
     /// Returns how this namespace differs from another document, a line for each value.
     pub fn differences(&self, other: &Value) -> Vec<String> {
-        let mut lines = Vec::new();
-        compare("", &self.document, other, &mut lines);
-        lines
+        differences(&self.document, other)
     }
 }
 
@@ -112,6 +110,13 @@ pub(super) fn parse_directory_name(name: &str) -> Option<(&str, &str)> {
             .bytes()
             .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     (is_id && slug(start) == start).then_some((start, id))
+}
+
+/// Returns how two namespace documents differ, a line for each value: `here` is ours.
+pub fn differences(ours: &Value, theirs: &Value) -> Vec<String> {
+    let mut lines = Vec::new();
+    compare("", ours, theirs, &mut lines);
+    lines
 }
 
 /// Walks two documents and notes what is different, by path.

@@ -231,6 +231,17 @@ fn make_room(quarantine: &Folder) -> Result<()> {
     Err(Error::new(ErrorKind::Io, message).with_path(quarantine.path()))
 }
 
+/// Removes all reasons, when their chunks are gone.
+///
+/// # Errors
+/// [`ErrorKind::Io`] when the folder cannot be read.
+pub(super) fn remove_reasons(quarantine: &Folder) -> Result<()> {
+    for name in Listing::of(quarantine)?.reasons {
+        drop(quarantine.remove_file(format!("{name}{REASON_SUFFIX}")));
+    }
+    Ok(())
+}
+
 /// Removes a chunk from the quarantine, its reason first, so that no reason is left alone.
 ///
 /// # Errors

@@ -72,12 +72,23 @@ fn process_start(process: u32) -> Option<u64> {
 }
 
 /// Returns whether a temp file's writer is known to be dead, `None` if that cannot be known here.
-fn writer_is_dead(name: &str) -> Option<bool> {
+pub(super) fn writer_is_dead(name: &str) -> Option<bool> {
     let mut parts = name.trim_start_matches('.').split('.');
     let (_purpose, writer_host) = (parts.next()?, parts.next()?);
     let process: u32 = parts.next()?.parse().ok()?;
     let start: u64 = parts.next()?.parse().ok()?;
     (writer_host == host()).then(|| process_start(process) != Some(start))
+}
+
+/// Returns whether a name is one that some writer gave to a temp file.
+pub(super) fn is_writers_name(name: &str) -> bool {
+    let mut parts = name.split('.');
+    let number = |part: Option<&str>| part.is_some_and(|part| part.parse::<u64>().is_ok());
+    parts.next() == Some("")
+        && parts.next().is_some_and(|purpose| !purpose.is_empty())
+        && parts.next().is_some()
+        && (0..3).all(|_| number(parts.next()))
+        && parts.next().is_none()
 }
 
 /// Removes temp files whose writer is dead or that are old. Returns how many were removed.
@@ -143,6 +154,21 @@ mod tests {
         fn names_of_any_kind_are_read(name in "\\.?[a-z]{0,3}(\\.[0-9a-f-]{0,20}){0,5}|.{0,60}") {
             let foreign = !name.contains(&host());
             prop_assert!(!foreign || writer_is_dead(&name).is_none(), "{}", name);
+        }
+    }
+
+    #[test]
+    fn a_writer_s_names_are_known_and_others_are_not() {
+        assert!(is_writers_name(&Writer::new().file_name("chunk")));
+        for name in [
+            "notes",
+            ".notes",
+            ".a.b.c.d.e",
+            "x.chunk.h.1.2.3",
+            ".chunk.h.1.2.3.4",
+            "",
+        ] {
+            assert!(!is_writers_name(name), "{name}");
         }
     }
 

@@ -87,6 +87,28 @@ pub fn chunks_after(
     walk(namespace_directory, Some(after))
 }
 
+/// Finds the chunk of a place, `None` when it is not there.
+///
+/// # Errors
+/// [`ErrorKind::Io`](crate::ErrorKind::Io) when the system does not tell.
+pub fn find_chunk(
+    namespace_directory: &Path,
+    (group, rank, key): (u32, u32, ChunkKey),
+) -> Result<Option<ChunkFile>> {
+    let below = Location::chunk(group, rank, &key).below();
+    let status = open_namespace(namespace_directory)?.status(&below)?;
+    Ok(status.map(|status| ChunkFile {
+        path: namespace_directory.join(below),
+        group,
+        rank,
+        key,
+        bytes: status.bytes,
+        modified: status.modified,
+        inode: status.inode,
+        namespace: Arc::from(namespace_directory),
+    }))
+}
+
 fn walk(
     directory: &Path,
     after: Option<(u32, u32, ChunkKey)>,

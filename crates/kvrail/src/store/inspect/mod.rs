@@ -6,16 +6,21 @@
 mod chunk;
 mod namespace;
 mod quarantined;
+mod removal;
+mod scrub;
 mod verify;
 
 use std::path::Path;
 
-pub use chunk::{ChunkFile, chunks, chunks_after};
+pub use chunk::{ChunkFile, chunks, chunks_after, find_chunk};
 pub use namespace::{NamespaceInfo, namespaces};
 pub use quarantined::{Handled, QuarantinedChunk, quarantined, set_aside};
+pub use removal::{Removed, empty_quarantine, remove_namespace};
+pub use scrub::ScrubState;
 pub use verify::{ChunkSummary, read_head, verify_chunk};
 
 use super::directory::NamespaceDirectory;
+pub use super::namespace::differences;
 use crate::error::Result;
 use crate::io::Folder;
 
