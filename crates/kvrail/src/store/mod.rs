@@ -12,9 +12,12 @@
 
 mod bad;
 mod batch;
+mod breaker;
+mod crew;
 mod directory;
 mod durable;
 mod gpu;
+mod health;
 mod image;
 pub mod inspect;
 mod kv_cache;
@@ -32,10 +35,13 @@ mod present;
 mod publish;
 mod quarantine;
 mod queue;
+mod recovery;
 mod save;
 mod shared;
 mod staged;
 mod ticket;
+mod verify;
+mod watch;
 mod worker;
 mod writer;
 
@@ -156,7 +162,7 @@ impl Store {
             .shared
             .mounts
             .iter()
-            .map(mount::Mount::describe)
+            .map(|mount| mount.describe())
             .collect()
     }
 
