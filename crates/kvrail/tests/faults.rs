@@ -9,125 +9,60 @@
 mod common;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Cache, Geometry, chunk_files, config, names, open_with};
-use kvrail::io::{Completion, IoEngine, IoHandle, IoRequest, Operation, PosixEngine};
+use kvrail::io::{IoEngine, IoHandle, IoRequest};
 use kvrail::{Error, ErrorKind};
+use kvrail_testing::FaultEngine;
 
-/// What the engine does to the requests that it fails.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Fault {
-    Io,
-    NoSpace,
-    /// Does nothing and says that all went well.
-    Lie,
-    /// Takes the request and never answers.
-    Hang,
-}
-
-/// Passes requests on to the posix engine, except for every `every`-th of one direction.
-#[derive(Debug)]
-struct FaultyEngine {
-    inner: PosixEngine,
-    operation: Operation,
-    fault: Fault,
-    every: usize,
-    seen: AtomicUsize,
-    hanging: std::sync::Mutex<Vec<(IoRequest, Completion)>>,
-}
-
-impl FaultyEngine {
-    fn new(operation: Operation, fault: Fault, every: usize) -> Arc<Self> {
-        let inner = PosixEngine::new(4, Arc::new(|| ())).unwrap();
-        let (seen, hanging) = (AtomicUsize::new(0), std::sync::Mutex::default());
-        Arc::new(Self {
-            inner,
-            operation,
-            fault,
-            every,
-            seen,
-            hanging,
-        })
-    }
-}
-
-impl IoEngine for FaultyEngine {
-    fn name(&self) -> &'static str {
-        "faulty"
-    }
-
-    fn submit(&self, request: IoRequest) -> IoHandle {
-        let is_probe = request.file.path().to_string_lossy().contains(".probe.");
-        if is_probe || request.operation != self.operation {
-            return self.inner.submit(request);
-        }
-        if !self
-            .seen
-            .fetch_add(1, Ordering::Relaxed)
-            .is_multiple_of(self.every)
-        {
-            return self.inner.submit(request);
-        }
-        let (completion, handle) = IoHandle::pair();
-        let os = |kind: std::io::ErrorKind| {
-            Err(Error::io(
-                "injected",
-                request.file.path(),
-                std::io::Error::from(kind),
-            ))
-        };
-        match self.fault {
-            Fault::Io => completion.complete(os(std::io::ErrorKind::Other)),
-            Fault::NoSpace => completion.complete(os(std::io::ErrorKind::StorageFull)),
-            Fault::Lie => completion.complete(Ok(request.buffer)),
-            Fault::Hang => self.hanging.lock().unwrap().push((request, completion)),
-        }
-        handle
-    }
-}
+/// The writes of chunks, not those of the probe.
+const CHUNK_WRITES: &str = "write */tmp/.chunk.*";
+/// The reads of chunks.
+const CHUNK_READS: &str = "read *.safetensors";
 
 #[test]
 fn failed_writes_leave_no_file_and_their_keys_free() {
-    for fault in [Fault::Io, Fault::Lie, Fault::NoSpace] {
+    for fault in ["error=EIO", "lie", "short", "error=ENOSPC", "error=EDQUOT"] {
         let directory = tempfile::tempdir().unwrap();
-        let engine = FaultyEngine::new(Operation::Write, fault, 3);
+        let engine = FaultEngine::new(1);
+        engine.set(&format!("{CHUNK_WRITES} {fault} every=3"));
         let store = open_with(&config(directory.path()), engine);
         let cache = Cache::attach(&store, 0, Geometry::default());
         let chunks: Vec<_> = (0..9).map(|index| (index, vec![0, 1])).collect();
         let reports: Vec<_> = chunks.chunks(1).map(|chunk| cache.store(chunk)).collect();
         let stored = reports.iter().map(|report| report.stored).sum::<usize>();
         let metrics = store.metrics();
-        assert_eq!(chunk_files(directory.path()).len(), stored, "{fault:?}");
+        assert_eq!(chunk_files(directory.path()).len(), stored, "{fault}");
         assert!(
             names(directory.path(), "tmp").is_empty(),
-            "{fault:?}: no temp file is left"
+            "{fault}: no temp file is left"
         );
-        if fault == Fault::NoSpace {
+        if ["error=ENOSPC", "error=EDQUOT"].contains(&fault) {
             // The first failure makes the path rest, so that a full disk is not hammered.
             assert_eq!((stored, metrics.stores_dropped_no_space), (0, 9));
         } else {
-            assert_eq!((stored, metrics.stores_failed), (6, 3), "{fault:?}");
+            assert_eq!((stored, metrics.stores_failed), (6, 3), "{fault}");
             let again = (0..2).any(|_| cache.store(&chunks[..1]).stored == 1);
             assert!(
                 again,
-                "{fault:?}: one of two tries is not failed by the engine"
+                "{fault}: one of two tries is not failed by the engine"
             );
         }
         assert_eq!(
             store.take_notices().len(),
             1,
-            "{fault:?}: one line for all of it"
+            "{fault}: one line for all of it"
         );
     }
 }
 
 #[test]
 fn failed_and_lying_reads_are_misses() {
-    for fault in [Fault::Io, Fault::Lie] {
+    for fault in ["error=EIO", "lie", "short", "flip", "zero", "swap"] {
         let directory = tempfile::tempdir().unwrap();
-        let engine = FaultyEngine::new(Operation::Read, fault, 2);
+        let engine = FaultEngine::new(2);
+        engine.set(&format!("{CHUNK_READS} {fault} every=2"));
         let store = open_with(&config(directory.path()), engine);
         let cache = Cache::attach(&store, 0, Geometry::default());
         (0..8).for_each(|block| cache.fill(block, block as u64));
@@ -138,11 +73,11 @@ fn failed_and_lying_reads_are_misses() {
         for index in 0..4_usize {
             let report = cache.load(&[(index as u64, 0, vec![40, 41])]);
             if report.loaded == 1 {
-                assert_eq!(cache.block(40), cache.block(2 * index), "{fault:?}");
+                assert_eq!(cache.block(40), cache.block(2 * index), "{fault}");
             }
         }
-        assert_eq!(store.metrics().loads_failed, 2, "{fault:?}");
-        let damaged = if fault == Fault::Lie { 2 } else { 0 };
+        assert_eq!(store.metrics().loads_failed, 2, "{fault}");
+        let damaged = if fault == "error=EIO" { 0 } else { 2 };
         assert_eq!(
             store.metrics().chunks_damaged,
             damaged,
@@ -154,16 +89,17 @@ fn failed_and_lying_reads_are_misses() {
 
 #[test]
 fn a_request_that_hangs_costs_the_wait_limit_and_keeps_its_memory() {
-    for operation in [Operation::Read, Operation::Write] {
+    for operation in [CHUNK_READS, CHUNK_WRITES] {
         let directory = tempfile::tempdir().unwrap();
         let mut config = config(directory.path());
         config.wait_limit_seconds = 0.3;
-        let engine = FaultyEngine::new(operation, Fault::Hang, 1);
+        let engine = FaultEngine::new(3);
+        engine.set(&format!("{operation} hang"));
         let store = open_with(&config, Arc::clone(&engine) as Arc<dyn IoEngine>);
         let cache = Cache::attach(&store, 0, Geometry::default());
         let start = Instant::now();
         let stored = cache.store(&[(0, vec![0, 1])]).stored;
-        if operation == Operation::Write {
+        if operation == CHUNK_WRITES {
             assert_eq!(stored, 0);
         } else {
             assert_eq!(cache.load(&[(0, 0, vec![2, 3])]).failed, [0]);
@@ -171,9 +107,9 @@ fn a_request_that_hangs_costs_the_wait_limit_and_keeps_its_memory() {
         let waited = start.elapsed();
         assert!(waited >= Duration::from_millis(290), "{waited:?}");
         assert!(waited < Duration::from_secs(20), "{waited:?}");
-        // The buffer belongs to the request until the engine lets it go.
-        assert_eq!(engine.hanging.lock().unwrap().len(), 1);
-        engine.hanging.lock().unwrap().clear();
+        assert_eq!(engine.hits(), 1);
+        // The buffer belongs to the request until the engine lets it go, which nobody waits for.
+        engine.set("");
         assert!(chunk_files(directory.path()).len() <= 1);
     }
 }
