@@ -99,7 +99,7 @@ impl Exceptions {
             ErrorKind::Damaged => &self.damaged,
             ErrorKind::Io => &self.io,
             ErrorKind::NoSpace => &self.no_space,
-            ErrorKind::TimedOut => &self.wait_timeout,
+            ErrorKind::TimedOut | ErrorKind::Unavailable => &self.wait_timeout,
             ErrorKind::Closed => &self.closed,
             ErrorKind::Mismatch => &self.mismatch,
             ErrorKind::Gpu => &self.gpu,

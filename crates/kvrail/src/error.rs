@@ -21,6 +21,8 @@ pub enum ErrorKind {
     NoSpace,
     /// A bounded wait ended before the work did.
     TimedOut,
+    /// A path is left alone for now, because it did not answer or failed before.
+    Unavailable,
     /// The store was closed.
     Closed,
     /// A directory holds another namespace than its name says.

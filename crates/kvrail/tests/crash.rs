@@ -107,7 +107,7 @@ fn killed_writers_leave_whole_chunks() {
         "{KILLS} kills: {} files, {leftovers_seen} leftovers removed",
         files.len()
     );
-    assert!(files.len() > 50, "the writers wrote: {}", files.len());
+    assert!(files.len() > 20, "the writers wrote: {}", files.len());
     assert!(
         leftovers_seen > 0,
         "no kill fell into a write; the test shows too little"

@@ -33,6 +33,7 @@ COUNTERS: dict[str, str] = {
     "bytes_loaded": "Payload bytes loaded.",
     "load_seconds": "Time spent in loads, in seconds, summed over chunks.",
     "loads_failed": "Chunks that could not be loaded, for any reason.",
+    "loads_refused_path_out": "Chunks not loaded because their path is left alone.",
     "chunks_missing": "Chunks that were gone when they were to be loaded.",
     "chunks_damaged": "Chunks that failed verification.",
     "chunks_set_aside": "Files of damaged chunks that were moved out of the way.",
@@ -50,6 +51,9 @@ COUNTERS: dict[str, str] = {
     "cufile_fallbacks": "Chunks that cuFile failed on and POSIX moved instead.",
     "cufile_mounts_downgraded": "Paths left to POSIX because cuFile failed while running.",
     "stores_dropped_blocks_reused": "Stores dropped because their blocks changed meanwhile.",
+    "lookups_overdue": "Lookups that the store answered with nothing because they took too long.",
+    "paths_taken_out": "Times that a path was left alone: it hung, failed or was slow.",
+    "paths_taken_back": "Times that a path was found well again.",
     "leftovers_removed": "Temporary files of writers that died, removed.",
 }
 

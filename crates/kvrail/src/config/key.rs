@@ -3,8 +3,9 @@
 use serde_json::Value;
 
 use super::store_config::{
-    BUFFER_MIB, CHUNK_SIZE, DISK_IO_THREADS, Durability, GdsBackend, LoadFailurePolicy,
-    MAX_LOCAL_CPU_SIZE_GB, PathSharding, StoreConfig, WAIT_LIMIT_SECONDS,
+    BUFFER_MIB, CHUNK_SIZE, DISK_IO_THREADS, Durability, GdsBackend, LOOKUP_LIMIT_SECONDS,
+    LoadFailurePolicy, MAX_LOCAL_CPU_SIZE_GB, PathSharding, SLOW_LIMIT_SECONDS, StoreConfig,
+    WAIT_LIMIT_SECONDS,
 };
 use super::value::{self, Parsed};
 
@@ -187,6 +188,22 @@ pub(super) static KEYS: &[Key] = &[
         set: |config, given| {
             value::number(given, &WAIT_LIMIT_SECONDS, "seconds")
                 .map(|seconds| config.wait_limit_seconds = seconds)
+        },
+    },
+    Key {
+        name: "extra_config.lookup_limit_seconds",
+        aliases: &[],
+        set: |config, given| {
+            value::number(given, &LOOKUP_LIMIT_SECONDS, "seconds")
+                .map(|seconds| config.lookup_limit_seconds = seconds)
+        },
+    },
+    Key {
+        name: "extra_config.slow_limit_seconds",
+        aliases: &[],
+        set: |config, given| {
+            value::number(given, &SLOW_LIMIT_SECONDS, "seconds")
+                .map(|seconds| config.slow_limit_seconds = seconds)
         },
     },
 ];

@@ -17,6 +17,11 @@ pub(super) const MAX_LOCAL_CPU_SIZE_GB: RangeInclusive<f64> = 0.0..=1_000_000.0;
 /// Seconds that one I/O may take: a hung mount must not hold a request for longer than an hour.
 pub(super) const WAIT_LIMIT_SECONDS: RangeInclusive<f64> = 0.1..=3600.0;
 
+/// Seconds that one lookup may take: longer, and computing is quicker than asking.
+pub(super) const LOOKUP_LIMIT_SECONDS: RangeInclusive<f64> = 0.1..=3600.0;
+/// Seconds from which an operation is slow.
+pub(super) const SLOW_LIMIT_SECONDS: RangeInclusive<f64> = 0.01..=3600.0;
+
 /// How chunks are spread when `gds_path` names several directories.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum PathSharding {
@@ -124,6 +129,11 @@ pub struct StoreConfig {
     pub load_failure_policy: LoadFailurePolicy,
     /// Longest wait for one I/O in seconds. Default: 30.
     pub wait_limit_seconds: f64,
+    /// Longest wait for one lookup in seconds, after which nothing counts as there. Default: 5.
+    pub lookup_limit_seconds: f64,
+    /// Seconds from which a file operation is slow; a transfer may take a second more for each
+    /// 4 MB. Several slow ones in a row take the path out of use for a while. Default: 2.
+    pub slow_limit_seconds: f64,
 }
 
 impl StoreConfig {
@@ -158,6 +168,8 @@ impl StoreConfig {
             save_decode_cache: false,
             load_failure_policy: LoadFailurePolicy::default(),
             wait_limit_seconds: 30.0,
+            lookup_limit_seconds: 5.0,
+            slow_limit_seconds: 2.0,
         }
     }
 
@@ -187,6 +199,13 @@ impl StoreConfig {
         )?;
         let wait = self.wait_limit_seconds;
         check_number("extra_config.wait_limit_seconds", wait, &WAIT_LIMIT_SECONDS)?;
+        let (lookup, slow) = (self.lookup_limit_seconds, self.slow_limit_seconds);
+        check_number(
+            "extra_config.lookup_limit_seconds",
+            lookup,
+            &LOOKUP_LIMIT_SECONDS,
+        )?;
+        check_number("extra_config.slow_limit_seconds", slow, &SLOW_LIMIT_SECONDS)?;
         if self.max_size == Some(0) {
             return Err(Error::config("max_size", 0, "1 byte or more"));
         }

@@ -1,5 +1,7 @@
 //! The two ends of a request in flight.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -13,19 +15,26 @@ use crate::memory::{Arena, HostArena, StagingRange};
 #[derive(Debug)]
 pub struct IoHandle<A: Arena = HostArena> {
     receiver: Receiver<Result<StagingRange<A>>>,
+    given_up: Arc<AtomicBool>,
 }
 
 /// The engine's end: completes the request exactly once.
 #[derive(Debug)]
 pub struct Completion<A: Arena = HostArena> {
     sender: Sender<Result<StagingRange<A>>>,
+    given_up: Arc<AtomicBool>,
 }
 
 impl<A: Arena> IoHandle<A> {
     /// Makes the two ends of one request.
     pub fn pair() -> (Completion<A>, Self) {
         let (sender, receiver) = bounded(1);
-        (Completion { sender }, Self { receiver })
+        let given_up = Arc::new(AtomicBool::new(false));
+        let completion = Completion {
+            sender,
+            given_up: Arc::clone(&given_up),
+        };
+        (completion, Self { receiver, given_up })
     }
 
     /// Waits until the request is done and returns its buffer.
@@ -36,10 +45,12 @@ impl<A: Arena> IoHandle<A> {
     pub fn wait(self, deadline: Instant) -> Result<StagingRange<A>> {
         match self.receiver.recv_deadline(deadline) {
             Ok(result) => result,
+            // The cause tells it from waits for anything but the file system.
             Err(RecvTimeoutError::Timeout) => Err(Error::new(
                 ErrorKind::TimedOut,
                 "file system did not answer in time",
-            )),
+            )
+            .with_source(std::io::Error::from(std::io::ErrorKind::TimedOut))),
             Err(RecvTimeoutError::Disconnected) => {
                 Err(Error::new(ErrorKind::Closed, "I/O engine stopped"))
             }
@@ -47,9 +58,32 @@ impl<A: Arena> IoHandle<A> {
     }
 }
 
+impl<A: Arena> Drop for IoHandle<A> {
+    fn drop(&mut self) {
+        self.given_up.store(true, Ordering::Release);
+    }
+}
+
 impl<A: Arena> Completion<A> {
+    /// Returns a view of whether the caller has gone. A request that has not begun by then need
+    /// not be done, and one that does not end keeps its thread from others.
+    pub fn given_up(&self) -> GivenUp {
+        GivenUp(Arc::clone(&self.given_up))
+    }
+
     /// Ends the request. A caller that no longer waits is no error: the buffer goes to its pool.
     pub fn complete(self, result: Result<StagingRange<A>>) {
         drop(self.sender.send(result));
+    }
+}
+
+/// Whether the caller of a request has gone, for the engine that performs it.
+#[derive(Debug, Clone)]
+pub struct GivenUp(Arc<AtomicBool>);
+
+impl GivenUp {
+    /// Returns whether nobody waits for the request any more.
+    pub fn get(&self) -> bool {
+        self.0.load(Ordering::Acquire)
     }
 }

@@ -24,7 +24,7 @@ pub(crate) use bounded::within;
 pub use cufile::CufileEngine;
 pub use file::{IoFile, OpenMode};
 pub use folder::{FileStatus, Folder, FolderRules, make_path};
-pub use handle::{Completion, IoHandle};
+pub use handle::{Completion, GivenUp, IoHandle};
 pub use observer::{Observer, Step};
 pub use permissions::Permissions;
 pub use pieces::{PieceHandle, PieceRequest};

@@ -1,11 +1,13 @@
 //! The `posix` engine: a pool of threads with pread and pwrite.
 
-use std::sync::Arc;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 
-use super::{Completion, IoEngine, IoFile, IoHandle, IoRequest, Operation};
+use super::{Completion, GivenUp, IoEngine, IoFile, IoHandle, IoRequest, Operation};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::StagingRange;
 
@@ -13,38 +15,145 @@ use crate::memory::StagingRange;
 /// a slot, and a slot is split into few parts.
 const QUEUE_REQUESTS_MAX: usize = 65_536;
 
+/// Threads for each that was asked for, when all others are lost to requests that never end.
+const REPLACEMENTS_MAX: usize = 3;
+
 /// Moves bytes with plain system calls on its own threads; works on every file system.
-#[derive(Debug)]
+///
+/// A thread whose request goes on although its caller has gone counts as lost and is replaced, a
+/// bounded number of times, so that one mount that hangs does not keep the others waiting. It takes
+/// no further request when it comes back.
 pub struct PosixEngine {
     queue: Sender<(IoRequest, Completion)>,
+    requests: Receiver<(IoRequest, Completion)>,
+    threads: Mutex<Threads>,
+    on_start: Arc<dyn Fn() + Send + Sync>,
+    threads_max: usize,
+}
+
+/// The threads that are there, each with what it does.
+#[derive(Debug, Default)]
+struct Threads {
+    seats: Vec<Arc<Seat>>,
+    started: usize,
+}
+
+/// One thread's place.
+#[derive(Debug, Default)]
+struct Seat {
+    /// Whether the caller of the request under way has gone.
+    request: Mutex<Option<GivenUp>>,
+    /// Set when another thread does its work from now on.
+    is_replaced: AtomicBool,
+    has_ended: AtomicBool,
+}
+
+impl Seat {
+    fn request(&self) -> MutexGuard<'_, Option<GivenUp>> {
+        self.request.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_lost(&self) -> bool {
+        self.request().as_ref().is_some_and(GivenUp::get)
+    }
+}
+
+impl fmt::Debug for PosixEngine {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.debug_struct("PosixEngine")
+            .field("waiting", &self.queue.len())
+            .finish_non_exhaustive()
+    }
 }
 
 impl PosixEngine {
     /// Starts `threads` threads; `on_start` runs first on each of them.
     ///
-    /// The threads end when the engine is dropped and the queue is empty.
+    /// The threads end when the engine is dropped and the queue is empty. Nothing waits for them.
     ///
     /// # Errors
     /// [`ErrorKind::Io`] when the system gives no thread.
     pub fn new(threads: usize, on_start: Arc<dyn Fn() + Send + Sync>) -> Result<Self> {
         let (queue, requests) = bounded(QUEUE_REQUESTS_MAX);
-        for index in 0..threads.max(1) {
-            let requests: Receiver<(IoRequest, Completion)> = requests.clone();
-            let on_start = Arc::clone(&on_start);
-            thread::Builder::new()
-                .name(format!("kvrail-io-{index}"))
-                .spawn(move || {
-                    on_start();
-                    for (request, completion) in requests {
-                        completion.complete(perform(request));
-                    }
-                })
-                .map_err(|source| {
-                    Error::new(ErrorKind::Io, "start an I/O thread").with_source(source)
-                })?;
+        let count = threads.max(1);
+        let engine = Self {
+            queue,
+            requests,
+            threads: Mutex::default(),
+            on_start,
+            threads_max: count * (1 + REPLACEMENTS_MAX),
+        };
+        let mut threads = engine.threads();
+        for _ in 0..count {
+            engine.start(&mut threads).map_err(|source| {
+                Error::new(ErrorKind::Io, "start an I/O thread").with_source(source)
+            })?;
         }
-        Ok(Self { queue })
+        drop(threads);
+        Ok(engine)
     }
+
+    fn threads(&self) -> MutexGuard<'_, Threads> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts one more thread.
+    fn start(&self, threads: &mut Threads) -> std::io::Result<()> {
+        let seat = Arc::new(Seat::default());
+        let (requests, on_start) = (self.requests.clone(), Arc::clone(&self.on_start));
+        let theirs = Arc::clone(&seat);
+        thread::Builder::new()
+            .name(format!("kvrail-io-{}", threads.started))
+            .spawn(move || {
+                on_start();
+                serve(&requests, &theirs);
+            })?;
+        threads.started += 1;
+        threads.seats.push(seat);
+        Ok(())
+    }
+
+    /// Replaces the threads that are lost, as long as there may be more.
+    fn replace_lost(&self) {
+        // Somebody else is at it already.
+        let Ok(mut threads) = self.threads.try_lock() else {
+            return;
+        };
+        threads
+            .seats
+            .retain(|seat| !seat.has_ended.load(Ordering::Acquire));
+        let lost: Vec<Arc<Seat>> = threads
+            .seats
+            .iter()
+            .filter(|seat| seat.is_lost() && !seat.is_replaced.load(Ordering::Acquire))
+            .cloned()
+            .collect();
+        for seat in lost {
+            // Without a thread from the system the old one serves again when it comes back.
+            if threads.seats.len() < self.threads_max && self.start(&mut threads).is_ok() {
+                seat.is_replaced.store(true, Ordering::Release);
+            }
+        }
+    }
+}
+
+/// What a thread does: requests, until it is replaced or there are none any more.
+fn serve(requests: &Receiver<(IoRequest, Completion)>, seat: &Seat) {
+    for (request, completion) in requests {
+        let given_up = completion.given_up();
+        if given_up.get() && request.operation == Operation::Read {
+            // Nobody wants it any more; its memory goes back.
+            continue;
+        }
+        *seat.request() = Some(given_up);
+        let result = perform(request);
+        *seat.request() = None;
+        completion.complete(result);
+        if seat.is_replaced.load(Ordering::Acquire) {
+            break;
+        }
+    }
+    seat.has_ended.store(true, Ordering::Release);
 }
 
 impl IoEngine for PosixEngine {
@@ -54,6 +163,7 @@ impl IoEngine for PosixEngine {
 
     fn submit(&self, request: IoRequest) -> IoHandle {
         let (completion, handle) = IoHandle::pair();
+        self.replace_lost();
         match self.queue.try_send((request, completion)) {
             Ok(()) => {}
             Err(TrySendError::Full((_, completion))) => {
@@ -217,6 +327,18 @@ mod tests {
                 .len();
             assert_eq!(length, 1 << 20);
         }
+    }
+
+    #[test]
+    fn reads_that_nobody_waits_for_are_not_done() {
+        let (completion, handle) = IoHandle::<crate::memory::HostArena>::pair();
+        let given_up = completion.given_up();
+        assert!(!given_up.get());
+        assert_eq!(
+            handle.wait(Instant::now()).unwrap_err().kind(),
+            ErrorKind::TimedOut
+        );
+        assert!(given_up.get());
     }
 
     #[test]

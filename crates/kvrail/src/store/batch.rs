@@ -3,6 +3,7 @@
 //! Every chunk ends exactly once; one whose job is dropped (store closed, worker panicked) ends
 //! as failed, so no ticket stays open.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::ticket::{Issuer, LoadReport, LoadTicket, StoreReport, StoreTicket, Ticket};
@@ -57,12 +58,17 @@ pub(super) struct Batch<R> {
     issuer: Issuer<R>,
 }
 
-/// One chunk of a batch, to be ended once.
+/// One chunk of a batch, to be ended once: by whoever works on it, or by the watch.
 #[derive(Debug)]
 pub(super) struct Member<R: Report> {
+    chunk: Arc<Chunk<R>>,
+}
+
+#[derive(Debug)]
+struct Chunk<R: Report> {
     batch: Arc<Batch<R>>,
     index: usize,
-    ended: bool,
+    ended: AtomicBool,
 }
 
 impl<R: Report> Batch<R> {
@@ -77,22 +83,33 @@ impl<R: Report> Batch<R> {
             issuer,
         });
         let member = |index| Member {
-            batch: Arc::clone(&batch),
-            index,
-            ended: false,
+            chunk: Arc::new(Chunk {
+                batch: Arc::clone(&batch),
+                index,
+                ended: AtomicBool::new(false),
+            }),
         };
         (ticket, (0..count).map(member).collect())
     }
 }
 
 impl<R: Report> Member<R> {
-    /// Ends the chunk.
-    pub(super) fn end(mut self, ending: Ending) {
-        self.finish(ending);
+    /// Ends the chunk, unless it has ended.
+    pub(super) fn end(self, ending: Ending) {
+        self.chunk.finish(ending);
     }
 
-    fn finish(&mut self, ending: Ending) {
-        if std::mem::replace(&mut self.ended, true) {
+    /// Returns a second hold of the chunk; the first that ends it decides how.
+    pub(super) fn share(&self) -> Self {
+        Self {
+            chunk: Arc::clone(&self.chunk),
+        }
+    }
+}
+
+impl<R: Report> Chunk<R> {
+    fn finish(&self, ending: Ending) {
+        if self.ended.swap(true, Ordering::AcqRel) {
             return;
         }
         let mut state = self
@@ -108,7 +125,7 @@ impl<R: Report> Member<R> {
     }
 }
 
-impl<R: Report> Drop for Member<R> {
+impl<R: Report> Drop for Chunk<R> {
     fn drop(&mut self) {
         self.finish(Ending::Failed(
             "the store was closed before this chunk was done".into(),

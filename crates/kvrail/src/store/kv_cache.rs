@@ -188,6 +188,7 @@ impl KvCache {
                         image,
                         member,
                         submitted: Instant::now(),
+                        watched: Arc::default(),
                     };
                     if !self.running.queue.push_store(job) {
                         self.running
@@ -357,6 +358,7 @@ impl KvCache {
                 after: after.clone(),
                 member,
                 started: None,
+                watched: Arc::default(),
             })
             .collect();
         let refused = self.running.queue.push_loads(jobs);

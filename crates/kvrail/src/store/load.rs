@@ -20,8 +20,10 @@ use super::quarantine::{SetAside, set_aside};
 use super::queue::TransferQueue;
 use super::shared::StoreShared;
 use super::ticket::LoadReport;
+use super::verify::{hash_part, verify};
+use super::watch::Watched;
 use crate::chunk::ChunkRef;
-use crate::chunk::{ChunkHead, PAGE_BYTES, PageTable, hash_pages, root_checksum};
+use crate::chunk::PAGE_BYTES;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{FileStatus, IoFile, OpenMode, Operation};
 use crate::layout::TransferPlan;
@@ -48,6 +50,8 @@ pub(super) struct LoadJob {
     pub(super) route: Route,
     /// Why cuFile did not load it.
     pub(super) cufile_error: Option<Error>,
+    /// What the watch knows it by.
+    pub(super) watched: Arc<Watched>,
 }
 
 /// The memory that a load passes.
@@ -135,29 +139,40 @@ pub(super) fn run(
     let mount = store.mount(job.cache.rank, &job.chunk.key);
     if job.route != Route::Pinned && !mount.cufile.is_on() {
         job.route = Route::Pinned;
-        return queue.give_back(job);
+        return put_back(queue, job);
     }
     let buffer = match buffer {
         Some(buffer) => Ok(buffer),
         None => job.take_buffer(deadline.min(Instant::now() + BUFFER_PATIENCE)),
     };
     let outcome = match buffer {
-        Err(_) if Instant::now() < deadline => return queue.give_back(job),
+        Err(_) if Instant::now() < deadline => return put_back(queue, job),
         Err(error) => Outcome::Failed(error),
         Ok(buffer) => load_chunk(store, mount, &job, buffer, deadline),
     };
-    let ending = match outcome {
+    let result = match outcome {
+        Outcome::Loaded => Ok(()),
+        Outcome::Failed(error) => Err(error),
         Outcome::Again(error) => {
             job.route = Route::Pinned;
             job.cufile_error = Some(error);
-            return queue.give_back(job);
+            return put_back(queue, job);
         }
         Outcome::Hangs(error, parked) => {
             job.route = Route::Pinned;
             store.cufile_failed(mount, &error, true);
-            return parked.wait_then_give_back(queue, job);
+            // Claimed since before cuFile began, so the watch has not ended it.
+            if job.watched.end() {
+                parked.wait_then_give_back(queue, job);
+            }
+            return;
         }
-        Outcome::Loaded => {
+    };
+    if !job.watched.end() {
+        return;
+    }
+    let ending = match result {
+        Ok(()) => {
             note_route(store, mount, &job);
             store.metrics.chunks_loaded.add(1);
             store.metrics.bytes_loaded.add(job.payload.len() as u64);
@@ -165,7 +180,7 @@ pub(super) fn run(
             store.present.insert(job.cache.place(&job.chunk.key));
             Ending::Loaded
         }
-        Outcome::Failed(error) => {
+        Err(error) => {
             store.metrics.loads_failed.add(1);
             store.present.remove(&job.cache.place(&job.chunk.key));
             Ending::Failed(error.to_string())
@@ -173,6 +188,13 @@ pub(super) fn run(
     };
     queue.load_ended();
     job.member.end(ending);
+}
+
+/// Puts a load back into the queue, unless the watch has ended it at this very moment.
+fn put_back(queue: &TransferQueue, job: Box<LoadJob>) {
+    if job.watched.end() {
+        queue.give_back(job);
+    }
 }
 
 /// Notes how cuFile fared with a load that went well in the end.
@@ -200,6 +222,11 @@ fn load_chunk(
     buffer: LoadBuffer,
     deadline: Instant,
 ) -> Outcome {
+    if let Err(error) = mount.health.check(&mount.root) {
+        store.metrics.loads_refused_path_out.add(1);
+        return Outcome::Failed(error);
+    }
+    let began = Instant::now();
     let place = job.cache.place(&job.chunk.key);
     let mut status = None;
     let opened = open_chunk(mount, &place, job.cache.format.file_bytes());
@@ -211,13 +238,14 @@ fn load_chunk(
                 let known = Error::new(ErrorKind::Damaged, "found bad before, not read again");
                 Outcome::Failed(known.with_path(file.path()))
             } else {
-                move_chunk(store, job, &file, buffer, deadline)
+                move_chunk(store, mount, job, &file, buffer, deadline)
             }
         }
     };
     let Outcome::Failed(error) = outcome else {
         return outcome;
     };
+    mount.health.note(&mount.root, began, 0, Some(&error));
     if is_missing(&error) {
         store.metrics.chunks_missing.add(1);
     } else if error.kind() == ErrorKind::Damaged {
@@ -237,6 +265,7 @@ fn load_chunk(
 /// Moves a chunk from its open file to its blocks, by the route of the job.
 fn move_chunk(
     store: &StoreShared,
+    mount: &Mount,
     job: &LoadJob,
     file: &Arc<IoFile>,
     buffer: LoadBuffer,
@@ -245,6 +274,10 @@ fn move_chunk(
     // cuFile may use half of the time: the other half is for POSIX.
     let cufile_deadline = deadline.min(Instant::now() + store.wait_limit / 2);
     let at = |error: Error| error.with_path(file.path());
+    // cuFile has deadlines of its own, and what it writes to must not be given up before it ends.
+    if matches!(buffer, LoadBuffer::Slot(_)) && !job.watched.claim() {
+        return Outcome::Failed(at(given_up()));
+    }
     match (buffer, &job.cache.gpu) {
         (LoadBuffer::Slot(mut slot), Some(gpu)) if job.route == Route::InPlace => {
             match gpu.load_in_place(job, &mut slot, file, cufile_deadline) {
@@ -266,11 +299,21 @@ fn move_chunk(
             "a VRAM slot for KV cache in host memory",
         )),
         (LoadBuffer::Host(buffer), gpu) => {
-            let loaded = read(store, job, file, buffer, deadline).and_then(|read| match gpu {
-                None => read.finish(job),
-                Some(gpu) => {
-                    gpu.finish_load(job, read.image, &read.extents, &read.computed, deadline)
+            let began = Instant::now();
+            let loaded = read(store, job, file, buffer, deadline).and_then(|read| {
+                let bytes = job.payload.len();
+                mount.health.note(&mount.root, began, bytes, None);
+                if !job.watched.claim() {
+                    return Err(given_up());
                 }
+                let loaded = match gpu {
+                    None => read.finish(job),
+                    Some(gpu) => {
+                        gpu.finish_load(job, read.image, &read.extents, &read.computed, deadline)
+                    }
+                };
+                job.watched.release();
+                loaded
             });
             match loaded {
                 Ok(()) => Outcome::Loaded,
@@ -278,6 +321,10 @@ fn move_chunk(
             }
         }
     }
+}
+
+fn given_up() -> Error {
+    Error::new(ErrorKind::TimedOut, "the load was given up")
 }
 
 /// Opens a chunk file and checks that it is a regular file of the right length.
@@ -392,53 +439,6 @@ fn read(
         extents,
         computed,
     })
-}
-
-/// Hashes the payload pages of a part that starts at `offset` of the file.
-fn hash_part(bytes: &[u8], offset: usize, pages_start: usize, computed: &mut [u64]) {
-    let skipped = pages_start.saturating_sub(offset);
-    let first = offset.saturating_sub(pages_start) / PAGE_BYTES;
-    if let (Some(pages), Some(hashes)) = (bytes.get(skipped..), computed.get_mut(first..)) {
-        hash_pages(pages, hashes);
-    }
-}
-
-/// Checks head and page table of a chunk against each other and against the job; returns the
-/// table.
-pub(super) fn verify_frame(job: &LoadJob, head: &[u8], table: &[u8]) -> Result<PageTable> {
-    let damaged = |message: &str| Err(Error::new(ErrorKind::Damaged, message));
-    let format = &job.cache.format;
-    let root = ChunkHead::check(head, &job.cache.head_fields(job.chunk), format)?;
-    if root_checksum(table) != root {
-        return damaged("page table does not match the root checksum");
-    }
-    match PageTable::decode(format, table) {
-        Some(table) => Ok(table),
-        None => damaged("page table has entries behind the last page"),
-    }
-}
-
-/// Checks head, page table and the hashes of `pages` against each other and against the job.
-pub(super) fn verify(
-    job: &LoadJob,
-    head: &[u8],
-    table: &[u8],
-    pages: &Range<usize>,
-    computed: &[u64],
-) -> Result<()> {
-    let table = verify_frame(job, head, table)?;
-    let expected = table.pages(pages.clone());
-    if expected == computed {
-        return Ok(());
-    }
-    let bad = expected
-        .iter()
-        .zip(computed)
-        .position(|(expected, found)| expected != found);
-    let page = bad.map_or(pages.end, |index| pages.start + index);
-    let count = job.cache.format.page_count();
-    let message = format!("page {page} of {count} does not match its checksum");
-    Err(Error::new(ErrorKind::Damaged, message))
 }
 
 /// Puts a bad chunk out of the way; one that must stay is remembered, so that it is not read again.

@@ -4,12 +4,12 @@
 //! missing. No thread waits for another, so lookups of several requests run side by side.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use crossbeam_channel::{Sender, TrySendError, bounded};
 
+use super::crew::Crew;
 use super::directory::Location;
 use super::mount::Mount;
 use super::notice::Topic;
@@ -17,8 +17,9 @@ use super::present::Place;
 use super::publish::is_missing;
 use super::shared::StoreShared;
 use super::ticket::{Issuer, LookupTicket};
+use super::watch::{Overdue, Watched};
 use crate::chunk::ChunkKey;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::io::Folder;
 
 /// Lookups that may wait; one more is answered with "nothing there".
@@ -39,6 +40,8 @@ struct Lookup {
     missing: AtomicUsize,
     /// Threads that still work on it, plus those that have not begun.
     working: AtomicUsize,
+    /// Whether it took too long and was answered with "nothing there".
+    is_overdue: AtomicBool,
     submitted: Instant,
     issuer: Issuer<usize>,
 }
@@ -58,21 +61,19 @@ impl LookupQueue {
         on_start: &Arc<dyn Fn() + Send + Sync>,
     ) -> Result<Self> {
         let (queue, lookups) = bounded::<Arc<Lookup>>(LOOKUPS_MAX);
-        for index in 0..threads {
-            let (shared, lookups) = (Arc::clone(shared), lookups.clone());
-            let on_start = Arc::clone(on_start);
-            thread::Builder::new()
-                .name(format!("kvrail-lookup-{index}"))
-                .spawn(move || {
-                    on_start();
-                    for lookup in lookups {
-                        work(&shared, &lookup);
-                    }
-                })
-                .map_err(|source| {
-                    Error::new(ErrorKind::Io, "start a lookup thread").with_source(source)
-                })?;
-        }
+        let shared = Arc::clone(shared);
+        let body = move |crew: &Arc<Crew>| {
+            for lookup in &lookups {
+                let watched = announce(&shared, crew, &lookup);
+                work(&shared, &lookup, &watched);
+                shared.watch.forget(&watched);
+                if watched.is_replaced() {
+                    crew.came_back();
+                    return;
+                }
+            }
+        };
+        Crew::start("lookup", threads, on_start, Box::new(body))?;
         Ok(Self { queue, threads })
     }
 
@@ -97,6 +98,7 @@ impl LookupQueue {
             next: AtomicUsize::new(0),
             missing: AtomicUsize::new(keys.len()),
             working: AtomicUsize::new(threads),
+            is_overdue: AtomicBool::new(false),
             submitted: Instant::now(),
             issuer,
             keys,
@@ -117,7 +119,9 @@ impl LookupQueue {
 impl Lookup {
     /// Notes that a thread is through. The last one gives the answer.
     fn end_one(&self, shared: &StoreShared, refused: bool) {
-        if self.working.fetch_sub(1, Ordering::AcqRel) != 1 {
+        if self.working.fetch_sub(1, Ordering::AcqRel) != 1
+            || self.is_overdue.load(Ordering::Acquire)
+        {
             return;
         }
         // Where every thread was refused, no chunk was claimed.
@@ -127,6 +131,11 @@ impl Lookup {
         } else {
             0
         };
+        self.answer(shared, found);
+    }
+
+    /// Gives the answer.
+    fn answer(&self, shared: &StoreShared, found: usize) {
         let metrics = &shared.metrics;
         metrics.lookups.add(1);
         metrics.chunks_looked_up.add(self.keys.len() as u64);
@@ -136,10 +145,31 @@ impl Lookup {
             .add_duration(self.submitted.elapsed());
         self.issuer.complete(found);
     }
+
+    /// Answers "nothing there" because it took too long. Threads that come back find no work left.
+    fn give_up(&self, shared: &StoreShared) {
+        self.missing.store(0, Ordering::Release);
+        if !self.is_overdue.swap(true, Ordering::AcqRel) {
+            shared.metrics.lookups_overdue.add(1);
+            self.answer(shared, 0);
+        }
+    }
+}
+
+/// Tells the watch about a thread's part of a lookup.
+fn announce(shared: &Arc<StoreShared>, crew: &Arc<Crew>, lookup: &Arc<Lookup>) -> Arc<Watched> {
+    let (watched, lookup, crew) = (Arc::default(), Arc::clone(lookup), Arc::clone(crew));
+    let overdue = Overdue {
+        end: Box::new(move |shared| lookup.give_up(shared)),
+        replace: Box::new(move || crew.replace()),
+    };
+    let deadline = Instant::now() + shared.lookup_limit;
+    shared.watch.begin(&watched, deadline, overdue);
+    watched
 }
 
 /// Claims and checks chunks until one is missing or none is left.
-fn work(shared: &StoreShared, lookup: &Lookup) {
+fn work(shared: &StoreShared, lookup: &Lookup, watched: &Watched) {
     let mut open = OpenFolders::default();
     loop {
         let index = lookup.next.fetch_add(1, Ordering::AcqRel);
@@ -152,7 +182,8 @@ fn work(shared: &StoreShared, lookup: &Lookup) {
         let present = lookup.ranks.iter().all(|rank| {
             let mount = shared.mount(*rank, key);
             let place = (lookup.group, *rank, *key);
-            exists(shared, &mut open, mount, &place)
+            watched.is_at(shared.mount_index(*rank, key));
+            !mount.health.is_out() && exists(shared, &mut open, mount, &place)
         });
         if !present {
             lookup.missing.fetch_min(index, Ordering::AcqRel);
@@ -172,6 +203,7 @@ fn exists<'a>(
     mount: &'a Mount,
     place: &Place,
 ) -> bool {
+    let began = Instant::now();
     let found = find(open, mount, place).map(|found| {
         found.is_some_and(|(namespace, below)| {
             !shared
@@ -179,6 +211,9 @@ fn exists<'a>(
                 .holds(place, || namespace.status(below).ok().flatten())
         })
     });
+    mount
+        .health
+        .note(&mount.root, began, 0, found.as_ref().err());
     found.unwrap_or_else(|error| {
         shared.notices.warn(Topic::LookupFailed, || {
             format!("lookup failed, taken as a miss: {error}")

@@ -77,6 +77,8 @@ metrics! {
         bytes_loaded,
         /// Loads of chunks that gave nothing, for any reason: missing, damaged, error, time.
         loads_failed,
+        /// Of those: chunks that were not tried because their path is left alone.
+        loads_refused_path_out,
         /// Of those: chunks that were gone when they were to be loaded.
         chunks_missing,
         /// Of those: chunks whose bytes are not what was stored.
@@ -101,6 +103,12 @@ metrics! {
         chunks_looked_up,
         /// Chunks of those that are part of the prefix found.
         chunks_found,
+        /// Lookups answered with "nothing there" because they took too long.
+        lookups_overdue,
+        /// Times that a path was taken out of use: it did not answer, failed or was slow.
+        paths_taken_out,
+        /// Times that a path was found well again and taken back into use.
+        paths_taken_back,
         /// Leftover temp files removed.
         leftovers_removed,
     }

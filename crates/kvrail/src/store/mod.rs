@@ -12,11 +12,14 @@
 
 mod bad;
 mod batch;
+mod breaker;
+mod crew;
 mod directory;
 mod durable;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod gpu;
+mod health;
 mod image;
 pub mod inspect;
 mod kv_cache;
@@ -34,10 +37,13 @@ mod present;
 mod publish;
 mod quarantine;
 mod queue;
+mod recovery;
 mod save;
 mod shared;
 mod staged;
 mod ticket;
+mod verify;
+mod watch;
 mod worker;
 mod writer;
 
@@ -158,7 +164,7 @@ impl Store {
             .shared
             .mounts
             .iter()
-            .map(mount::Mount::describe)
+            .map(|mount| mount.describe())
             .collect()
     }
 

@@ -1,13 +1,15 @@
 //! One path of the store while it is in use: what it can do, how it fares, how full it is.
 
-use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use twox_hash::XxHash3_64;
 
 use super::directory::NamespaceDirectory;
 use super::gpu::CufileState;
+use super::health::{Health, tells_of_the_path};
 use crate::chunk::ChunkKey;
 use crate::config::{MinFree, PathSharding};
 use crate::error::{Error, ErrorKind, Result};
@@ -15,6 +17,8 @@ use crate::io::MountReport;
 
 /// How long stores leave a path alone after it failed.
 const PAUSE: Duration = Duration::from_secs(5);
+/// Errors of stores in a row after which they pause.
+const ERRORS_MAX: u32 = 4;
 /// How long a measured free space holds.
 const SPACE_HOLDS: Duration = Duration::from_secs(1);
 
@@ -26,6 +30,9 @@ pub(super) struct Mount {
     pub(super) report: MountReport,
     /// Whether cuFile moves the bytes, and how it fares.
     pub(super) cufile: CufileState,
+    pub(super) health: Health,
+    /// The file system that the path was on when the store was opened.
+    device: Option<u64>,
     min_free: MinFree,
     state: Mutex<State>,
 }
@@ -33,6 +40,8 @@ pub(super) struct Mount {
 #[derive(Debug, Default)]
 struct State {
     paused: Option<(Instant, Pause)>,
+    /// Errors of stores in a row that tell of the path.
+    errors: u32,
     space_measured: Option<Instant>,
 }
 
@@ -51,12 +60,15 @@ impl Mount {
         directory: NamespaceDirectory,
         report: MountReport,
         min_free: MinFree,
+        health: Health,
     ) -> Self {
         Self {
+            device: device_below(&root).ok(),
             root,
             directory,
             report,
             cufile: CufileState::default(),
+            health,
             min_free,
             state: Mutex::default(),
         }
@@ -78,7 +90,7 @@ impl Mount {
 
     /// Returns why nothing should be stored now, `None` if it may be tried.
     pub(super) fn paused(&self) -> Option<Pause> {
-        if !self.report.writable {
+        if !self.report.writable || self.health.is_out() {
             return Some(Pause::Unwell);
         }
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -103,10 +115,42 @@ impl Mount {
                     | Os::NotFound,
                 ),
             ) => Pause::Unwell,
+            // One such error may be about a single file.
+            _ if tells_of_the_path(error) && self.count_error() >= ERRORS_MAX => Pause::Unwell,
             _ => return,
         };
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.paused = Some((Instant::now() + PAUSE, pause));
+    }
+
+    /// Checks that the path is on the file system that it was opened on.
+    ///
+    /// Before the namespace's directory is made again: when a file system was unmounted, its chunks
+    /// must not fill the one below the mount point.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] when it is on another one.
+    pub(super) fn check_device(&self) -> Result<()> {
+        let found =
+            device_below(&self.root).map_err(|source| Error::io("stat", &self.root, source))?;
+        if self.device.is_none_or(|device| device == found) {
+            return Ok(());
+        }
+        let operation = "store: the file system that was mounted here is gone";
+        let source = std::io::Error::from(std::io::ErrorKind::NotConnected);
+        Err(Error::io(operation, &self.root, source))
+    }
+
+    fn count_error(&self) -> u32 {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.errors += 1;
+        state.errors
+    }
+
+    /// Takes note of a store that went well.
+    pub(super) fn note_success(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.errors = 0;
     }
 
     /// Checks that `bytes` more leave `min_free`; asks the file system once a second at most.
@@ -146,12 +190,23 @@ impl Mount {
     }
 }
 
+/// Returns the number of the file system that a path is on, or its nearest parent that is there.
+fn device_below(path: &Path) -> std::io::Result<u64> {
+    let found = path
+        .ancestors()
+        .find_map(|path| match std::fs::metadata(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+            found => Some(found.map(|metadata| metadata.dev())),
+        });
+    found.unwrap_or_else(|| Err(std::io::ErrorKind::NotFound.into()))
+}
+
 /// Returns the index of the mount that holds a chunk.
 ///
 /// By hash: rendezvous (highest random weight), so that a path that is added or removed moves
 /// only its own share of the chunks. By GPU: the rank modulo the number of paths, as LMCache does.
 pub(super) fn mount_index(
-    mounts: &[Mount],
+    mounts: &[Arc<Mount>],
     sharding: PathSharding,
     rank: u32,
     key: &ChunkKey,
@@ -160,7 +215,7 @@ pub(super) fn mount_index(
         PathSharding::ByGpu => rank as usize % mounts.len().max(1),
         PathSharding::ByHash if mounts.len() <= 1 => 0,
         PathSharding::ByHash => {
-            let weight = |mount: &Mount| {
+            let weight = |mount: &Arc<Mount>| {
                 let seed = XxHash3_64::oneshot(mount.root.as_os_str().as_encoded_bytes());
                 XxHash3_64::oneshot_with_seed(seed, key.as_bytes())
             };
@@ -178,7 +233,7 @@ mod tests {
     use super::super::Namespace;
     use super::*;
 
-    fn mount(root: &str, min_free: MinFree) -> Mount {
+    fn mount(root: &str, min_free: MinFree) -> Arc<Mount> {
         let namespace = Namespace::new("m", serde_json::Map::new()).unwrap();
         let report = MountReport {
             path: root.into(),
@@ -189,13 +244,14 @@ mod tests {
             reason: String::new(),
         };
         let directory = NamespaceDirectory::new(root.as_ref(), &namespace);
-        Mount::new(root.into(), directory, report, min_free)
+        let health = Health::new(Duration::from_secs(2), Arc::default(), Arc::default());
+        Arc::new(Mount::new(root.into(), directory, report, min_free, health))
     }
 
     #[test]
     fn adding_a_path_moves_only_its_share() {
         let paths = ["/a", "/b", "/c", "/d"];
-        let four: Vec<Mount> = paths
+        let four: Vec<Arc<Mount>> = paths
             .iter()
             .map(|path| mount(path, MinFree::Share(0.05)))
             .collect();

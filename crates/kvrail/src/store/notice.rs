@@ -41,6 +41,8 @@ pub(super) enum Topic {
     LookupFailed,
     CufileFailed,
     CufileGivenUp,
+    PathOut,
+    PathBack,
     Panic,
 }
 

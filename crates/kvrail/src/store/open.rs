@@ -2,13 +2,14 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::bad::BadChunks;
 use super::directory::{NamespaceDirectory, TEMPORARY_NAME};
 use super::gpu::{CufileWish, Gpus};
+use super::health::Health;
 use super::lookup::LookupQueue;
 use super::manifest::{check_manifest, ensure_manifest, nearest_other, read_manifest};
 use super::metrics::Metrics;
@@ -19,25 +20,27 @@ use super::options::{Access, OpenOptions};
 use super::present::PresentChunks;
 use super::queue::TransferQueue;
 use super::shared::{Running, StoreShared};
+use super::watch::{self, Watch};
 use super::worker;
 use super::writer::{Writer, remove_leftovers};
 use crate::config::{Durability, StoreConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{
     Folder, FolderRules, IoEngine, MountReport, Permissions, PosixEngine, file_system_name,
-    probe_folder,
+    probe_folder, within,
 };
 
 /// What opening needs at hand.
-struct Opening<'a> {
-    config: &'a StoreConfig,
-    namespace: &'a Namespace,
+#[derive(Clone)]
+struct Opening {
+    config: StoreConfig,
+    namespace: Namespace,
     access: Access,
-    engine: &'a dyn IoEngine,
     rules: FolderRules,
-    writer: &'a Writer,
-    notices: &'a Notices,
-    metrics: &'a Metrics,
+    engine: Arc<dyn IoEngine>,
+    writer: Arc<Writer>,
+    notices: Arc<Notices>,
+    metrics: Arc<Metrics>,
 }
 
 /// Opens a store, over `engine` or the one that the configuration asks for.
@@ -54,24 +57,27 @@ pub(super) fn open(
         Some(engine) => engine,
         None => Arc::new(PosixEngine::new(threads, Arc::clone(&on_start))?),
     };
-    let (writer, notices, metrics) = (Writer::new(), Notices::default(), Metrics::default());
+    let writer = Arc::new(Writer::new());
+    let (notices, metrics) = (Arc::new(Notices::default()), Arc::new(Metrics::default()));
     let opening = Opening {
-        config,
-        namespace: &namespace,
+        config: config.clone(),
+        namespace: namespace.clone(),
         access: options.access,
         rules: FolderRules {
             permissions: Permissions::of_files(config.file_mode.bits()),
             observer: options.observer.clone(),
         },
-        engine: &*engine,
-        writer: &writer,
-        notices: &notices,
-        metrics: &metrics,
+        engine: Arc::clone(&engine),
+        writer: Arc::clone(&writer),
+        notices: Arc::clone(&notices),
+        metrics: Arc::clone(&metrics),
     };
-    let mounts: Vec<Mount> = config
+    let wait_limit = Duration::from_secs_f64(config.wait_limit_seconds);
+    let deadline = Instant::now() + wait_limit;
+    let mounts: Vec<Arc<Mount>> = config
         .gds_path
         .iter()
-        .map(|root| opening.mount(root))
+        .map(|root| opening.mount_until(root, deadline))
         .collect::<Result<_>>()?;
     if mounts.is_empty() {
         return Err(Error::config(
@@ -92,7 +98,9 @@ pub(super) fn open(
         bad: BadChunks::default(),
         chunk_size: config.chunk_size,
         durability: config.durability,
-        wait_limit: Duration::from_secs_f64(config.wait_limit_seconds),
+        wait_limit,
+        lookup_limit: Duration::from_secs_f64(config.lookup_limit_seconds),
+        watch: Watch::default(),
         may_write: options.access == Access::ReadWrite,
         buffer_mib: config.buffer_mib,
         pool: Mutex::new(None),
@@ -116,6 +124,7 @@ pub(super) fn open(
         lookups,
     };
     worker::start(&running.shared, &running.queue, threads, &on_start)?;
+    watch::start(&running.shared, &on_start)?;
     Ok(running)
 }
 
@@ -134,11 +143,23 @@ pub(super) fn thread_start(cpus: Option<&[usize]>) -> Arc<dyn Fn() + Send + Sync
     })
 }
 
-impl Opening<'_> {
+impl Opening {
+    /// Prepares one path, on a thread of its own that is left behind when the path hangs.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TimedOut`] at `deadline`, and what else preparing says.
+    fn mount_until(&self, root: &Path, deadline: Instant) -> Result<Arc<Mount>> {
+        let (opening, path) = (self.clone(), root.to_path_buf());
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mount = within(left, "opening the store", move || opening.mount(&path));
+        let mount = mount.map_err(|error| error.with_path(root))?;
+        mount.map(Arc::new)
+    }
+
     /// Prepares one path.
     fn mount(&self, root: &Path) -> Result<Mount> {
         let rules = self.rules.clone();
-        let directory = NamespaceDirectory::new(root, self.namespace).with_rules(rules);
+        let directory = NamespaceDirectory::new(root, &self.namespace).with_rules(rules);
         let report = match self.access {
             Access::ReadOnly => self.open_for_reading(root, &directory, "opened read-only")?,
             Access::ReadWrite => match self.prepare(root, &directory) {
@@ -152,11 +173,18 @@ impl Opening<'_> {
                 Err(error) => return Err(self.explain(root, error)),
             },
         };
+        let slow_limit = Duration::from_secs_f64(self.config.slow_limit_seconds);
+        let health = Health::new(
+            slow_limit,
+            Arc::clone(&self.notices),
+            Arc::clone(&self.metrics),
+        );
         Ok(Mount::new(
             root.to_path_buf(),
             directory,
             report,
             self.config.min_free,
+            health,
         ))
     }
 
@@ -166,7 +194,7 @@ impl Opening<'_> {
         let is_new = directory.open().is_err();
         let namespace = directory.make(sync)?;
         let temporary = namespace.make(TEMPORARY_NAME, sync)?;
-        ensure_manifest(directory, self.namespace, self.writer, sync)?;
+        ensure_manifest(directory, &self.namespace, &self.writer, sync)?;
         if is_new {
             self.tell_nearest(&directory.open_root()?);
         }
@@ -175,7 +203,7 @@ impl Opening<'_> {
         let limit = Duration::from_secs_f64(self.config.wait_limit_seconds);
         let name = self.writer.file_name("probe");
         let wanted = self.config.use_direct_io;
-        let (direct, reason) = probe_folder(self.engine, &temporary, &name, wanted, limit)?;
+        let (direct, reason) = probe_folder(&*self.engine, &temporary, &name, wanted, limit)?;
         if wanted == Some(true) && !direct {
             self.notices.warn(Topic::Start, || {
                 format!("use_direct_io is set, but {}: {reason}", root.display())
@@ -194,7 +222,7 @@ impl Opening<'_> {
     ) -> Result<MountReport> {
         let found = directory.open().and_then(|found| read_manifest(&found));
         if let Ok(found) = found {
-            check_manifest(&directory.manifest(), &found, self.namespace)?;
+            check_manifest(&directory.manifest(), &found, &self.namespace)?;
         }
         let direct = self.config.use_direct_io == Some(true);
         self.report(root, direct, false, why.to_owned())
@@ -219,7 +247,7 @@ impl Opening<'_> {
 
     /// Says what separates a new namespace from its nearest relative.
     fn tell_nearest(&self, root: &Folder) {
-        if let Some((name, differences)) = nearest_other(root, self.namespace) {
+        if let Some((name, differences)) = nearest_other(root, &self.namespace) {
             self.notices.info(Topic::Namespace, || {
                 format!(
                     "new namespace {} shares nothing with {name}: {}",

@@ -17,6 +17,7 @@ use super::queue::TransferQueue;
 use super::shared::StoreShared;
 use super::staged::{Staged, StagedImage};
 use super::ticket::StoreReport;
+use super::watch::Watched;
 use crate::chunk::{ChunkHead, ChunkRef, PageTable, hash_pages, root_checksum};
 use crate::config::Durability;
 use crate::error::{Error, ErrorKind, Result};
@@ -31,6 +32,8 @@ pub(super) struct StoreJob {
     pub(super) image: Staged,
     pub(super) member: Member<StoreReport>,
     pub(super) submitted: Instant,
+    /// What the watch knows it by.
+    pub(super) watched: Arc<Watched>,
 }
 
 /// Runs a store to its end.
@@ -41,11 +44,22 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
         image,
         member,
         submitted,
+        watched,
     } = job;
     let mount = store.mount(cache.rank, &chunk.key);
-    let result = store_chunk(store, mount, &cache, chunk, image);
+    let began = Instant::now();
+    let result = match mount.health.check(&mount.root) {
+        Ok(()) => store_chunk(store, mount, &cache, chunk, image),
+        Err(error) => Err(error),
+    };
+    let (bytes, failure) = (cache.format.file_bytes(), result.as_ref().err());
+    mount.health.note_store(&mount.root, began, bytes, failure);
+    if !watched.end() {
+        return;
+    }
     let ending = match result {
         Ok(Stored::Written) => {
+            mount.note_success();
             store.metrics.chunks_stored.add(1);
             store
                 .metrics
@@ -74,6 +88,9 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
                 store.notices.warn(Topic::NoSpace, || {
                     format!("no space left for the KV cache, not storing for now: {error}")
                 });
+                Ending::Dropped
+            } else if error.kind() == ErrorKind::Unavailable {
+                store.metrics.stores_dropped_path_unwell.add(1);
                 Ending::Dropped
             } else {
                 store.metrics.stores_failed.add(1);
@@ -297,6 +314,7 @@ fn create_temporary(store: &StoreShared, mount: &Mount) -> Result<TemporaryFile>
     let direct = mount.report.direct;
     match TemporaryFile::create(directory, name.clone(), direct) {
         Err(error) if is_missing(&error) => {
+            mount.check_device()?;
             let sync = store.durability == Durability::Full;
             directory.make(sync)?.make(TEMPORARY_NAME, sync)?;
             ensure_manifest(directory, &store.namespace, &store.writer, sync)?;

@@ -12,6 +12,7 @@ use super::namespace::Namespace;
 use super::notice::{Notices, Topic};
 use super::present::PresentChunks;
 use super::queue::TransferQueue;
+use super::watch::Watch;
 use super::writer::Writer;
 use crate::chunk::ChunkKey;
 use crate::config::{Durability, PathSharding};
@@ -23,17 +24,19 @@ use crate::memory::{HostArena, StagingPool};
 #[derive(Debug)]
 pub(super) struct StoreShared {
     pub(super) namespace: Namespace,
-    pub(super) mounts: Vec<Mount>,
+    pub(super) mounts: Vec<Arc<Mount>>,
     pub(super) sharding: PathSharding,
     pub(super) engine: Arc<dyn IoEngine>,
-    pub(super) writer: Writer,
-    pub(super) metrics: Metrics,
-    pub(super) notices: Notices,
+    pub(super) writer: Arc<Writer>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) notices: Arc<Notices>,
     pub(super) present: PresentChunks,
     pub(super) bad: BadChunks,
     pub(super) chunk_size: usize,
     pub(super) durability: Durability,
     pub(super) wait_limit: Duration,
+    pub(super) lookup_limit: Duration,
+    pub(super) watch: Watch,
     pub(super) may_write: bool,
     pub(super) buffer_mib: usize,
     pub(super) pool: Mutex<Option<(usize, StagingPool)>>,
@@ -47,8 +50,13 @@ impl StoreShared {
         clippy::indexing_slicing,
         reason = "a store has at least one mount, the index is below"
     )]
-    pub(super) fn mount(&self, rank: u32, key: &ChunkKey) -> &Mount {
-        &self.mounts[mount_index(&self.mounts, self.sharding, rank, key)]
+    pub(super) fn mount(&self, rank: u32, key: &ChunkKey) -> &Arc<Mount> {
+        &self.mounts[self.mount_index(rank, key)]
+    }
+
+    /// Returns the index of the mount that holds a chunk of `rank`.
+    pub(super) fn mount_index(&self, rank: u32, key: &ChunkKey) -> usize {
+        mount_index(&self.mounts, self.sharding, rank, key)
     }
 
     /// Takes note that cuFile failed where POSIX did not, or hung (`at_once`): says so, and leaves
@@ -124,5 +132,6 @@ pub(super) struct Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.queue.close();
+        self.shared.watch.close();
     }
 }

@@ -2,13 +2,19 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread;
+use std::time::{Duration, Instant};
 
+use super::batch::Ending;
+use super::crew::Crew;
 use super::notice::Topic;
 use super::queue::{Job, TransferQueue};
 use super::shared::StoreShared;
+use super::watch::{End, Overdue, Watched};
 use super::{load, save};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
+
+/// A store waits for a GPU and then for its writes, each for the wait limit at most.
+const STORE_WAITS: u32 = 2;
 
 /// Starts `threads` workers; `on_start` runs first on each. They end when the queue is closed.
 pub(super) fn start(
@@ -17,32 +23,88 @@ pub(super) fn start(
     threads: usize,
     on_start: &Arc<dyn Fn() + Send + Sync>,
 ) -> Result<()> {
-    for index in 0..threads {
-        let (shared, queue) = (Arc::clone(shared), Arc::clone(queue));
-        let on_start = Arc::clone(on_start);
-        thread::Builder::new()
-            .name(format!("kvrail-transfer-{index}"))
-            .spawn(move || {
-                on_start();
-                while let Some(job) = queue.next() {
-                    run(&shared, &queue, job);
-                }
-            })
-            .map_err(|source| {
-                Error::new(ErrorKind::Io, "start a transfer thread").with_source(source)
-            })?;
-    }
-    Ok(())
+    let (shared, queue) = (Arc::clone(shared), Arc::clone(queue));
+    let body = move |crew: &Arc<Crew>| {
+        while let Some(mut job) = queue.next() {
+            let watched = announce(&shared, &queue, crew, &mut job);
+            run(&shared, &queue, job, &watched);
+            shared.watch.forget(&watched);
+            if watched.is_replaced() {
+                crew.came_back();
+                return;
+            }
+        }
+    };
+    Crew::start("transfer", threads, on_start, Box::new(body))
+}
+
+/// Tells the watch about a job, and how to end it.
+fn announce(
+    shared: &Arc<StoreShared>,
+    queue: &Arc<TransferQueue>,
+    crew: &Arc<Crew>,
+    job: &mut Job,
+) -> Arc<Watched> {
+    let queue = Arc::clone(queue);
+    // A new one each time: a load that found no staging buffer is announced again.
+    let watched = Arc::new(Watched::default());
+    let (cache, key, limit, end): (_, _, _, End) = match job {
+        Job::Load(load, _) => {
+            let waited = load.started.map_or(Duration::ZERO, |since| since.elapsed());
+            let (member, limit) = (load.member.share(), shared.wait_limit);
+            let end = move |shared: &StoreShared| {
+                shared.metrics.loads_failed.add(1);
+                queue.load_ended();
+                member.end(Ending::Failed(overdue(limit)));
+            };
+            let left = limit.saturating_sub(waited);
+            load.watched = Arc::clone(&watched);
+            (&load.cache, load.chunk.key, left, Box::new(end))
+        }
+        Job::Store(store) => {
+            let (member, limit) = (store.member.share(), shared.wait_limit * STORE_WAITS);
+            let end = move |shared: &StoreShared| {
+                shared.metrics.stores_failed.add(1);
+                queue.store_ended();
+                member.end(Ending::Failed(overdue(limit)));
+            };
+            store.watched = Arc::clone(&watched);
+            (&store.cache, store.chunk.key, limit, Box::new(end))
+        }
+    };
+    let place = cache.place(&key);
+    watched.is_at(shared.mount_index(cache.rank, &key));
+    let crew = Arc::clone(crew);
+    let end = move |shared: &StoreShared| {
+        shared.present.remove(&place);
+        end(shared);
+    };
+    let overdue = Overdue {
+        end: Box::new(end),
+        replace: Box::new(move || crew.replace()),
+    };
+    shared
+        .watch
+        .begin(&watched, Instant::now() + limit, overdue);
+    watched
+}
+
+fn overdue(limit: Duration) -> String {
+    format!(
+        "the file system did not answer within {:.3} s",
+        limit.as_secs_f64()
+    )
 }
 
 /// Runs a job. A panic in it is a bug of ours; it costs the chunk, not the thread or the ticket.
-fn run(shared: &StoreShared, queue: &Arc<TransferQueue>, job: Job) {
+fn run(shared: &StoreShared, queue: &Arc<TransferQueue>, job: Job, watched: &Watched) {
     let is_load = matches!(job, Job::Load(..));
     let outcome = catch_unwind(AssertUnwindSafe(|| match job {
         Job::Load(job, buffer) => load::run(shared, queue, job, buffer),
         Job::Store(job) => save::run(shared, queue, *job),
     }));
-    if outcome.is_err() {
+    // When the watch has ended it there is nothing more to count.
+    if outcome.is_err() && watched.end() {
         // The job was dropped while unwinding, so its ticket says failed; count it out.
         if is_load {
             queue.load_ended();

@@ -46,7 +46,12 @@ pub(in crate::store) struct CufileWish {
 /// Opens cuFile for `gpu` where a path of the store takes it; each path learns what became of it.
 pub(super) fn choose(store: &StoreShared, gpu: &Gpu) -> Option<Cufile> {
     let undecided = |mount: &&Mount| mount.cufile.describe().is_none_or(|(on, _)| on);
-    let mounts: Vec<&Mount> = store.mounts.iter().filter(undecided).collect();
+    let mounts: Vec<&Mount> = store
+        .mounts
+        .iter()
+        .map(|mount| &**mount)
+        .filter(undecided)
+        .collect();
     let (allowed, refused) = match allowed(store, gpu) {
         Ok(()) => by_guards(store, mounts),
         Err(reason) => (Vec::new(), refuse_all(mounts, &reason)),

@@ -28,9 +28,10 @@ use crate::memory::{
 };
 use crate::store::image::WRITE_REQUEST_BYTES;
 use crate::store::kv_cache::CacheShared;
-use crate::store::load::{LoadJob, verify, verify_frame};
+use crate::store::load::LoadJob;
 use crate::store::shared::StoreShared;
 use crate::store::staged::StagedImage;
+use crate::store::verify::{verify, verify_frame};
 
 /// Chunks on their way at most: as many as cuFile may have calls.
 const FRAMES: usize = 64;

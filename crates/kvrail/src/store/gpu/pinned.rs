@@ -16,8 +16,9 @@ use crate::layout::TransferPlan;
 use crate::memory::{ComputeStream, GpuSlot, StagingRange};
 use crate::store::image::{self, Extents};
 use crate::store::kv_cache::CacheShared;
-use crate::store::load::{LoadJob, verify};
+use crate::store::load::LoadJob;
 use crate::store::staged::StagedImage;
+use crate::store::verify::verify;
 
 /// Refusals of the driver after which a load that failed takes the GPU for dead.
 const REFUSALS_MAX: usize = 3;

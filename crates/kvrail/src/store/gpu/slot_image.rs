@@ -15,8 +15,9 @@ use crate::layout::TransferPlan;
 use crate::memory::{ComputeStream, GpuSlot, StagingRange};
 use crate::store::image::Extents;
 use crate::store::kv_cache::CacheShared;
-use crate::store::load::{LoadJob, verify};
+use crate::store::load::LoadJob;
 use crate::store::staged::StagedImage;
+use crate::store::verify::verify;
 
 /// How long an error waits for the GPU to let go of what it works on, before it asks again or
 /// gives the memory up.

@@ -1,0 +1,462 @@
+//! A store on a file system that fails in every way: what loads is right, nothing waits for longer
+//! than the limits, and the path comes back by itself.
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test that meets an error has failed"
+)]
+
+mod common;
+#[path = "../../kvrail/tests/common/mod.rs"]
+mod store;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use common::mount;
+use kvrail::config::{Durability, StoreConfig};
+use kvrail::{ErrorKind, OpenOptions, Store};
+use kvrail_testing::FaultMount;
+use store::{Cache, Geometry, LIMIT, chunk_files, config, key, namespace, open};
+
+/// The limits of these tests, in seconds.
+const WAIT_LIMIT: f64 = 1.0;
+const LOOKUP_LIMIT: f64 = 0.5;
+const SLOW_LIMIT: f64 = 0.4;
+/// What is added to a limit before the caller hears of it: the watch looks ten times a second, and
+/// these machines are busy.
+const SLACK: Duration = Duration::from_millis(900);
+/// Chunks that every test has on the mount before anything fails.
+const CHUNKS: u64 = 6;
+
+fn limits(path: &Path) -> StoreConfig {
+    let mut config = config(path);
+    config.wait_limit_seconds = WAIT_LIMIT;
+    config.lookup_limit_seconds = LOOKUP_LIMIT;
+    config.slow_limit_seconds = SLOW_LIMIT;
+    config
+}
+
+fn open_limited(path: &Path) -> Store {
+    Store::open(&limits(path), namespace(), OpenOptions::default()).unwrap()
+}
+
+/// A store with some chunks on a mount.
+struct Subject {
+    store: Store,
+    cache: Cache,
+    /// Longest load, store and lookup so far.
+    longest: [Duration; 3],
+}
+
+impl Subject {
+    fn new(path: &Path) -> Self {
+        let store = open_limited(path);
+        let cache = Cache::attach(&store, 0, Geometry::default());
+        let mut subject = Self {
+            store,
+            cache,
+            longest: [Duration::ZERO; 3],
+        };
+        for index in 0..CHUNKS {
+            subject.store_chunk(index);
+        }
+        assert_eq!(subject.lookup(), CHUNKS as usize);
+        subject
+    }
+
+    /// Stores a chunk of known content. Returns whether it is there now.
+    fn store_chunk(&mut self, index: u64) -> bool {
+        self.cache.fill(0, 2 * index);
+        self.cache.fill(1, 2 * index + 1);
+        let start = Instant::now();
+        let report = self.cache.store(&[(index, vec![0, 1])]);
+        self.longest[1] = self.longest[1].max(start.elapsed());
+        report.stored + report.already_present == 1
+    }
+
+    /// Loads a chunk and checks its bytes. Returns whether it came.
+    fn load_chunk(&mut self, index: u64) -> bool {
+        self.cache.fill(10, u64::MAX);
+        self.cache.fill(11, u64::MAX);
+        let start = Instant::now();
+        let report = self.cache.load(&[(index, 0, vec![10, 11])]);
+        self.longest[0] = self.longest[0].max(start.elapsed());
+        if report.loaded == 1 {
+            self.cache.fill(20, 2 * index);
+            self.cache.fill(21, 2 * index + 1);
+            assert_eq!(self.cache.block(10), self.cache.block(20), "chunk {index}");
+            assert_eq!(self.cache.block(11), self.cache.block(21), "chunk {index}");
+        }
+        report.loaded == 1
+    }
+
+    fn lookup(&mut self) -> usize {
+        let keys = (0..CHUNKS).map(key).collect();
+        let start = Instant::now();
+        let found = self.store.lookup(0, &[0], keys).wait(LIMIT).unwrap();
+        self.longest[2] = self.longest[2].max(start.elapsed());
+        found
+    }
+
+    /// Asserts that nothing took longer than its limit, and prints what it took.
+    fn assert_bounded(&self, what: &str) {
+        let limits = [WAIT_LIMIT, 2.0 * WAIT_LIMIT, LOOKUP_LIMIT];
+        let names = ["load", "store", "lookup"];
+        for ((name, took), limit) in names.iter().zip(self.longest).zip(limits) {
+            let limit = Duration::from_secs_f64(limit);
+            println!("{what}: longest {name} {took:.2?}, limit {limit:?}");
+            assert!(took <= limit + SLACK, "{what}: {name} took {took:?}");
+        }
+    }
+
+    /// Waits until the path is in use again and everything works. Returns how long that took.
+    fn wait_until_well(&mut self) -> Duration {
+        let start = Instant::now();
+        let mut index = 1000;
+        loop {
+            index += 1;
+            let works = self.lookup() == CHUNKS as usize
+                && self.load_chunk(1)
+                && self.store_chunk(index)
+                && self.load_chunk(index);
+            if works {
+                return start.elapsed();
+            }
+            assert!(start.elapsed() < Duration::from_secs(60), "it stayed out");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+#[test]
+fn any_error_at_any_operation_is_a_miss_and_nothing_wrong_is_loaded() {
+    let Some((mounted, _folder)) = mount(11) else {
+        return;
+    };
+    drop(Subject::new(mounted.path()));
+    let mut outcomes = [0; 3];
+    let mut index = 100;
+    for operation in [
+        "lookup", "getattr", "open", "read", "create", "write", "rename", "statfs", "flush",
+        "release", "fsync", "unlink", "mkdir", "opendir", "setattr", "access",
+    ] {
+        for error in [
+            "EIO", "ENOSPC", "EDQUOT", "ESTALE", "EACCES", "EROFS", "ENOENT", "EINTR",
+        ] {
+            let mut config = limits(mounted.path());
+            config.durability = Durability::Full;
+            let store = Store::open(&config, namespace(), OpenOptions::default()).unwrap();
+            let cache = Cache::attach(&store, 0, Geometry::default());
+            let mut subject = Subject {
+                store,
+                cache,
+                longest: [Duration::ZERO; 3],
+            };
+            mounted.set(&format!("{operation} *-* error={error}"));
+            index += 1;
+            let stored = subject.store_chunk(index);
+            outcomes[0] += usize::from(stored);
+            outcomes[1] += usize::from(subject.load_chunk(2));
+            outcomes[2] += usize::from(subject.lookup() > 0);
+            mounted.heal();
+            subject.assert_bounded(&format!("{operation} {error}"));
+            if stored {
+                // What counts as stored is there, whole: another process reads it.
+                let other = open(mounted.source());
+                let cache = Cache::attach(&other, 0, Geometry::default());
+                assert_eq!(
+                    cache.load(&[(index, 0, vec![0, 1])]).loaded,
+                    1,
+                    "{operation} {error}"
+                );
+            }
+        }
+    }
+    println!(
+        "of 128 faults: stored {}, loaded {}, found {}",
+        outcomes[0], outcomes[1], outcomes[2]
+    );
+    assert!(mounted.hits() >= 128);
+    let mut subject = Subject::new(mounted.path());
+    subject.wait_until_well();
+    // A chunk whose open was refused with EACCES counts as damaged; all others are where they were.
+    assert!(chunk_files(mounted.source()).len() >= CHUNKS as usize);
+}
+
+#[test]
+fn an_operation_that_hangs_costs_its_limit_once_and_the_path_comes_back() {
+    let Some((mounted, _folder)) = mount(12) else {
+        return;
+    };
+    for operation in [
+        "lookup", "getattr", "open", "read", "create", "write", "rename", "flush", "statfs", "*",
+    ] {
+        let mut subject = Subject::new(mounted.path());
+        mounted.set(&format!("{operation} *-* hang"));
+        let stored = subject.store_chunk(500);
+        let loaded = subject.load_chunk(3);
+        let found = subject.lookup();
+        subject.assert_bounded(operation);
+        let is_out = subject.store.metrics().paths_taken_out > 0;
+        assert!(
+            is_out || (stored && loaded && found > 0),
+            "{operation}: nothing hung"
+        );
+        if is_out {
+            // Now nothing is asked of the mount any more.
+            subject.longest = [Duration::ZERO; 3];
+            for index in 0..CHUNKS {
+                assert!(!subject.load_chunk(index));
+                assert!(!subject.store_chunk(600 + index));
+                assert_eq!(subject.lookup(), 0);
+            }
+            let longest = subject.longest.iter().max().unwrap();
+            println!("{operation}: while it is out, the longest wait is {longest:.2?}");
+            assert!(
+                *longest < Duration::from_millis(300),
+                "{operation}: {longest:?}"
+            );
+        }
+        mounted.heal();
+        let back = subject.wait_until_well();
+        println!("{operation}: well again after {back:.2?}");
+        let notices = subject.store.take_notices();
+        let said: Vec<_> = notices.iter().map(|notice| &notice.message).collect();
+        if is_out {
+            assert_eq!(
+                said.iter()
+                    .filter(|line| line.contains("left alone"))
+                    .count(),
+                1,
+                "{said:?}"
+            );
+            assert_eq!(
+                said.iter()
+                    .filter(|line| line.contains("well again and in use"))
+                    .count(),
+                1
+            );
+        }
+    }
+}
+
+#[test]
+fn a_slow_path_is_left_alone_until_it_is_quick_again() {
+    let Some((mounted, _folder)) = mount(13) else {
+        return;
+    };
+    let mut subject = Subject::new(mounted.path());
+    mounted.set("open,lookup *.safetensors delay=500ms");
+    let start = Instant::now();
+    let mut loads = 0;
+    while subject.store.metrics().paths_taken_out == 0 {
+        subject.load_chunk(loads % CHUNKS);
+        loads += 1;
+        assert!(
+            start.elapsed() < Duration::from_secs(30),
+            "it is still used"
+        );
+    }
+    println!("taken out after {loads} loads of more than 500 ms");
+    assert!(loads <= 5);
+    assert_eq!(subject.lookup(), 0);
+    // The probe finds it well, for chunks alone are slow here; then it is taken out again.
+    mounted.set("* *-* delay=500ms");
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(subject.lookup(), 0);
+    mounted.heal();
+    println!("well again after {:.2?}", subject.wait_until_well());
+    subject.assert_bounded("slow");
+}
+
+#[test]
+fn pages_that_change_on_the_way_are_never_loaded() {
+    let Some((mounted, _folder)) = mount(14) else {
+        return;
+    };
+    let mut subject = Subject::new(mounted.path());
+    for damage in ["flip", "zero", "swap", "short"] {
+        mounted.set(&format!("read *.safetensors {damage}"));
+        let loaded = (0..CHUNKS)
+            .filter(|index| subject.load_chunk(*index))
+            .count();
+        println!("read {damage}: {loaded} loaded, right");
+        mounted.heal();
+        (0..CHUNKS).for_each(|index| {
+            subject.store_chunk(index);
+        });
+        assert_eq!(
+            subject.lookup(),
+            CHUNKS as usize,
+            "{damage}: all can be stored again"
+        );
+        mounted.set(&format!("write *.chunk.* {damage}"));
+        for index in 700..704 {
+            subject.store_chunk(index);
+        }
+        mounted.heal();
+        let loaded = (700..704)
+            .filter(|index| subject.load_chunk(*index))
+            .count();
+        println!("write {damage}: {loaded} loaded, right");
+        assert_eq!(loaded, if damage == "short" { 4 } else { 0 });
+        (700..704).for_each(|index| assert!(subject.store_chunk(index), "stored anew"));
+        (700..704).for_each(|index| assert!(subject.load_chunk(index)));
+        for index in 700..704 {
+            std::fs::remove_file(store::chunk_path(mounted.source(), 0, index)).unwrap();
+            let _gone = subject.load_chunk(index);
+        }
+    }
+    assert_eq!(
+        subject.store.metrics().paths_taken_out,
+        0,
+        "damage is about chunks"
+    );
+}
+
+#[test]
+fn what_other_hosts_see_late_is_a_miss_until_they_see_it() {
+    let Some((mounted, _folder)) = mount(15) else {
+        return;
+    };
+    let mut here = Subject::new(mounted.source());
+    let there = Subject::new(mounted.path());
+    let found = |index: u64| {
+        let keys = vec![key(index)];
+        there.store.lookup(0, &[0], keys).wait(LIMIT).unwrap() == 1
+    };
+    for rule in ["lookup *.safetensors late=600ms", "lookup *-* stale=600ms"] {
+        mounted.set(rule);
+        let index = 800 + rule.len() as u64;
+        assert!(!found(index));
+        assert!(here.store_chunk(index));
+        assert!(!found(index), "{rule}");
+        let report = there.cache.load(&[(index, 0, vec![30, 31])]);
+        assert_eq!(report.failed, [0], "{rule}");
+        let end = Instant::now() + Duration::from_secs(30);
+        while !found(index) {
+            assert!(Instant::now() < end, "{rule}: never seen");
+        }
+        assert_eq!(there.cache.load(&[(index, 0, vec![30, 31])]).loaded, 1);
+    }
+    assert_eq!(there.store.metrics().chunks_damaged, 0);
+}
+
+#[test]
+fn clocks_an_hour_apart_cost_no_live_writer_its_file() {
+    let Some((mounted, _folder)) = mount(16) else {
+        return;
+    };
+    for skew in ["3600s", "-3600s"] {
+        mounted.set(&format!("lookup,getattr,create,setattr * skew={skew}"));
+        let mut subject = Subject::new(mounted.path());
+        let temporary = mounted
+            .source()
+            .join(namespace().directory_name())
+            .join("tmp");
+        let mine = temporary.join(".chunk.another-host.77.88.9");
+        std::fs::write(&mine, "half a chunk of another host").unwrap();
+        subject.store_chunk(900);
+        drop(open(mounted.path()));
+        // Another clock may make it look an hour old, and then it may go; what is younger stays.
+        assert!(mine.exists() || skew == "-3600s", "{skew}");
+        assert!(subject.load_chunk(900));
+        let _ = std::fs::remove_file(mine);
+    }
+}
+
+#[test]
+fn opening_and_closing_on_a_mount_that_hangs_end_in_time() {
+    let Some((mounted, _folder)) = mount(17) else {
+        return;
+    };
+    let subject = Subject::new(mounted.path());
+    mounted.set("* * hang");
+    let start = Instant::now();
+    let opened = Store::open(&limits(mounted.path()), namespace(), OpenOptions::default());
+    assert_eq!(opened.unwrap_err().kind(), ErrorKind::TimedOut);
+    println!("opening failed after {:.2?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs_f64(WAIT_LIMIT) + SLACK);
+    let load = subject.cache.load(&[(1, 0, vec![10, 11])]);
+    assert_eq!(load.loaded, 0);
+    // A thread is in the kernel now and cannot be ended; nobody waits for it.
+    let start = Instant::now();
+    drop(subject.store.close(Duration::from_millis(200)));
+    drop(subject);
+    println!("closing took {:.2?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_millis(200) + SLACK);
+    mounted.heal();
+}
+
+#[test]
+fn one_path_that_hangs_leaves_the_others_alone() {
+    let Some((mounted, folder)) = mount(18) else {
+        return;
+    };
+    let well = folder.path().join("well");
+    let mut config = limits(mounted.path());
+    config.gds_path.push(well.clone());
+    let store = Store::open(&config, namespace(), OpenOptions::default()).unwrap();
+    let cache = Cache::attach(&store, 0, Geometry::default());
+    let mut subject = Subject {
+        store,
+        cache,
+        longest: [Duration::ZERO; 3],
+    };
+    let indices: Vec<u64> = (0..40).collect();
+    for index in &indices {
+        assert!(subject.store_chunk(*index));
+    }
+    let is_well = |index: &u64| store::chunk_path(&well, 0, *index).exists();
+    let good: Vec<u64> = indices.iter().copied().filter(is_well).collect();
+    assert!((5..35).contains(&good.len()), "{}", good.len());
+    mounted.set("read * hang");
+    // All at once: those that hang are in the way of the others, for one limit at most.
+    let chunks: Vec<_> = indices
+        .iter()
+        .map(|index| (*index, 0, vec![10, 11]))
+        .collect();
+    let start = Instant::now();
+    let report = subject.cache.load(&chunks);
+    println!(
+        "{} of {} loaded in {:.2?}",
+        report.loaded,
+        good.len(),
+        start.elapsed()
+    );
+    assert!(report.loaded >= good.len() - 2, "{report:?}");
+    assert!(start.elapsed() < Duration::from_secs_f64(WAIT_LIMIT) + SLACK);
+    for index in &good {
+        let start = Instant::now();
+        assert!(subject.load_chunk(*index));
+        assert!(start.elapsed() < SLACK);
+    }
+    mounted.heal();
+}
+
+#[test]
+fn a_mount_that_is_taken_away_is_no_place_to_write_and_comes_back() {
+    let Some((mut mounted, folder)) = mount(19) else {
+        return;
+    };
+    let mut subject = Subject::new(mounted.path());
+    let root = mounted.path().to_path_buf();
+    mounted.kill();
+    for index in 0..CHUNKS {
+        assert!(!subject.load_chunk(index));
+        assert!(!subject.store_chunk(300 + index));
+    }
+    assert_eq!(subject.lookup(), 0);
+    let below: Vec<_> = std::fs::read_dir(&root).unwrap().collect();
+    assert!(
+        below.is_empty(),
+        "written to the mount point itself: {below:?}"
+    );
+    subject.assert_bounded("unmounted");
+    drop(mounted);
+    let program = Path::new(env!("CARGO_BIN_EXE_fault-fs"));
+    let _again = FaultMount::new(program, folder.path(), 20).unwrap();
+    println!("well again after {:.2?}", subject.wait_until_well());
+}

@@ -1,0 +1,292 @@
+//! The watch: it ends the jobs whose thread hangs in the file system, and has paths probed.
+//!
+//! Jobs do their file operations on the thread that works on them, so none of them costs a switch
+//! of threads. Each is announced here with its deadline. When it is not done by then, the watch
+//! ends it in its thread's place (a load as failed, a lookup with "nothing there"), takes the path
+//! out of use and starts another thread for the one that is lost. A thread that comes back finds
+//! that its job was given up, throws away what it has and ends.
+//!
+//! A load that is about to write to its blocks claims that first: after it was given up they
+//! belong to somebody else.
+
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::mount::Mount;
+use super::shared::StoreShared;
+use crate::error::{Error, ErrorKind, Result};
+
+/// How often the watch looks: what is overdue ends that much after its deadline at the latest.
+const TICK: Duration = Duration::from_millis(100);
+
+const RUNNING: u8 = 0;
+const CLAIMED: u8 = 1;
+const ENDED: u8 = 2;
+const GIVEN_UP: u8 = 3;
+/// Given up, and another thread does the work from now on.
+const REPLACED: u8 = 4;
+/// Given up, and nobody could be started in the thread's place.
+const NOT_REPLACED: u8 = 5;
+
+/// A job that a thread works on, as its thread and the watch see it.
+#[derive(Debug, Default)]
+pub(super) struct Watched {
+    state: AtomicU8,
+    /// The mount that the job is at, by index.
+    mount: AtomicUsize,
+}
+
+impl Watched {
+    fn advance(&self, from: u8, to: u8) -> bool {
+        self.state
+            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok()
+    }
+
+    /// Keeps the watch from giving the job up; `false` when it was given up already.
+    ///
+    /// For as long as memory is written that the job's end gives back.
+    #[must_use]
+    pub(super) fn claim(&self) -> bool {
+        self.advance(RUNNING, CLAIMED)
+    }
+
+    /// Ends a claim.
+    pub(super) fn release(&self) {
+        self.advance(CLAIMED, RUNNING);
+    }
+
+    /// Notes the job's end; `false` when the watch has ended it before.
+    #[must_use]
+    pub(super) fn end(&self) -> bool {
+        self.advance(CLAIMED, ENDED) || self.advance(RUNNING, ENDED)
+    }
+
+    /// Notes which mount the job is at.
+    pub(super) fn is_at(&self, mount: usize) {
+        self.mount.store(mount, Ordering::Relaxed);
+    }
+
+    /// Returns whether the job's thread has to end, because another one does its work.
+    pub(super) fn is_replaced(&self) -> bool {
+        // The watch decides right after giving the job up.
+        while self.state.load(Ordering::Acquire) == GIVEN_UP {
+            thread::yield_now();
+        }
+        self.state.load(Ordering::Acquire) == REPLACED
+    }
+}
+
+/// Ends a job in its thread's place.
+pub(super) type End = Box<dyn FnOnce(&StoreShared) + Send>;
+
+/// What the watch does about a job that is overdue.
+pub(super) struct Overdue {
+    pub(super) end: End,
+    /// Starts another thread for the one that is lost. Returns whether there is one.
+    pub(super) replace: Box<dyn FnOnce() -> bool + Send>,
+}
+
+struct Entry {
+    watched: Arc<Watched>,
+    began: Instant,
+    deadline: Instant,
+    overdue: Option<Overdue>,
+}
+
+/// The jobs under way.
+#[derive(Default)]
+pub(super) struct Watch {
+    state: Mutex<State>,
+    closed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    entries: Vec<Entry>,
+    is_closed: bool,
+}
+
+impl std::fmt::Debug for Watch {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let state = self.lock();
+        out.debug_struct("Watch")
+            .field("jobs", &state.entries.len())
+            .field("is_closed", &state.is_closed)
+            .finish()
+    }
+}
+
+impl Watch {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Announces a job that its thread begins now and shall be done with at `deadline`.
+    pub(super) fn begin(&self, watched: &Arc<Watched>, deadline: Instant, overdue: Overdue) {
+        let entry = Entry {
+            watched: Arc::clone(watched),
+            began: Instant::now(),
+            deadline,
+            overdue: Some(overdue),
+        };
+        self.lock().entries.push(entry);
+    }
+
+    /// Takes a job off the list, however it ended.
+    pub(super) fn forget(&self, watched: &Arc<Watched>) {
+        let mut state = self.lock();
+        let found = state
+            .entries
+            .iter()
+            .position(|entry| Arc::ptr_eq(&entry.watched, watched));
+        let entry = found.map(|index| state.entries.swap_remove(index));
+        drop(state);
+        // Dropped without the lock: it may hold the last reference to a ticket.
+        drop(entry);
+    }
+
+    /// Ends the watch's thread.
+    pub(super) fn close(&self) {
+        self.lock().is_closed = true;
+        self.closed.notify_all();
+    }
+
+    /// Takes what is overdue off the list, given up.
+    fn take_overdue(&self, now: Instant) -> Vec<Entry> {
+        let mut state = self.lock();
+        let mut overdue = Vec::new();
+        let mut index = 0;
+        while let Some(entry) = state.entries.get(index) {
+            if now >= entry.deadline && entry.watched.advance(RUNNING, GIVEN_UP) {
+                overdue.push(state.entries.swap_remove(index));
+            } else {
+                index += 1;
+            }
+        }
+        overdue
+    }
+
+    /// Waits for the next look. Returns whether there is one.
+    fn wait(&self) -> bool {
+        let state = self.lock();
+        if state.is_closed {
+            return false;
+        }
+        let waited = self.closed.wait_timeout(state, TICK);
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        !state.is_closed
+    }
+}
+
+/// Starts the watch over `shared`; it ends when the watch is closed.
+pub(super) fn start(
+    shared: &Arc<StoreShared>,
+    on_start: &Arc<dyn Fn() + Send + Sync>,
+) -> Result<()> {
+    let (shared, on_start) = (Arc::clone(shared), Arc::clone(on_start));
+    thread::Builder::new()
+        .name("kvrail-watch".to_owned())
+        .spawn(move || {
+            on_start();
+            while shared.watch.wait() {
+                look(&shared);
+            }
+        })
+        .map(drop)
+        .map_err(|source| Error::new(ErrorKind::Io, "start the watch's thread").with_source(source))
+}
+
+/// Ends what is overdue and begins the probes that are due.
+fn look(shared: &Arc<StoreShared>) {
+    for mut entry in shared.watch.take_overdue(Instant::now()) {
+        let index = entry.watched.mount.load(Ordering::Relaxed);
+        if let Some(mount) = shared.mounts.get(index) {
+            let message = format!(
+                "an operation was not done within {:.3} s",
+                entry.began.elapsed().as_secs_f64()
+            );
+            mount.health.note_hung(&mount.root, message);
+        }
+        if let Some(overdue) = entry.overdue.take() {
+            // Before the job ends, so that who waits for its end finds a thread for the next one.
+            let decided = if (overdue.replace)() {
+                REPLACED
+            } else {
+                NOT_REPLACED
+            };
+            (overdue.end)(shared);
+            entry.watched.state.store(decided, Ordering::Release);
+        }
+    }
+    for mount in &shared.mounts {
+        probe(shared, mount);
+    }
+}
+
+/// Has a mount probed if that is due. Does not wait for it.
+fn probe(shared: &Arc<StoreShared>, mount: &Arc<Mount>) {
+    if !mount.health.begin_probe() {
+        return;
+    }
+    let (theirs, weak): (_, Weak<StoreShared>) = (Arc::clone(mount), Arc::downgrade(shared));
+    let started = thread::Builder::new()
+        .name("kvrail-probe".to_owned())
+        .spawn(move || {
+            let began = Instant::now();
+            let is_well = match weak.upgrade() {
+                Some(shared) => super::recovery::check(&shared, &theirs).is_ok(),
+                None => false,
+            };
+            theirs
+                .health
+                .end_probe(&theirs.root, is_well, began.elapsed());
+        });
+    if started.is_err() {
+        mount.health.end_probe(&mount.root, false, Duration::ZERO);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn overdue() -> Overdue {
+        Overdue {
+            end: Box::new(|_| ()),
+            replace: Box::new(|| true),
+        }
+    }
+
+    #[test]
+    fn what_is_claimed_or_has_ended_is_never_given_up() {
+        let watch = Watch::default();
+        let later = Instant::now() + Duration::from_secs(3600);
+        let jobs: Vec<Arc<Watched>> = (0..3).map(|_| Arc::default()).collect();
+        for job in &jobs {
+            watch.begin(job, Instant::now(), overdue());
+        }
+        assert!(jobs[0].claim());
+        assert!(jobs[1].end());
+        assert_eq!(watch.take_overdue(later).len(), 1);
+        assert!(!jobs[2].claim() && !jobs[2].end(), "it was given up");
+        jobs[0].release();
+        assert_eq!(watch.take_overdue(later).len(), 1);
+        assert!(!jobs[0].end());
+        watch.forget(&jobs[1]);
+        assert!(watch.lock().entries.is_empty());
+    }
+
+    #[test]
+    fn nothing_is_given_up_before_its_time_and_closing_is_seen_at_once() {
+        let watch = Watch::default();
+        let job = Arc::default();
+        let later = Instant::now() + Duration::from_secs(3600);
+        watch.begin(&job, later, overdue());
+        assert!(watch.take_overdue(Instant::now()).is_empty());
+        watch.close();
+        assert!(!watch.wait());
+    }
+}
