@@ -3,6 +3,7 @@
 //! - [`FaultEngine`] wraps an I/O engine and fails, delays, holds or damages its requests
 //! - `fault-fs`, a program of this crate, is a FUSE file system over a folder that does the same to
 //!   every operation of a file system; [`FaultMount`] runs and steers it
+//! - [`soak`] is the model checker over both
 //! - [`Rules`] is the script of both: which operations on which paths, what happens, how often
 //! - [`Random`] is where every choice comes from: the same seed, the same faults
 #![allow(
@@ -19,6 +20,7 @@ pub mod file_system;
 mod mount;
 mod random;
 mod rules;
+pub mod soak;
 
 pub use damage::Damage;
 pub use engine::FaultEngine;

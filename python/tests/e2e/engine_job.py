@@ -41,7 +41,7 @@ def generate(
     max_tokens: int = 8,
     together: bool = False,
 ) -> dict[str, Any]:
-    """Greedy decoding of each prompt: tokens, log-probabilities, and how the counters moved.
+    """Greedy decoding of each prompt: tokens, log-probabilities, seconds, how the counters moved.
 
     One by one unless `together`, so that the counters can be told apart by prompt.
     """
@@ -50,12 +50,27 @@ def generate(
     answers = {}
     for batch in batches:
         inputs = [_input(prompts[name], salt) for name in batch]
-        before = metrics(llm)
+        before, started = metrics(llm), time.monotonic()
         outputs = llm.generate(inputs, parameters, use_tqdm=False)
+        seconds = time.monotonic() - started
         moved = _difference(before, metrics(llm))
         for name, output in zip(batch, outputs, strict=True):
-            answers[name] = _answer(output) | {"moved": moved}
+            answers[name] = _answer(output) | {"moved": moved, "seconds": seconds}
     return answers
+
+
+def wait_for_hit(llm: Any, prompt: list[int], seconds: float = 60.0) -> dict[str, Any]:
+    """Asks again and again until chunks are loaded for `prompt`; how many times and how long."""
+    started, asked = time.monotonic(), 0
+
+    def hit() -> bool | None:
+        nonlocal asked
+        asked += 1
+        output = llm.generate([_input(prompt, None)], _parameters(1), use_tqdm=False)[0]
+        return bool(output.num_cached_tokens) or None
+
+    _wait(hit, seconds, lambda: "a hit")
+    return {"seconds": time.monotonic() - started, "asked": asked}
 
 
 def abort(
@@ -163,6 +178,7 @@ STEPS: dict[str, Callable[..., Any]] = {
         set_mode,
         wait_for_chunks,
         wait_for_file,
+        wait_for_hit,
     )
 }
 
