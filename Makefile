@@ -9,6 +9,8 @@ SHELL := /usr/bin/env bash
 
 STEP := scripts/step
 WITHIN := scripts/within
+# How long `make soak` runs.
+SOAK_SECONDS ?= 3600
 # Seconds after which a test that hangs is ended with a stack trace.
 SOAK_SECONDS ?= 3600
 PYTEST := python -m pytest -ra --durations=5 --timeout=600
