@@ -225,9 +225,20 @@ fn the_mount_goes_with_the_process_that_asked_for_it() {
     let mut word = [0; 7];
     holder.stdout.take().unwrap().read_exact(&mut word).unwrap();
     assert_eq!(&word, b"mounted");
+    let (sender, receiver) = std::sync::mpsc::channel();
     let hanging = std::thread::spawn({
         let path = paths[1].join("file");
-        move || fs::read(path)
+        move || {
+            sender.send(rustix::thread::gettid()).unwrap();
+            fs::read(path)
+        }
+    });
+    // A thread that came late would find the mount gone, and nothing in its place.
+    let thread = receiver.recv().unwrap().as_raw_nonzero();
+    let call = format!("/proc/self/task/{thread}/syscall");
+    // A thread in a call shows its number, one that runs does not.
+    wait_until("the open", || {
+        fs::read_to_string(&call).is_ok_and(|call| !call.starts_with("running"))
     });
     // The sleeping process holds the input; with it the input ends.
     let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", holder.id()));
