@@ -238,7 +238,7 @@ fn load_chunk(
                 let known = Error::new(ErrorKind::Damaged, "found bad before, not read again");
                 Outcome::Failed(known.with_path(file.path()))
             } else {
-                move_chunk(store, mount, job, &file, buffer, deadline)
+                move_chunk(store, mount, job, &file, buffer, (began, deadline))
             }
         }
     };
@@ -262,14 +262,15 @@ fn load_chunk(
     Outcome::Failed(error)
 }
 
-/// Moves a chunk from its open file to its blocks, by the route of the job.
+/// Moves a chunk from its open file to its blocks, by the route of the job. The load began before
+/// the file was opened: a slow opening is slow as well.
 fn move_chunk(
     store: &StoreShared,
     mount: &Mount,
     job: &LoadJob,
     file: &Arc<IoFile>,
     buffer: LoadBuffer,
-    deadline: Instant,
+    (began, deadline): (Instant, Instant),
 ) -> Outcome {
     // cuFile may use half of the time: the other half is for POSIX.
     let cufile_deadline = deadline.min(Instant::now() + store.wait_limit / 2);
@@ -299,7 +300,6 @@ fn move_chunk(
             "a VRAM slot for KV cache in host memory",
         )),
         (LoadBuffer::Host(buffer), gpu) => {
-            let began = Instant::now();
             let loaded = read(store, job, file, buffer, deadline).and_then(|read| {
                 let bytes = job.payload.len();
                 mount.health.note(&mount.root, began, bytes, None);
