@@ -13,6 +13,7 @@
 mod bad;
 mod batch;
 mod breaker;
+pub mod capacity;
 mod crew;
 mod directory;
 mod durable;
@@ -150,7 +151,11 @@ impl Store {
 
     /// Returns all counters.
     pub fn metrics(&self) -> MetricsSnapshot {
-        self.running.shared.metrics.snapshot()
+        let shared = &self.running.shared;
+        let (used, janitors) = shared.capacity.gauges();
+        shared.metrics.usage_bytes.set(used);
+        shared.metrics.janitor_paths.set(janitors);
+        shared.metrics.snapshot()
     }
 
     /// Takes the notices that have come since the last call, oldest first; at most 100 wait.
@@ -182,11 +187,14 @@ impl Store {
 
     /// Waits for the stores, then ends everything: waiting loads end as failed, new calls too.
     ///
+    /// The janitors get two seconds more to end their work.
+    ///
     /// # Errors
     /// [`ErrorKind::TimedOut`] when stores were not done within `limit`; they are given up.
     pub fn close(&self, limit: Duration) -> Result<()> {
         let flushed = self.flush(limit);
         self.running.queue.close();
+        self.running.janitors.stop();
         flushed
     }
 }
