@@ -294,6 +294,8 @@ fn a_prefix_loses_its_tail_before_its_head() {
     );
     assert!((0..40).all(|index| stamp(index) == touched[index as usize]));
     store.close(LIMIT).unwrap();
+    drop(cache);
+    drop(store);
 
     let settings = JanitorSettings {
         max_size: Some(20 * FILE_BYTES),
@@ -601,8 +603,12 @@ fn chunks_make_way_for_what_others_put_on_the_file_system() {
     wait_until("eviction for space", || {
         store.metrics().chunks_evicted_space > 0 && free() > reserve
     });
-    // Somebody else takes 16 MiB.
-    std::fs::write(small.0.path().join("theirs"), vec![1; 16 << 20]).unwrap();
+    // Somebody else takes 16 MiB, more than is free at any moment, each piece as soon as it fits.
+    let mut theirs = std::fs::File::create(small.0.path().join("theirs")).unwrap();
+    for _ in 0..16 {
+        wait_until("room for a piece", || free() > 2 << 20);
+        theirs.write_all(&vec![1; 1 << 20]).unwrap();
+    }
     wait_until("room for the others", || free() > reserve);
     wait_until("stores", || {
         store_one(&cache.kv_cache, 100_000).stored == 1 || chunk_path(&path, 0, 100_000).exists()
