@@ -95,6 +95,19 @@ fn age_and_size_are_scoped_to_what_they_name() {
         (50, 100)
     );
     assert!((0..50).all(|index| chunk(root.path(), NAMESPACES[0], index).exists()));
+    // The log says why; `explain` reads it.
+    let gone = chunk(root.path(), NAMESPACES[0], 99);
+    let key = gone.file_stem().unwrap().to_str().unwrap();
+    let explained = Command::new(env!("CARGO_BIN_EXE_kvrail"))
+        .args(["explain", path, key, "--namespace", NAMESPACES[0]])
+        .output()
+        .unwrap();
+    let text = String::from_utf8(explained.stdout.clone()).unwrap();
+    assert!(
+        text.contains("chunk 0  evicted  ") && text.contains("kvrail gc was asked to"),
+        "{text}{}",
+        stderr(&explained)
+    );
     let output = kvrail(&[path, "--to", "30kB", "--yes", "--json"]);
     assert_eq!(
         json(&output)["removed_for_size"]["chunks"],

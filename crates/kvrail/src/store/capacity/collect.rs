@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 
-use super::files::{FileShelf, found_or_none, names};
+use super::files::{FileShelf, found_or_none};
 use super::room::Room;
 use super::root::Root;
 use super::stamp::whole_milliseconds;
@@ -14,6 +14,7 @@ use crate::config::EvictionPolicy;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Folder;
 use crate::store::directory::{MANIFEST_NAME, QUARANTINE_NAME, TEMPORARY_NAME};
+use crate::store::quarantine;
 use crate::store::writer::remove_leftovers;
 
 /// What is to be removed.
@@ -204,13 +205,14 @@ fn remove_quarantined(
     let Some(folder) = found_or_none(namespace.folder(QUARANTINE_NAME))? else {
         return Ok(());
     };
-    for name in names(&folder)? {
-        let Some(status) = folder.status(&name)?.filter(|status| status.is_file) else {
+    for name in quarantine::list(&folder)? {
+        let status = folder.status(name.to_string())?;
+        let Some(status) = status.filter(|status| status.is_file) else {
             continue;
         };
         let since = SystemTime::now().duration_since(status.modified);
         let is_old = since.is_ok_and(|since| since > age);
-        if is_old && (dry_run || folder.remove_file(&name).is_ok()) {
+        if is_old && (dry_run || quarantine::remove(&folder, &name).is_ok()) {
             removed.add(status.bytes);
         }
     }

@@ -25,9 +25,11 @@ use crate::error::{Error, Result};
 use crate::io::{Folder, FolderRules, SmallMode};
 
 /// The file that is appended to.
-pub(super) const LOG_NAME: &str = "evictions.log";
+const LOG_NAME: &str = "evictions.log";
 /// The file before it.
-pub(super) const FORMER_LOG_NAME: &str = "evictions.1.log";
+const FORMER_LOG_NAME: &str = "evictions.1.log";
+/// All of them.
+pub(in crate::store) const LOG_NAMES: [&str; 2] = [FORMER_LOG_NAME, LOG_NAME];
 /// Bytes at which the file is put aside. A line has at most 130 bytes.
 const LOG_BYTES_MAX: u64 = 4 << 20;
 /// Bytes of a line that are looked at; anything longer is none of ours.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, FileType, statat};
 
 use super::eviction_log::{self, Eviction, EvictionReason};
-use super::root::{Root, STATE_NAME};
+use super::root::Root;
 use super::stamp::Stamp;
 use super::steps::{Step, StepHook, reach};
 use super::sweep::{Reason, Shelf, Tally, Visit};
@@ -20,7 +20,9 @@ use crate::io::Folder;
 use crate::store::directory::{
     MANIFEST_NAME, QUARANTINE_NAME, chunk_name, is_fan_out_name, parse_chunk_name, parse_rank_name,
 };
+use crate::store::namespace::parse_directory_name;
 use crate::store::publish::is_gone;
+use crate::store::quarantine;
 
 /// Folders `g<group>r<rank>` of all namespaces that one janitor looks at.
 const RANK_FOLDERS_MAX: usize = 100_000;
@@ -108,7 +110,7 @@ impl FileShelf {
         let mut found = Vec::new();
         for name in names(&root)? {
             let is_asked_for = self.only.as_ref().is_none_or(|only| *only == name);
-            if !is_asked_for || name == STATE_NAME {
+            if !is_asked_for || parse_directory_name(&name).is_none() {
                 continue;
             }
             let Some(folder) = found_or_none(root.folder(&name))? else {
@@ -131,8 +133,9 @@ impl FileShelf {
             let Some(folder) = found_or_none(namespace.folder.folder(QUARANTINE_NAME))? else {
                 continue;
             };
-            for name in names(&folder)? {
-                if let Some(status) = folder.status(&name)?.filter(|status| status.is_file) {
+            for name in quarantine::list(&folder)? {
+                let status = folder.status(name.to_string())?;
+                if let Some(status) = status.filter(|status| status.is_file) {
                     tally.add(status.bytes);
                 }
             }

@@ -39,6 +39,7 @@ use serde::Serialize;
 
 pub use ages::{AgeSample, SAMPLE_MAX};
 pub use collect::{CollectOptions, Collected, collect};
+pub(super) use eviction_log::LOG_NAMES;
 pub use eviction_log::{Eviction, EvictionReason, evictions};
 pub use janitor::{Janitor, Tick};
 pub use room::WallClock;
@@ -247,17 +248,17 @@ pub fn usage(root: &Path) -> Result<Usage> {
 
 /// Writes down that chunks were removed from below a path by other means than eviction.
 ///
-/// For tools: usage is right at once then, not only after the janitor's next pass.
+/// For tools: usage is right at once then, not only after the janitor's next pass. Where nobody
+/// keeps an account, none is begun.
 ///
 /// # Errors
 /// Those of the file system.
 pub fn note_removed(root: &Path, bytes: u64) -> Result<()> {
-    let room = Room::open(
-        Root::existing(root),
-        None,
-        std::time::SystemTime::now,
-        false,
-    )?;
+    let root = Root::existing(root);
+    if bytes == 0 || files::found_or_none(root.accounts())?.is_none() {
+        return Ok(());
+    }
+    let room = Room::open(root, None, std::time::SystemTime::now, false)?;
     room.removed(bytes);
     room.retire()
 }

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::io::{Folder, FolderRules, Permissions};
 
 /// Folder below each path for accounts and the janitor's lease.
-pub(super) const STATE_NAME: &str = ".kvrail";
+const STATE_NAME: &str = ".kvrail";
 /// The folder of accounts, below the path.
 const ACCOUNT_NAME: &str = ".kvrail/account";
 
