@@ -200,8 +200,13 @@ enum Mode {
     /// There is room.
     Rest,
     /// There is not, and how old chunks are is being found out.
-    Sample { walked: u16, ages: AgeSample },
-    /// What has this age by the clock of the start is removed.
+    /// All ages are those by the clock of the start, however long it takes.
+    Sample {
+        walked: u16,
+        ages: AgeSample,
+        now: i64,
+    },
+    /// What has this age by the clock of the sample's start is removed.
     Evict {
         walked: u16,
         removed: u64,
@@ -284,7 +289,7 @@ impl Sweeper {
                 return Some(Reason::Age);
             }
             match &mut *mode {
-                Mode::Sample { ages, .. } => ages.add(rules.policy.age(stamp, now), bytes),
+                Mode::Sample { ages, now, .. } => ages.add(rules.policy.age(stamp, *now), bytes),
                 Mode::Evict { from_age, now, .. }
                     if left > 0 && rules.policy.age(stamp, *now) >= *from_age =>
                 {
@@ -337,6 +342,7 @@ impl Sweeper {
         self.mode = Mode::Sample {
             walked: 0,
             ages: AgeSample::new(self.seed),
+            now: situation.now_milliseconds,
         };
     }
 
@@ -344,7 +350,7 @@ impl Sweeper {
     fn walked(&mut self, goal: u64, situation: &Situation, chunks_removed: u64) {
         match &mut self.mode {
             Mode::Rest => {}
-            Mode::Sample { walked, ages } => {
+            Mode::Sample { walked, ages, now } => {
                 *walked += 1;
                 if ages.seen() < SAMPLE_MAX as u64 && *walked < SLICES {
                     return;
@@ -355,7 +361,7 @@ impl Sweeper {
                         walked: 0,
                         removed: 0,
                         from_age,
-                        now: situation.now_milliseconds,
+                        now: *now,
                     },
                     None => Mode::Stuck { walked: 0 },
                 };
