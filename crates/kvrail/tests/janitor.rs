@@ -421,7 +421,9 @@ fn a_janitor_that_is_killed_at_any_step_is_replaced_and_nothing_is_wrong() {
         let files = Files::new();
         (0..1000).for_each(|index| files.add(index, Duration::from_secs(10 * index), 0));
         // An account to absorb.
-        note_removed(files.root(), 0).unwrap();
+        Janitor::open(files.root(), settings(500 * CHUNK_BYTES))
+            .unwrap()
+            .close();
         let mut killed = child(&files, index);
         wait_for_step(&files, &mut killed);
         killed.kill().unwrap();
