@@ -285,13 +285,21 @@ fn libraries() -> (Mocks, TempDir) {
 
 /// Runs on a machine with GPUs, whose cuFile driver would never return from being opened.
 fn run_with_gpus(root: &Path, arguments: &[&str]) -> Output {
+    let mut arguments = arguments.to_vec();
+    arguments.extend(["--limit", "2"]);
+    run_with_cufile(root, "cuFileDriverOpen hang", &arguments)
+}
+
+/// Runs on a machine with GPUs, whose cuFile fails as the script says.
+fn run_with_cufile(root: &Path, script: &str, arguments: &[&str]) -> Output {
     let (mocks, folder) = libraries();
     let mut command = doctor(arguments);
     command
         .args(["--system-root", text_of(root)])
         .args(["--cufile-library", text_of(mocks.cufile())])
         .env("LD_LIBRARY_PATH", folder.path())
-        .env("KVRAIL_MOCK_CUFILE_SCRIPT", "cuFileDriverOpen hang");
+        .env("KVRAIL_MOCK_LIBCUDA", mocks.cuda())
+        .env("KVRAIL_MOCK_CUFILE_SCRIPT", script);
     let start = Instant::now();
     let output = command.output().unwrap();
     assert!(start.elapsed() < Duration::from_secs(120), "it never hangs");
@@ -349,6 +357,20 @@ fn gpus_libraries_and_the_direct_path_are_shown() {
     );
     let cufile = &report["directories"][0]["cufile"];
     assert_eq!(cufile["refusal"], Value::Null, "{cufile}");
+    // The driver of this mock never returns from being opened: that is seen from outside.
+    let reason = cufile["reason"].as_str().unwrap();
+    assert!(
+        reason.contains("cuFileDriverOpen did not return"),
+        "{cufile}"
+    );
+    assert_eq!(report["directories"][0]["engine"]["name"], "posix");
+    let works = run_with_cufile(root.path(), "", &[path, "--json"]);
+    let found = &json(&works)["directories"][0];
+    assert_eq!(found["engine"]["name"], "cufile", "{found}");
+    let engines = found["measurements"].as_array().unwrap().iter();
+    let engines: Vec<_> = engines.map(|row| row["engine"].as_str().unwrap()).collect();
+    assert_eq!(engines, ["cufile", "posix", "posix"]);
+    assert_eq!(entries(directory.path()), 0, "a file was left");
     let text = stdout(&run_with_gpus(root.path(), &[]));
     for expected in [
         "BAR1 32.0 GiB",

@@ -18,6 +18,9 @@ use crate::output::human_bytes;
 /// Free space that a measurement asks for: three times its file, since others write, too.
 const SPACE_BYTES_MIN: u64 = 3 * FILE_BYTES;
 
+/// What is written by cuFile where nothing is measured.
+const PROBE_BYTES: u64 = 1 << 20;
+
 /// What was found out about a directory.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Directory {
@@ -138,15 +141,29 @@ impl Examination<'_> {
             move || resolve(&path)
         })??;
         directory.mount = self.mount(&real);
-        directory.cufile = Some(cufile::examine(self.view, self.machine, &real));
         directory.space = self.bounded({
             let real = real.clone();
             move || space(&real)
         })?;
         let (file_system, choice, direct_io) = self.choose(&real)?;
         directory.direct_io = Some(direct_io);
-        directory.engine = Some(choice.clone());
         let available = directory.space.map(|space| space.available_bytes);
+        let is_roomy = available.is_none_or(|bytes| bytes >= SPACE_BYTES_MIN);
+        let bytes = match self.measure && is_roomy {
+            true => FILE_BYTES,
+            false => PROBE_BYTES,
+        };
+        let found = cufile::examine(self.view, self.machine, &real, bytes, 2 * self.limit);
+        directory.engine = Some(match found.works && choice.direct {
+            true => Choice {
+                name: "cufile",
+                direct: true,
+                reason: found.reason.clone(),
+            },
+            false => choice.clone(),
+        });
+        let by_cufile = found.measurement.clone();
+        directory.cufile = Some(found);
         if !self.measure {
             return Ok(());
         }
@@ -155,6 +172,7 @@ impl Examination<'_> {
             directory.not_measured = Some(format!("less than {least} are free"));
             return Ok(());
         }
+        directory.measurements.extend(by_cufile);
         for direct in [true, false] {
             if direct && !choice.direct {
                 continue;

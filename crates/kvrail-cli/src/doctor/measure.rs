@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use kvrail::io::{IoEngine, IoFile, IoHandle, IoRequest, OpenMode, Operation, PosixEngine};
 use kvrail::memory::{StagingPool, StagingRange};
+use kvrail_cuda::probe::Timing;
 use serde::Serialize;
 
 use super::scratch_file::ScratchFile;
@@ -35,6 +36,19 @@ pub(super) struct Measurement {
     pub(super) write_gb_per_second: f64,
     /// After the page cache was asked to drop the file.
     pub(super) read_gb_per_second: f64,
+}
+
+impl Measurement {
+    /// What cuFile took for one file.
+    pub(super) fn of_cufile(bytes: u64, timing: Timing) -> Self {
+        Self {
+            engine: "cufile",
+            direct: true,
+            bytes,
+            write_gb_per_second: gb_per_second(bytes, timing.write),
+            read_gb_per_second: gb_per_second(bytes, timing.read),
+        }
+    }
 }
 
 /// Writes a file, reads it and compares; the error is one line.

@@ -9,14 +9,15 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 
 use super::request::{REQUEST_BYTES_MAX, Request};
-use crate::{Context, CuFile, CuFileDriver, Cuda, DeviceMemory, Priority, RegisteredBuffer};
-
-/// Bytes that are written and read: some requests of the device, few enough to take no time.
-const BYTES: usize = 1 << 20;
+use crate::{
+    Context, CuFile, CuFileDriver, Cuda, DeviceMemory, Priority, RegisteredBuffer,
+    TRANSFER_BYTES_MAX,
+};
 
 /// What starts a line of the answer; whatever else stands on standard output is not ours.
 pub(super) const MARK: &str = "kvrail-probe: ";
@@ -41,7 +42,10 @@ pub fn answer(input: impl Read, output: &mut impl Write) {
                 for (index, path) in request.files.iter().enumerate() {
                     say(&format!("step cuFile on {}", path.display()));
                     match bench.try_file(path, index) {
-                        Ok(()) => say(&format!("works {index}")),
+                        Ok((write, read)) => {
+                            let (write, read) = (write.as_nanos(), read.as_nanos());
+                            say(&format!("works {index} {write} {read}"));
+                        }
                         Err(reason) => say(&format!("fails {index} {reason}")),
                     }
                 }
@@ -58,6 +62,7 @@ struct Bench {
     // Dropped first: a registration ends before its memory is freed.
     _registered: RegisteredBuffer,
     memory: DeviceMemory,
+    bytes: usize,
 }
 
 impl Bench {
@@ -66,7 +71,7 @@ impl Bench {
         say("step cuInit");
         let cuda = Cuda::load(&request.libraries.cuda).map_err(told)?;
         let context = cuda.retain_primary(request.ordinal).map_err(told)?;
-        let memory = context.allocate(2 * BYTES).map_err(told)?;
+        let memory = context.allocate(2 * request.bytes).map_err(told)?;
         let cufile = CuFile::load(&request.libraries.cufile).map_err(told)?;
         say("step cuFileDriverOpen");
         let driver = cufile
@@ -80,11 +85,13 @@ impl Bench {
             _registered: registered.map_err(told)?,
             driver,
             memory,
+            bytes: request.bytes,
         })
     }
 
-    /// Makes a file, writes it, reads it back and compares. The file is removed.
-    fn try_file(&self, path: &Path, seed: usize) -> Result<(), String> {
+    /// Makes a file, writes it, reads it back and compares; returns how long writing and reading
+    /// took. The file is removed.
+    fn try_file(&self, path: &Path, seed: usize) -> Result<(Duration, Duration), String> {
         let mut options = OpenOptions::new();
         let flags = OFlags::DIRECT | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         options
@@ -97,44 +104,58 @@ impl Bench {
         let result = self.round_trip(&file, seed);
         drop(file);
         let removed = std::fs::remove_file(path);
-        result.and(removed.map_err(|error| format!("remove: {error}")))
+        removed.map_err(|error| format!("remove: {error}"))?;
+        result
     }
 
-    fn round_trip(&self, file: &File, seed: usize) -> Result<(), String> {
+    fn round_trip(&self, file: &File, seed: usize) -> Result<(Duration, Duration), String> {
         let told = |error: crate::Error| error.to_string();
-        let (base, half) = (self.memory.address(), BYTES as u64);
+        let bytes = self.bytes;
+        let (base, half) = (self.memory.address(), bytes as u64);
         // A multiplicative hash of the index: no two pages look alike.
         let pattern: Vec<u8> = (0..half)
             .map(|index| ((index + seed as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8)
             .collect();
         let stream = self.context.stream(Priority::High).map_err(told)?;
-        let mut found = vec![0; BYTES];
-        for (at, bytes) in [(base, &pattern), (base + half, &found)] {
+        let mut found = vec![0; bytes];
+        for (at, source) in [(base, &pattern), (base + half, &found)] {
             // SAFETY: each half has these bytes; both stay until the stream was waited for.
-            unsafe { stream.copy_to_device(at, bytes.as_ptr(), BYTES) }.map_err(told)?;
+            unsafe { stream.copy_to_device(at, source.as_ptr(), bytes) }.map_err(told)?;
         }
         stream.synchronize().map_err(told)?;
         let handle = self.driver.register_file(file.as_fd()).map_err(told)?;
-        // SAFETY: the first half of registered memory that nobody else touches.
-        let written = self
-            .context
-            .run(|| unsafe { handle.write(base, BYTES, 0, 0) });
-        // SAFETY: as above, the second half.
-        let read = self
-            .context
-            .run(|| unsafe { handle.read(base, BYTES, 0, BYTES) });
-        for (name, moved) in [("cuFileWrite", written), ("cuFileRead", read)] {
-            let moved = moved.map_err(told)?;
-            if moved != BYTES {
-                return Err(format!("{name}: expected {BYTES} bytes, got {moved}"));
-            }
-        }
+        let write = self.each_part("cuFileWrite", |at, part| {
+            // SAFETY: the first half of registered memory that nobody else touches.
+            unsafe { handle.write(base, part, at as u64, at) }
+        })?;
+        let read = self.each_part("cuFileRead", |at, part| {
+            // SAFETY: as above, the second half.
+            unsafe { handle.read(base, part, at as u64, bytes + at) }
+        })?;
         // SAFETY: as above; the vector has as many bytes and stays.
-        unsafe { stream.copy_to_host(found.as_mut_ptr(), base + half, BYTES) }.map_err(told)?;
+        unsafe { stream.copy_to_host(found.as_mut_ptr(), base + half, bytes) }.map_err(told)?;
         stream.synchronize().map_err(told)?;
         match found == pattern {
-            true => Ok(()),
+            true => Ok((write, read)),
             false => Err("what was read is not what was written".to_owned()),
         }
+    }
+
+    /// Calls `transfer` for each part of 16 MiB, all of which must move whole; returns the time.
+    fn each_part(
+        &self,
+        name: &str,
+        mut transfer: impl FnMut(usize, usize) -> crate::Result<usize>,
+    ) -> Result<Duration, String> {
+        let start = Instant::now();
+        for at in (0..self.bytes).step_by(TRANSFER_BYTES_MAX) {
+            let part = (self.bytes - at).min(TRANSFER_BYTES_MAX);
+            let moved = self.context.run(|| transfer(at, part));
+            let moved = moved.map_err(|error| error.to_string())?;
+            if moved != part {
+                return Err(format!("{name}: expected {part} bytes, got {moved}"));
+            }
+        }
+        Ok(start.elapsed())
     }
 }

@@ -12,5 +12,5 @@ mod parent;
 mod request;
 
 pub use child::answer;
-pub use parent::{Outcome, ProbeProgram, try_files};
+pub use parent::{Outcome, ProbeProgram, Timing, try_files};
 pub use request::Request;

@@ -23,8 +23,17 @@ pub struct ProbeProgram {
     pub arguments: Vec<OsString>,
 }
 
+/// How long cuFile took for one file, one call of 16 MiB after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timing {
+    /// For writing it.
+    pub write: Duration,
+    /// For reading it back.
+    pub read: Duration,
+}
+
 /// How cuFile did on one file: `Err` says why not, in words.
-pub type Outcome = Result<(), String>;
+pub type Outcome = Result<Timing, String>;
 
 /// Has `program` try cuFile on the files of `request`; takes `limit` at most.
 ///
@@ -93,7 +102,10 @@ fn listen(child: &mut Child, outcomes: &mut [Option<Outcome>], limit: Duration) 
             .and_then(|index: usize| outcomes.get_mut(index));
         match (verb, outcome) {
             ("step", _) => step = rest.to_owned(),
-            ("works", Some(outcome)) => *outcome = Some(Ok(())),
+            ("works", Some(outcome)) => {
+                let unclear = || format!("the answer of the program: {line}");
+                *outcome = Some(timing(text).ok_or_else(unclear));
+            }
             ("fails", Some(outcome)) => *outcome = Some(Err(text.to_owned())),
             ("stopped", _) => return rest.to_owned(),
             _ => {}
@@ -102,6 +114,15 @@ fn listen(child: &mut Child, outcomes: &mut [Option<Outcome>], limit: Duration) 
             return String::new();
         }
     }
+}
+
+/// Reads the nanoseconds of writing and reading.
+fn timing(text: &str) -> Option<Timing> {
+    let (write, read) = text.split_once(' ')?;
+    Some(Timing {
+        write: Duration::from_nanos(write.parse().ok()?),
+        read: Duration::from_nanos(read.parse().ok()?),
+    })
 }
 
 /// Returns the lines of the answer as they come.

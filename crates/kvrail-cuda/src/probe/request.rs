@@ -4,12 +4,15 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
-use crate::LibraryPaths;
+use crate::{LibraryPaths, PAGE_BYTES};
 
 /// The first field: name and version of the protocol.
 const MAGIC: &[u8] = b"kvrail-probe 1";
 /// Bytes of a request that are read at most: a thousand paths of 4 KiB.
 pub(super) const REQUEST_BYTES_MAX: u64 = 4 << 20;
+
+/// The largest number of bytes that is written to a file.
+const BYTES_MAX: usize = 256 << 20;
 
 /// What to try.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,6 +23,9 @@ pub struct Request {
     pub libraries: LibraryPaths,
     /// Whether cuFile may use its compatibility mode.
     pub allow_compatibility: bool,
+    /// Bytes to write to each file and to read back: whole pages, 256 MiB at most. GPU memory of
+    /// twice as many is needed.
+    pub bytes: usize,
     /// Files to make, one in each directory in question; none of them may exist. They are removed.
     pub files: Vec<PathBuf>,
 }
@@ -31,6 +37,7 @@ impl Request {
             MAGIC.to_vec(),
             self.ordinal.to_string().into_bytes(),
             u8::from(self.allow_compatibility).to_string().into_bytes(),
+            self.bytes.to_string().into_bytes(),
         ];
         for list in [&self.libraries.cuda, &self.libraries.cufile, &self.files] {
             fields.push(list.len().to_string().into_bytes());
@@ -52,6 +59,10 @@ impl Request {
         }
         let ordinal = number(next()?)?;
         let allow_compatibility = number(next()?)? == 1;
+        let bytes = number(next()?)?;
+        if bytes == 0 || bytes > BYTES_MAX || !bytes.is_multiple_of(PAGE_BYTES) {
+            return None;
+        }
         let mut list = || -> Option<Vec<PathBuf>> {
             let count = number(next()?)?;
             let path = |field: &[u8]| PathBuf::from(OsString::from_vec(field.to_vec()));
@@ -63,6 +74,7 @@ impl Request {
             ordinal,
             libraries: LibraryPaths { cuda, cufile },
             allow_compatibility,
+            bytes,
             files,
         })
     }
@@ -79,6 +91,7 @@ mod tests {
             ordinal: 3,
             libraries: LibraryPaths::default(),
             allow_compatibility: true,
+            bytes: 8192,
             files: vec![
                 "/a b/\u{e4}".into(),
                 OsString::from_vec(vec![47, 0xFF]).into(),

@@ -24,6 +24,9 @@ use crate::store::shared::StoreShared;
 /// or two, and vLLM's start waits for it.
 const PROBE_LIMIT: Duration = Duration::from_secs(20);
 
+/// Bytes that it writes and reads on each path: some requests of the device, and no time.
+const PROBE_BYTES: usize = 1 << 20;
+
 /// What the user and the caller say about cuFile.
 #[derive(Debug)]
 pub(in crate::store) struct CufileWish {
@@ -153,6 +156,7 @@ fn by_process<'a>(
         ordinal: gpu.context().ordinal(),
         libraries: store.gpus.libraries().clone(),
         allow_compatibility: store.cufile.compatibility,
+        bytes: PROBE_BYTES,
         files: mounts.iter().map(file).collect(),
     };
     let outcomes = try_files(program, &request, PROBE_LIMIT.min(store.wait_limit));
@@ -160,7 +164,7 @@ fn by_process<'a>(
     let mut failed = Vec::new();
     for (mount, outcome) in mounts.into_iter().zip(outcomes) {
         match outcome {
-            Ok(()) => works.push(mount),
+            Ok(_) => works.push(mount),
             Err(reason) => failed.push((mount, reason)),
         }
     }
