@@ -437,7 +437,7 @@ class ConnectorScheduler:
         self._count("miss_tokens", max(0, possible - state.local_tokens - hit_tokens))
 
     def _explain(self, state: RequestState, chunks: int) -> None:
-        """Notes how much was found, and logs the first chunk that was not, where debugging is on."""
+        """Notes how much was found; where debugging is on, logs the first chunk that was not."""
         found = min(state.hit_chunks or 0, chunks)
         state.explained_chunks = found
         if found < chunks and logger.isEnabledFor(logging.DEBUG):

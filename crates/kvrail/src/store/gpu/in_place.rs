@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use super::cufile::{Cufile, wait_all};
 use super::side::{GpuSide, Shape};
-use super::slot_image::{GRACE, send_head};
+use super::slot_image::{GRACE, give_up, send_head};
 use crate::chunk::{ChunkRef, PAGE_BYTES};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{IoFile, Operation, PieceHandle, PieceRequest, within};
@@ -217,11 +217,7 @@ impl GpuSide {
         match staged {
             Ok(()) => Ok(Some(InPlaceImage { slot, plan })),
             Err(error) => {
-                let deadline = Instant::now() + GRACE;
-                for stream in [&compute, own] {
-                    // A slot that cannot be waited for is not used again.
-                    drop(slot.settle(stream, deadline));
-                }
+                give_up(&mut slot, [&compute, own]);
                 Err(error)
             }
         }

@@ -9,7 +9,7 @@ use std::time::Instant;
 use kvrail_cuda::Stream;
 
 use super::side::GpuSide;
-use super::slot_image::GRACE;
+use super::slot_image::{GRACE, give_up};
 use crate::chunk::PAGE_BYTES;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::TransferPlan;
@@ -44,11 +44,7 @@ impl GpuSide {
         match self.gather_chunk(cache, &plan, &mut slot, &compute, own) {
             Ok(()) => self.fetch_image(own, slot, image, self.hashes()).map(Some),
             Err(error) => {
-                let deadline = Instant::now() + GRACE;
-                for stream in [&compute, own] {
-                    // A slot that cannot be waited for is not used again.
-                    drop(slot.settle(stream, deadline));
-                }
+                give_up(&mut slot, [&compute, own]);
                 Err(error)
             }
         }

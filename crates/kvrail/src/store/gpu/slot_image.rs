@@ -56,11 +56,7 @@ impl GpuSide {
         match staged {
             Ok(()) => Ok(Some(SlotImage { slot })),
             Err(error) => {
-                let deadline = Instant::now() + GRACE;
-                for stream in [&compute, own] {
-                    // A slot that cannot be waited for is not used again.
-                    drop(slot.settle(stream, deadline));
-                }
+                give_up(&mut slot, [&compute, own]);
                 Err(error)
             }
         }
@@ -181,6 +177,15 @@ impl SlotImage {
     ) -> Result<StagedImage> {
         self.slot.wait(deadline)?;
         side.fetch_image(side.gpu.store_stream(), self.slot, buffer, true)
+    }
+}
+
+/// Waits, after an error, for what was put on the streams. A slot that cannot be waited for is not
+/// used again.
+pub(super) fn give_up(slot: &mut GpuSlot, streams: [&Stream; 2]) {
+    let deadline = Instant::now() + GRACE;
+    for stream in streams {
+        drop(slot.settle(stream, deadline));
     }
 }
 
