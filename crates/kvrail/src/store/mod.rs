@@ -49,7 +49,7 @@ mod worker;
 mod writer;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use kv_cache::{KvCache, LoadChunk, StoreChunk};
 pub use kvrail_cuda::probe::ProbeProgram;
@@ -187,14 +187,16 @@ impl Store {
 
     /// Waits for the stores, then ends everything: waiting loads end as failed, new calls too.
     ///
-    /// The janitors get two seconds more to end their work.
+    /// The janitors get what is left of `limit`, two seconds at most, to end their work.
     ///
     /// # Errors
     /// [`ErrorKind::TimedOut`] when stores were not done within `limit`; they are given up.
     pub fn close(&self, limit: Duration) -> Result<()> {
+        let deadline = Instant::now().checked_add(limit);
         let flushed = self.flush(limit);
         self.running.queue.close();
-        self.running.janitors.stop();
+        let left = deadline.map_or(limit, |end| end.saturating_duration_since(Instant::now()));
+        self.running.janitors.stop(left);
         flushed
     }
 }

@@ -54,8 +54,8 @@ impl JanitorThreads {
         })
     }
 
-    /// Ends the janitors. Waits until they have, but not for a mount that does not answer.
-    pub(in crate::store) fn stop(&self) {
+    /// Ends the janitors. Waits until they have, for `limit` at most: a mount may not answer.
+    pub(in crate::store) fn stop(&self, limit: Duration) {
         drop(
             self.stop
                 .lock()
@@ -63,7 +63,7 @@ impl JanitorThreads {
                 .take(),
         );
         // Disconnected when the last of them is through.
-        let _ = self.ended.recv_timeout(CLOSE_LIMIT);
+        let _ = self.ended.recv_timeout(limit.min(CLOSE_LIMIT));
     }
 }
 
