@@ -208,7 +208,10 @@ class Store:
         """
 
     def metrics(self) -> dict[str, float]:
-        """Returns the counters since the store was opened; they only grow."""
+        """Returns the counters since the store was opened, which only grow, and two gauges.
+
+        The gauges are ``usage_bytes`` and ``janitor_paths``.
+        """
 
     def take_notices(self) -> list[tuple[str, str]]:
         """Takes what there is to log since the last call: ``("warning" | "info", message)``."""

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use kvrail::config::{
-    ConfigSources, Durability, GdsBackend, LoadFailurePolicy, MinFree, PathSharding,
-    ResolvedConfig, StoreConfig, resolve,
+    Admission, ConfigSources, Durability, EvictionPolicy, GdsBackend, LoadFailurePolicy, MinFree,
+    PathSharding, ResolvedConfig, StoreConfig, resolve,
 };
 use kvrail::{Error, Result};
 use pyo3::prelude::*;
@@ -132,6 +132,16 @@ fn values(store: &StoreConfig) -> Value {
         "min_free": match store.min_free {
             MinFree::Share(share) => json!(share),
             MinFree::Bytes(bytes) => json!(bytes),
+        },
+        "low_watermark": store.low_watermark,
+        "ttl": store.ttl_seconds,
+        "eviction_policy": match store.eviction_policy {
+            EvictionPolicy::Lru => "lru",
+            EvictionPolicy::Reuse => "reuse",
+        },
+        "admission": match store.admission {
+            Admission::All => "all",
+            Admission::SecondUse => "second_use",
         },
         "durability": match store.durability {
             Durability::None => "none",

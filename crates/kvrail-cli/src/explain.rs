@@ -3,10 +3,11 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use kvrail::ChunkKey;
+use kvrail::store::capacity::{Eviction, EvictionReason, evictions};
 use kvrail::store::inspect::{
     self, NamespaceInfo, QuarantinedChunk, differences, find_chunk, verify_chunk,
 };
@@ -70,6 +71,13 @@ struct Finding {
     detail: String,
 }
 
+/// What a namespace keeps of chunks that are not in their place any more.
+struct Traces {
+    aside: Vec<QuarantinedChunk>,
+    /// Evictions of the chunks that were asked for, oldest first.
+    evicted: Vec<Eviction>,
+}
+
 /// Prints what is known of each chunk.
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let namespaces = store_directory::open(&arguments.directory)?;
@@ -109,13 +117,18 @@ fn explain(
     namespace: &NamespaceInfo,
     all: &[NamespaceInfo],
 ) -> Result<NamespaceExplanation, Failure> {
-    let aside = inspect::quarantined(&namespace.directory)?;
+    let traces = Traces {
+        aside: inspect::quarantined(&namespace.directory)?,
+        evicted: evictions(&namespace.directory)
+            .filter(|eviction| arguments.keys.contains(&eviction.key))
+            .collect(),
+    };
     let mut chunks = Vec::new();
     for key in &arguments.keys {
         chunks.push(explain_chunk(
             namespace,
             all,
-            &aside,
+            &traces,
             arguments.group,
             *key,
         )?);
@@ -133,7 +146,7 @@ fn explain(
 fn explain_chunk(
     namespace: &NamespaceInfo,
     all: &[NamespaceInfo],
-    aside: &[QuarantinedChunk],
+    traces: &Traces,
     group: u32,
     key: ChunkKey,
 ) -> Result<ChunkExplanation, Failure> {
@@ -146,7 +159,7 @@ fn explain_chunk(
     let mut verdict = "hit";
     let mut details = Vec::new();
     for rank in &ranks {
-        let found = on_rank(namespace, aside, (group, *rank, key))?;
+        let found = on_rank(namespace, traces, (group, *rank, key))?;
         if found.verdict != "hit" && verdict == "hit" {
             verdict = found.verdict;
         }
@@ -168,7 +181,7 @@ fn explain_chunk(
 
 fn on_rank(
     namespace: &NamespaceInfo,
-    aside: &[QuarantinedChunk],
+    traces: &Traces,
     place: (u32, u32, ChunkKey),
 ) -> Result<Finding, Failure> {
     let ago = |moment: SystemTime| format!("{} ago", human_age(age_seconds(moment)));
@@ -193,10 +206,31 @@ fn on_rank(
             },
         });
     }
-    let last = aside
+    let last = traces
+        .aside
         .iter()
         .filter(|chunk| (chunk.group, chunk.rank, chunk.key) == place)
         .max_by_key(|chunk| chunk.since);
+    let evicted = traces
+        .evicted
+        .iter()
+        .rfind(|eviction| (eviction.group, eviction.rank, eviction.key) == place);
+    if let Some(eviction) = evicted {
+        let at = time(eviction.evicted_milliseconds);
+        if last.is_none_or(|chunk| chunk.since <= at) {
+            let why = match eviction.reason {
+                EvictionReason::Size => "max_size left no room for it",
+                EvictionReason::Space => "min_free asked for its space",
+                EvictionReason::Age => "nobody used it for ttl",
+                EvictionReason::Request => "kvrail gc was asked to",
+            };
+            let used = ago(time(eviction.used_milliseconds));
+            return Ok(Finding {
+                verdict: "evicted",
+                detail: format!("evicted {}: {why}; last used {used}", ago(at)),
+            });
+        }
+    }
     if let Some(chunk) = last {
         let reason = chunk.reason.as_deref().unwrap_or("nothing says why");
         return Ok(Finding {
@@ -208,6 +242,11 @@ fn on_rank(
         verdict: "never seen",
         detail: "absent: not stored here yet, or removed without a record".to_owned(),
     })
+}
+
+/// Returns the moment that many milliseconds after 1970.
+fn time(milliseconds: i64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_millis(u64::try_from(milliseconds).unwrap_or_default())
 }
 
 /// Says which other namespaces hold the chunk's key, nearest first, and what differs.

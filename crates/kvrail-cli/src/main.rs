@@ -11,8 +11,10 @@ mod cufile_probe;
 mod doctor;
 mod explain;
 mod failure;
+mod gc;
 mod ls;
 mod output;
+mod policies;
 mod rm;
 mod stat;
 mod store_directory;
@@ -57,9 +59,15 @@ enum Command {
     /// Say why chunks were a miss: absent, elsewhere, in quarantine, evicted
     #[command(after_help = EXIT_CODES)]
     Explain(explain::Arguments),
+    /// Remove chunks by age or size, leftovers and empty folders; asks first
+    #[command(after_help = EXIT_CODES)]
+    Gc(gc::Arguments),
     /// Measure store, load and lookup against the raw limit of the file system
     #[command(after_help = EXIT_CODES)]
     Bench(bench::Arguments),
+    /// Compare eviction and admission policies on made-up requests; touches no store
+    #[command(after_help = EXIT_CODES)]
+    Policies(policies::Arguments),
     /// Find out what this machine and directories can do, and what to change
     #[command(after_help = EXIT_CODES)]
     Doctor(doctor::Arguments),
@@ -92,7 +100,9 @@ fn run(command_line: CommandLine) -> Result<ExitCode, Failure> {
         Command::Verify(arguments) => verify::run(&arguments),
         Command::Rm(arguments) => rm::run(&arguments),
         Command::Explain(arguments) => explain::run(&arguments),
+        Command::Gc(arguments) => gc::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Policies(arguments) => policies::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Completions(arguments) => completions::run(&arguments),
         Command::BenchCleanup(arguments) => bench::clean_up(&arguments),

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
 use clap::{ArgGroup, Args};
+use kvrail::store::capacity::note_removed;
 use kvrail::store::inspect::{self, NamespaceInfo, chunks, remove_namespace};
 use serde::Serialize;
 
@@ -109,6 +110,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         removal.chunks += done.chunks;
         removal.bytes += done.bytes;
         removal.namespaces.push(done);
+    }
+    if !arguments.dry_run
+        && let Err(error) = note_removed(&arguments.directory, removal.bytes)
+    {
+        // The janitor's next pass finds out.
+        warn(&format!("usage is too high for a while: {error}"));
     }
     let mut out = io::stdout().lock();
     if arguments.json {

@@ -189,12 +189,12 @@ fn what_is_no_store_is_a_clear_error() {
         }
     }
     let inside = store();
-    let namespace = std::fs::read_dir(inside.path())
+    let mut folders = std::fs::read_dir(inside.path())
         .unwrap()
-        .next()
-        .unwrap()
-        .unwrap()
-        .path();
+        .map(|entry| entry.unwrap().path());
+    let namespace = folders
+        .find(|folder| folder.join("manifest.json").is_file())
+        .unwrap();
     let output = kvrail(&["ls", namespace.to_str().unwrap()]);
     assert!(
         stderr(&output).contains("hint: this is one namespace"),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import REGISTRY, Counter
+from prometheus_client import REGISTRY, Counter, Gauge
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
@@ -55,6 +55,21 @@ COUNTERS: dict[str, str] = {
     "paths_taken_out": "Times that a path was left alone: it hung, failed or was slow.",
     "paths_taken_back": "Times that a path was found well again.",
     "leftovers_removed": "Temporary files of writers that died, removed.",
+    "stores_dropped_over_limit": "Stores dropped because max_size leaves no room.",
+    "stores_dropped_not_admitted": "Stores dropped because the chunk was not used before.",
+    "chunks_touched": "Chunks whose time of use was renewed.",
+    "touches_failed": "Chunks whose time of use could not be set.",
+    "chunks_evicted_size": "Chunks removed by this process for max_size.",
+    "chunks_evicted_space": "Chunks removed by this process for min_free.",
+    "chunks_evicted_age": "Chunks removed by this process for ttl.",
+    "bytes_evicted": "File bytes of the chunks removed by this process.",
+}
+
+# Gauge -> its documentation. Not increments: the latest value counts, and of several workers the
+# highest, since all see the same directories.
+GAUGES: dict[str, str] = {
+    "usage_bytes": "Bytes of all chunks on all paths, of all instances; 0 before they are known.",
+    "janitor_paths": "Paths of which a worker of this engine is the janitor.",
 }
 
 METRIC_PREFIX = "kvrail:"
@@ -65,7 +80,7 @@ _LOG_ALWAYS = ("hit_tokens", "miss_tokens")
 
 @dataclass
 class KvrailStats(KVConnectorStats):
-    """Increments of counters since the last report; ``data`` maps counter to amount."""
+    """Increments of counters since the last report, and gauges; ``data`` maps name to amount."""
 
     def reset(self) -> None:
         """Clears all counters."""
@@ -74,7 +89,8 @@ class KvrailStats(KVConnectorStats):
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Adds the increments of another worker, side or interval."""
         for name, amount in other.data.items():
-            self.data[name] = self.data.get(name, 0.0) + amount
+            known = self.data.get(name, 0.0)
+            self.data[name] = max(known, amount) if name in GAUGES else known + amount
         return self
 
     def is_empty(self) -> bool:
@@ -132,6 +148,10 @@ class StatsCollector:
         data = dict(extra) if extra else {}
         totals = self._totals() if self._totals is not None else {}
         for name, total in totals.items():
+            if name in GAUGES:
+                if total != self._seen.get(name, 0.0):
+                    self._seen[name] = data[name] = total
+                continue
             increment = total - self._seen.get(name, 0.0)
             if increment > 0:
                 self._seen[name] = total
@@ -163,13 +183,27 @@ class KvrailPromMetrics(KVConnectorPromMetrics):
             )
             for name, documentation in COUNTERS.items()
         }
+        gauge_class = metric_types[Gauge]
+        self._gauges: dict[str, dict[int, Any]] = {
+            name: create_metric_per_engine(
+                gauge_class(
+                    name=f"{METRIC_PREFIX}{name}",
+                    documentation=documentation,
+                    labelnames=labelnames,
+                ),
+                per_engine_labelvalues,
+            )
+            for name, documentation in GAUGES.items()
+        }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        """Adds the increments of one report."""
+        """Adds the increments of one report, and sets its gauges."""
         for name, amount in transfer_stats_data.items():
             counters = self._counters.get(name)
             if counters is not None:
                 counters[engine_idx].inc(amount)
+            elif name in self._gauges:
+                self._gauges[name][engine_idx].set(amount)
 
 
 def _forget_metrics() -> None:

@@ -93,6 +93,10 @@ def test_files_are_the_owners_alone_and_nothing_is_left_over(tmp_path: Path) -> 
     assert path.stat().st_mode & 0o777 == 0o700
     assert directory.stat().st_mode & 0o777 == 0o700
     assert chunk_path(path, 0).stat().st_mode & 0o077 == 0
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    state = path / ".kvrail"
+    assert state.stat().st_mode & 0o777 == 0o700
+    everything = [file for file in path.rglob("*") if file.is_file()]
+    assert all(file.stat().st_mode & 0o077 == 0 for file in everything)
+    files = sorted(file for file in everything if state not in file.parents)
     expected = [directory / "manifest.json", chunk_path(path, 0), chunk_path(path, 1)]
     assert files == sorted(expected)

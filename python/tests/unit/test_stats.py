@@ -46,15 +46,32 @@ def test_increments_of_totals():
     assert collector.due(0.0)
 
 
+def test_gauges_are_values_and_no_increments():
+    totals = {"usage_bytes": 100.0, "janitor_paths": 0.0}
+    collector = StatsCollector()
+    collector.follow(lambda: totals)
+    assert collector.take().data == {"usage_bytes": 100.0}
+    assert collector.take() is None
+    totals["usage_bytes"] = 60.0
+    stats = collector.take()
+    assert stats.data == {"usage_bytes": 60.0}
+    # Another worker on the same directory looked at another moment.
+    merged = stats.aggregate(KvrailStats(data={"usage_bytes": 80.0, "chunks_stored": 1.0}))
+    assert merged.data == {"usage_bytes": 80.0, "chunks_stored": 1.0}
+
+
 def test_prometheus():
     registry = CollectorRegistry()
 
     def counter(**arguments):
         return Counter(registry=registry, **arguments)
 
+    def gauge(**arguments):
+        return Gauge(registry=registry, **arguments)
+
     metrics = KvrailPromMetrics(
         SimpleNamespace(kv_transfer_config=None),
-        {Counter: counter, Gauge: Gauge, Histogram: Histogram},
+        {Counter: counter, Gauge: gauge, Histogram: Histogram},
         ["model_name", "engine"],
         {0: ["m", "0"], 1: ["m", "1"]},
     )
@@ -62,6 +79,9 @@ def test_prometheus():
     metrics.observe({"hit_tokens": 2.0}, engine_idx=1)
     labels = {"model_name": "m", "engine": "1"}
     assert registry.get_sample_value("kvrail:hit_tokens_total", labels) == 7.0
+    for usage in (900.0, 500.0):
+        metrics.observe({"usage_bytes": usage}, engine_idx=1)
+        assert registry.get_sample_value("kvrail:usage_bytes", labels) == usage
     for name in COUNTERS:
         value = registry.get_sample_value(
             f"kvrail:{name}_total", {"model_name": "m", "engine": "0"}

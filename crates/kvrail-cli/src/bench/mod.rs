@@ -28,6 +28,7 @@ use serde::Serialize;
 
 use self::geometry::{Geometry, Model};
 use self::gpu::{Device, Outermost};
+pub(crate) use self::random::Random;
 use self::report::{ModelReport, Report};
 use self::run::Plan;
 use self::scratch::Scratch;

@@ -3,9 +3,9 @@
 use serde_json::Value;
 
 use super::store_config::{
-    BUFFER_MIB, CHUNK_SIZE, DISK_IO_THREADS, Durability, GdsBackend, LOOKUP_LIMIT_SECONDS,
-    LoadFailurePolicy, MAX_LOCAL_CPU_SIZE_GB, PathSharding, SLOW_LIMIT_SECONDS, StoreConfig,
-    WAIT_LIMIT_SECONDS,
+    Admission, BUFFER_MIB, CHUNK_SIZE, DISK_IO_THREADS, Durability, EvictionPolicy, GdsBackend,
+    LOOKUP_LIMIT_SECONDS, LOW_WATERMARK, LoadFailurePolicy, MAX_LOCAL_CPU_SIZE_GB, PathSharding,
+    SLOW_LIMIT_SECONDS, StoreConfig, TTL_SECONDS, WAIT_LIMIT_SECONDS,
 };
 use super::value::{self, Parsed};
 
@@ -122,6 +122,42 @@ pub(super) static KEYS: &[Key] = &[
         name: "min_free",
         aliases: &[],
         set: |config, given| value::min_free(given).map(|free| config.min_free = free),
+    },
+    Key {
+        name: "low_watermark",
+        aliases: &[],
+        set: |config, given| {
+            value::share_within(given, &LOW_WATERMARK).map(|share| config.low_watermark = share)
+        },
+    },
+    Key {
+        name: "ttl",
+        aliases: &[],
+        set: |config, given| {
+            value::ttl(given, &TTL_SECONDS).map(|seconds| config.ttl_seconds = seconds)
+        },
+    },
+    Key {
+        name: "eviction_policy",
+        aliases: &[],
+        set: |config, given| {
+            let choices = [
+                ("lru", EvictionPolicy::Lru),
+                ("reuse", EvictionPolicy::Reuse),
+            ];
+            value::word(given, &choices).map(|choice| config.eviction_policy = choice)
+        },
+    },
+    Key {
+        name: "admission",
+        aliases: &[],
+        set: |config, given| {
+            let choices = [
+                ("all", Admission::All),
+                ("second_use", Admission::SecondUse),
+            ];
+            value::word(given, &choices).map(|choice| config.admission = choice)
+        },
     },
     Key {
         name: "durability",

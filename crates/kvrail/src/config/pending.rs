@@ -17,15 +17,8 @@ pub(super) struct Pending {
 }
 
 /// Every such key.
-pub(super) static PENDING: &[Pending] = &[
-    Pending {
-        key: "max_size",
-        asks: |config| config.max_size.is_some(),
-        instead: "this version does not limit the size of a directory",
-    },
-    Pending {
-        key: "local_cpu",
-        asks: |config| config.local_cpu,
-        instead: "this version has no DRAM tier, every hit is read from the files",
-    },
-];
+pub(super) static PENDING: &[Pending] = &[Pending {
+    key: "local_cpu",
+    asks: |config| config.local_cpu,
+    instead: "this version has no DRAM tier, every hit is read from the files",
+}];

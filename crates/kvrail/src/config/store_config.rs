@@ -14,6 +14,11 @@ pub(super) const BUFFER_MIB: RangeInclusive<u64> = 1..=1 << 20;
 pub(super) const DISK_IO_THREADS: RangeInclusive<u64> = 1..=256;
 /// GB of the DRAM tier: up to a million GB, above which a unit was surely mistaken.
 pub(super) const MAX_LOCAL_CPU_SIZE_GB: RangeInclusive<f64> = 0.0..=1_000_000.0;
+/// Share of the limit down to which eviction goes: below a half, most of a cache would go at once.
+pub(super) const LOW_WATERMARK: RangeInclusive<f64> = 0.5..=0.99;
+/// Seconds that a chunk is kept without use: from a minute, which one pass over a store takes, to
+/// a hundred years.
+pub(super) const TTL_SECONDS: RangeInclusive<f64> = 60.0..=3.2e9;
 /// Seconds that one I/O may take: a hung mount must not hold a request for longer than an hour.
 pub(super) const WAIT_LIMIT_SECONDS: RangeInclusive<f64> = 0.1..=3600.0;
 
@@ -60,6 +65,27 @@ pub enum LoadFailurePolicy {
     Recompute,
     /// Lets the request fail, for those who want to notice.
     Fail,
+}
+
+/// Which chunks go first when there is too little room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum EvictionPolicy {
+    /// Those that were not used for the longest time.
+    #[default]
+    Lru,
+    /// The same, where a chunk that was used again counts as younger: half its age after one use,
+    /// a quarter after two, an eighth after three or more.
+    Reuse,
+}
+
+/// Which chunks are stored while eviction has to make room for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Admission {
+    /// All.
+    #[default]
+    All,
+    /// Those that this process was given to store before: what is used once is never written.
+    SecondUse,
 }
 
 /// How much of a file system stays free.
@@ -119,6 +145,15 @@ pub struct StoreConfig {
     pub max_size: Option<u64>,
     /// Free space left on each file system. Default: 5% of it.
     pub min_free: MinFree,
+    /// Share of `max_size` (or of what `min_free` leaves) down to which chunks are evicted once
+    /// there are too many. Default: 0.9.
+    pub low_watermark: f64,
+    /// Seconds after which a chunk that nobody used is evicted; `None` is never. Default: `None`.
+    pub ttl_seconds: Option<f64>,
+    /// Which chunks are evicted first. Default: [`EvictionPolicy::Lru`].
+    pub eviction_policy: EvictionPolicy,
+    /// Which chunks are stored while room is short. Default: [`Admission::All`].
+    pub admission: Admission,
     /// What a published chunk survives. Default: [`Durability::None`].
     pub durability: Durability,
     /// Permission bits of new files, and of new folders with the right to enter. Default: 0600.
@@ -163,6 +198,10 @@ impl StoreConfig {
             disk_io_threads: 4,
             max_size: None,
             min_free: MinFree::default(),
+            low_watermark: 0.9,
+            ttl_seconds: None,
+            eviction_policy: EvictionPolicy::default(),
+            admission: Admission::default(),
             durability: Durability::default(),
             file_mode: FileMode::default(),
             save_decode_cache: false,
@@ -206,6 +245,10 @@ impl StoreConfig {
             &LOOKUP_LIMIT_SECONDS,
         )?;
         check_number("extra_config.slow_limit_seconds", slow, &SLOW_LIMIT_SECONDS)?;
+        check_number("low_watermark", self.low_watermark, &LOW_WATERMARK)?;
+        if let Some(seconds) = self.ttl_seconds {
+            check_number("ttl", seconds, &TTL_SECONDS)?;
+        }
         if self.max_size == Some(0) {
             return Err(Error::config("max_size", 0, "1 byte or more"));
         }

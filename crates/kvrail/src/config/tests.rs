@@ -102,6 +102,9 @@ fn defaults_are_those_of_the_documentation() {
         (config.max_size, config.min_free),
         (None, MinFree::Share(0.05))
     );
+    assert_eq!((config.low_watermark, config.ttl_seconds), (0.9, None));
+    assert_eq!(config.eviction_policy, EvictionPolicy::Lru);
+    assert_eq!(config.admission, Admission::All);
     assert_eq!(
         (config.use_direct_io, config.durability, config.file_mode),
         (None, Durability::None, FileMode::default())
@@ -159,6 +162,10 @@ fn every_key_is_taken_in_every_source_under_every_name() {
         ("gds_backend", json!("posix"), "POSIX"),
         ("max_size", json!("500GB"), "500GB"),
         ("min_free", json!("10%"), "0.1"),
+        ("low_watermark", json!("80%"), "0.8"),
+        ("ttl", json!("7d"), "604800"),
+        ("eviction_policy", json!("reuse"), "REUSE"),
+        ("admission", json!("second_use"), "second_use"),
         ("durability", json!("full"), "full"),
         ("file_mode", json!("0640"), "640"),
         ("save_decode_cache", json!(true), "yes"),
@@ -369,13 +376,12 @@ fn a_key_without_effect_in_this_version_is_one_warning_when_it_is_asked_for() {
     let text = "gds_path: /kv\nmax_size: 500GB\nlocal_cpu: true\nuse_gds: true\n\
                 gds_backend: cufile\nextra_config: {use_cufile: true}\n";
     let warnings = from_file(text).unwrap().warnings;
-    assert_eq!(warnings.len(), 2, "{warnings:?}");
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
     assert_eq!(
         warnings[0],
-        "`max_size` = \"500GB\" has no effect: this version does not limit the size of a directory \
-         (set by `/etc/gds.yaml`, key `max_size`)"
+        "`local_cpu` = true has no effect: this version has no DRAM tier, every hit is read from \
+         the files (set by `/etc/gds.yaml`, key `local_cpu`)"
     );
-    assert!(warnings[1].starts_with("`local_cpu` = true has no effect: "));
     for row in super::pending::PENDING {
         let named = warnings
             .iter()

@@ -114,6 +114,63 @@ pub(super) fn limit(value: &Value) -> Parsed<Option<u64>> {
         })
 }
 
+/// Reads a share within `range`: a percentage as text, or a number.
+pub(super) fn share_within(value: &Value, range: &RangeInclusive<f64>) -> Parsed<f64> {
+    let share = match value {
+        Value::Number(number) => number.as_f64(),
+        Value::String(text) => match text.trim().strip_suffix('%') {
+            Some(percent) => decimal(percent.trim()).map(|percent| percent / 100.0),
+            None => decimal(text.trim()),
+        },
+        _ => None,
+    };
+    share.filter(|share| range.contains(share)).ok_or_else(|| {
+        format!(
+            "a share from {} to {} like \"90%\" or 0.9",
+            range.start(),
+            range.end()
+        )
+    })
+}
+
+/// Reads how long something is kept; the word `unlimited` is for ever.
+pub(super) fn ttl(value: &Value, range: &RangeInclusive<f64>) -> Parsed<Option<f64>> {
+    if is_word(value, "unlimited") {
+        return Ok(None);
+    }
+    let seconds = match value {
+        Value::Number(number) => number.as_f64(),
+        Value::String(text) => age(text),
+        _ => None,
+    };
+    seconds
+        .filter(|seconds| range.contains(seconds))
+        .map(Some)
+        .ok_or_else(|| {
+            format!(
+                "an age of {} seconds or more like \"7d\", \"12h\" or \"30min\", a number of \
+                 seconds, or \"unlimited\"",
+                range.start()
+            )
+        })
+}
+
+/// Reads an age in seconds from text: a number, or one with the unit `s`, `min`, `h`, `d` or `w`.
+pub fn age(text: &str) -> Option<f64> {
+    let text = text.trim();
+    let end = text.find(|letter: char| !letter.is_ascii_digit() && letter != '.');
+    let (digits, unit) = text.split_at(end.unwrap_or(text.len()));
+    let seconds = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "s" => 1.0,
+        "min" => 60.0,
+        "h" => 3_600.0,
+        "d" => 86_400.0,
+        "w" => 604_800.0,
+        _ => return None,
+    };
+    Some(decimal(digits)? * seconds)
+}
+
 /// Reads the free space to leave: a percentage, a share below 1, or a size.
 ///
 /// What is written with a decimal point and no unit is a share, so that 1.0 is refused rather than
@@ -239,8 +296,8 @@ fn exact(number: f64) -> Option<u64> {
     fits.then_some(number as u64)
 }
 
-/// Reads a number of bytes, or text with a unit.
-fn size(value: &Value) -> Option<u64> {
+/// Reads a number of bytes, or text with a unit: `"500GB"` is decimal, `"500GiB"` binary.
+pub fn size(value: &Value) -> Option<u64> {
     let text = match value {
         Value::Number(number) => return number.as_u64().or_else(|| exact(number.as_f64()?)),
         Value::String(text) => text.trim(),

@@ -19,6 +19,7 @@ mod permissions;
 mod pieces;
 mod posix;
 mod probe;
+mod small;
 
 pub(crate) use bounded::within;
 pub use cufile::CufileEngine;
@@ -30,6 +31,7 @@ pub use permissions::Permissions;
 pub use pieces::{PieceHandle, PieceRequest};
 pub use posix::PosixEngine;
 pub use probe::{MountReport, file_system_name, probe_folder, probe_mount};
+pub(crate) use small::SmallMode;
 
 use std::fmt;
 use std::sync::Arc;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::batch::{Ending, start_load, start_store};
+use super::capacity::plan_use;
 use super::gpu::{GpuSide, Route, Shape};
 use super::load::LoadJob;
 use super::mount::Pause;
@@ -219,10 +220,15 @@ impl KvCache {
             None => {}
         }
         let place = self.shared.place(&chunk.chunk.key);
+        if !store.capacity.admits(mount, &place.2) {
+            metrics.stores_dropped_not_admitted.add(1);
+            return Ok(Err(Ending::Dropped));
+        }
         if !store.present.insert(place) {
             metrics.chunks_already_present.add(1);
             return Ok(Err(Ending::AlreadyPresent));
         }
+        plan_use(store, &self.shared, &chunk.chunk, true);
         let gpu = self.shared.gpu.as_ref();
         let route = gpu.map_or(Route::Pinned, |gpu| gpu.route(mount));
         match self.stage_by(route, &chunk.blocks, stream) {
@@ -343,6 +349,9 @@ impl KvCache {
         }
         let gpu = self.shared.gpu.as_ref();
         let after = gpu.map(|gpu| gpu.mark(stream)).transpose()?;
+        for chunk in &chunks {
+            plan_use(&self.running.shared, &self.shared, &chunk.chunk, false);
+        }
         let (ticket, members) = start_load(chunks.len());
         let format = &self.shared.format;
         let jobs = chunks

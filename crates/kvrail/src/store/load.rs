@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use kvrail_cuda::{Event, Stream};
 
 use super::batch::{Ending, Member};
+use super::capacity::touch_loaded;
 use super::directory::Location;
 use super::gpu::{InPlaceFailure, Route};
 use super::image::{self, Extents, READ_REQUEST_BYTES};
@@ -15,7 +16,7 @@ use super::mount::Mount;
 use super::notice::Topic;
 use super::parked::{self, Parked};
 use super::present::Place;
-use super::publish::is_missing;
+use super::publish::{is_gone, is_missing};
 use super::quarantine::{SetAside, set_aside};
 use super::queue::TransferQueue;
 use super::shared::StoreShared;
@@ -238,15 +239,24 @@ fn load_chunk(
                 let known = Error::new(ErrorKind::Damaged, "found bad before, not read again");
                 Outcome::Failed(known.with_path(file.path()))
             } else {
-                move_chunk(store, mount, job, &file, buffer, (began, deadline))
+                let times = (began, deadline);
+                let outcome = move_chunk(store, mount, job, &file, buffer, times);
+                if matches!(outcome, Outcome::Loaded) {
+                    touch_loaded(store, &job.cache, &job.chunk, &file);
+                }
+                outcome
             }
         }
     };
     let Outcome::Failed(error) = outcome else {
         return outcome;
     };
-    mount.health.note(&mount.root, began, 0, Some(&error));
-    if is_missing(&error) {
+    // A file that was there and is not any more says nothing of its path.
+    let is_evicted = status.is_some() && is_gone(&error);
+    if !is_evicted {
+        mount.health.note(&mount.root, began, 0, Some(&error));
+    }
+    if is_evicted || is_missing(&error) {
         store.metrics.chunks_missing.add(1);
     } else if error.kind() == ErrorKind::Damaged {
         store.metrics.chunks_damaged.add(1);

@@ -18,6 +18,10 @@ impl Counter {
         self.add(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX));
     }
 
+    pub(super) fn set(&self, amount: u64) {
+        self.0.store(amount, Ordering::Relaxed);
+    }
+
     fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -29,19 +33,22 @@ impl Counter {
 
 macro_rules! metrics {
     (counts { $($(#[$count_doc:meta])* $count:ident,)* }
-     seconds { $($(#[$seconds_doc:meta])* $seconds:ident,)* }) => {
+     seconds { $($(#[$seconds_doc:meta])* $seconds:ident,)* }
+     gauges { $($(#[$gauge_doc:meta])* $gauge:ident,)* }) => {
         /// What a store counts while it runs.
         #[derive(Debug, Default)]
         pub(super) struct Metrics {
             $(pub(super) $count: Counter,)*
             $(pub(super) $seconds: Counter,)*
+            $(pub(super) $gauge: Counter,)*
         }
 
-        /// All counters of a store at one moment; they only grow.
+        /// All counters of a store at one moment. They only grow, but for the gauges at the end.
         #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
         pub struct MetricsSnapshot {
             $($(#[$count_doc])* pub $count: u64,)*
             $($(#[$seconds_doc])* pub $seconds: f64,)*
+            $($(#[$gauge_doc])* pub $gauge: u64,)*
         }
 
         impl Metrics {
@@ -49,6 +56,7 @@ macro_rules! metrics {
                 MetricsSnapshot {
                     $($count: self.$count.get(),)*
                     $($seconds: self.$seconds.seconds(),)*
+                    $($gauge: self.$gauge.get(),)*
                 }
             }
         }
@@ -111,6 +119,22 @@ metrics! {
         paths_taken_back,
         /// Leftover temp files removed.
         leftovers_removed,
+        /// Stores given up because `max_size` leaves no room; part of those for want of space.
+        stores_dropped_over_limit,
+        /// Stores given up because the chunk was not used before, and room is short.
+        stores_dropped_not_admitted,
+        /// Chunks whose time of use was renewed.
+        chunks_touched,
+        /// Chunks whose time of use could not be set.
+        touches_failed,
+        /// Chunks that this process removed because the directory held too much.
+        chunks_evicted_size,
+        /// Chunks that this process removed because the file system had too little free space.
+        chunks_evicted_space,
+        /// Chunks that this process removed because they were not used for too long.
+        chunks_evicted_age,
+        /// File bytes of all those.
+        bytes_evicted,
     }
     seconds {
         /// Time from the first to the last step of each store, summed over chunks.
@@ -119,5 +143,11 @@ metrics! {
         load_seconds,
         /// Time from submitting to answering each lookup, summed.
         lookup_seconds,
+    }
+    gauges {
+        /// Bytes in use on all paths, by all instances; 0 before they are known.
+        usage_bytes,
+        /// Paths of which this process is the janitor.
+        janitor_paths,
     }
 }

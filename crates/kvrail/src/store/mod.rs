@@ -13,6 +13,7 @@
 mod bad;
 mod batch;
 mod breaker;
+pub mod capacity;
 mod crew;
 mod directory;
 mod durable;
@@ -48,7 +49,7 @@ mod worker;
 mod writer;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use kv_cache::{KvCache, LoadChunk, StoreChunk};
 pub use kvrail_cuda::probe::ProbeProgram;
@@ -150,7 +151,11 @@ impl Store {
 
     /// Returns all counters.
     pub fn metrics(&self) -> MetricsSnapshot {
-        self.running.shared.metrics.snapshot()
+        let shared = &self.running.shared;
+        let (used, janitors) = shared.capacity.gauges();
+        shared.metrics.usage_bytes.set(used);
+        shared.metrics.janitor_paths.set(janitors);
+        shared.metrics.snapshot()
     }
 
     /// Takes the notices that have come since the last call, oldest first; at most 100 wait.
@@ -182,11 +187,16 @@ impl Store {
 
     /// Waits for the stores, then ends everything: waiting loads end as failed, new calls too.
     ///
+    /// The janitors get what is left of `limit`, two seconds at most, to end their work.
+    ///
     /// # Errors
     /// [`ErrorKind::TimedOut`] when stores were not done within `limit`; they are given up.
     pub fn close(&self, limit: Duration) -> Result<()> {
+        let deadline = Instant::now().checked_add(limit);
         let flushed = self.flush(limit);
         self.running.queue.close();
+        let left = deadline.map_or(limit, |end| end.saturating_duration_since(Instant::now()));
+        self.running.janitors.stop(left);
         flushed
     }
 }

@@ -43,6 +43,7 @@ pub(super) enum Topic {
     CufileGivenUp,
     PathOut,
     PathBack,
+    Capacity,
     Panic,
 }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::bad::BadChunks;
+use super::capacity::{Capacity, JanitorThreads};
 use super::directory::{NamespaceDirectory, TEMPORARY_NAME};
 use super::gpu::{CufileWish, Gpus};
 use super::health::Health;
@@ -86,6 +87,7 @@ pub(super) fn open(
             "one or more directories",
         ));
     }
+    let capacity = Capacity::open(config, &mounts, &notices)?;
     let shared = Arc::new(StoreShared {
         namespace,
         mounts,
@@ -114,14 +116,17 @@ pub(super) fn open(
             probe: options.cufile_probe.clone(),
             system: options.system.clone(),
         },
+        capacity,
     });
     let queue = Arc::new(TransferQueue::default());
     // Made before the workers start, so that a failure to start one closes the queue again.
     let lookups = LookupQueue::start(&shared, threads, &on_start)?;
+    let janitors = JanitorThreads::start(&shared, &on_start)?;
     let running = Running {
         shared,
         queue,
         lookups,
+        janitors,
     };
     worker::start(&running.shared, &running.queue, threads, &on_start)?;
     watch::start(&running.shared, &on_start)?;

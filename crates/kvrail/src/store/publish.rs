@@ -125,6 +125,15 @@ pub(super) fn is_missing(error: &Error) -> bool {
         .is_some_and(|source| source.kind() == std::io::ErrorKind::NotFound)
 }
 
+/// Returns whether a file is not there any more: one that was evicted while it was open is stale on
+/// a network file system.
+pub(super) fn is_gone(error: &Error) -> bool {
+    let is_stale = |source: &std::io::Error| {
+        source.raw_os_error() == Some(rustix::io::Errno::STALE.raw_os_error())
+    };
+    is_missing(error) || error.os_error().is_some_and(is_stale)
+}
+
 /// Writes a small file whole and publishes it.
 pub(super) fn publish_bytes(
     directory: &NamespaceDirectory,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::batch::{Ending, Member};
+use super::capacity::{touch_present, touch_stored};
 use super::directory::{Location, TEMPORARY_NAME};
 use super::image::{self, WRITE_REQUEST_BYTES};
 use super::kv_cache::CacheShared;
@@ -125,9 +126,11 @@ fn store_chunk(
     let place = cache.place(&chunk.key);
     let location = Location::chunk(cache.group, cache.rank, &chunk.key);
     if is_present(store, mount, &place, &location, cache.format.file_bytes())? {
+        touch_present(store, cache, &chunk);
         return Ok(Stored::AlreadyPresent);
     }
     mount.check_space(cache.format.file_bytes() as u64)?;
+    let claim = store.claim_room(mount, cache.format.file_bytes() as u64)?;
     let save = Save {
         store,
         mount,
@@ -135,10 +138,14 @@ fn store_chunk(
         chunk,
         location: &location,
     };
-    match image {
+    let stored = match image {
         Staged::Host(image) => save.by_posix(image),
         image => save.by_cufile(image),
+    }?;
+    if matches!(stored, Stored::Written) {
+        claim.stored();
     }
+    Ok(stored)
 }
 
 /// The parts of one store.
@@ -239,6 +246,7 @@ impl Save<'_> {
 
     fn publish(self, temporary: TemporaryFile) -> Result<Stored> {
         let bytes = self.cache.format.file_bytes() as u64;
+        touch_stored(self.store, self.cache, &self.chunk, temporary.file()?);
         temporary.publish(
             self.location,
             bytes,

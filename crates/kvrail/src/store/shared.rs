@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::bad::BadChunks;
+use super::capacity::{Capacity, Claim, JanitorThreads};
 use super::gpu::{CufileWish, GpuSide, Gpus, Opened};
 use super::lookup::LookupQueue;
 use super::metrics::Metrics;
@@ -42,6 +43,7 @@ pub(super) struct StoreShared {
     pub(super) pool: Mutex<Option<(usize, StagingPool)>>,
     pub(super) gpus: Gpus,
     pub(super) cufile: CufileWish,
+    pub(super) capacity: Capacity,
 }
 
 impl StoreShared {
@@ -73,6 +75,15 @@ impl StoreShared {
                 format!("{path}: cuFile failed, POSIX did it instead: {error}")
             });
         }
+    }
+
+    /// Claims room for a chunk's file; what is refused is counted.
+    pub(super) fn claim_room(&self, mount: &Mount, bytes: u64) -> Result<Claim<'_>> {
+        let claim = self.capacity.claim(&mount.root, bytes);
+        if claim.is_err() {
+            self.metrics.stores_dropped_over_limit.add(1);
+        }
+        claim
     }
 
     /// Returns the staging pool; the first KV cache that is attached decides about its slots.
@@ -127,6 +138,7 @@ pub(super) struct Running {
     pub(super) shared: Arc<StoreShared>,
     pub(super) queue: Arc<TransferQueue>,
     pub(super) lookups: LookupQueue,
+    pub(super) janitors: JanitorThreads,
 }
 
 impl Drop for Running {

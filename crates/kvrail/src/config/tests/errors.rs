@@ -23,6 +23,9 @@ fn a_wrong_value_names_key_value_expectation_and_place() {
                 read and write, others no more than the group, and nobody else can write";
     let free = "expected a share below 1 like \"5%\" or 0.05, a size like \"50GB\", or a number of \
                 bytes";
+    let watermark = "expected a share from 0.5 to 0.99 like \"90%\" or 0.9";
+    let age = "expected an age of 60 seconds or more like \"7d\", \"12h\" or \"30min\", a number of \
+               seconds, or \"unlimited\"";
     let cases: Vec<(&str, Value, String)> = vec![
         (
             "chunk_size",
@@ -110,6 +113,25 @@ fn a_wrong_value_names_key_value_expectation_and_place() {
             format!("\"99999999PiB\": {size}"),
         ),
         ("max_size", json!("GB"), format!("\"GB\": {size}")),
+        ("low_watermark", json!(0.3), format!("0.3: {watermark}")),
+        (
+            "low_watermark",
+            json!("100%"),
+            format!("\"100%\": {watermark}"),
+        ),
+        ("ttl", json!("7 days"), format!("\"7 days\": {age}")),
+        ("ttl", json!(59), format!("59: {age}")),
+        ("ttl", json!("-1h"), format!("\"-1h\": {age}")),
+        (
+            "eviction_policy",
+            json!("fifo"),
+            "\"fifo\": expected lru or reuse".to_owned(),
+        ),
+        (
+            "admission",
+            json!(true),
+            "true: expected all or second_use".to_owned(),
+        ),
         ("min_free", json!("100%"), format!("\"100%\": {free}")),
         ("min_free", json!(1.0), format!("1.0: {free}")),
         ("min_free", json!("-5%"), format!("\"-5%\": {free}")),
@@ -443,6 +465,14 @@ fn a_configuration_made_by_hand_is_checked_too() {
     assert_eq!(
         checked(|config| config.wait_limit_seconds = f64::INFINITY),
         "`extra_config.wait_limit_seconds` = inf: expected a number from 0.1 to 3600"
+    );
+    assert_eq!(
+        checked(|config| config.low_watermark = 0.1),
+        "`low_watermark` = 0.1: expected a number from 0.5 to 0.99"
+    );
+    assert_eq!(
+        checked(|config| config.ttl_seconds = Some(1.0)),
+        "`ttl` = 1: expected a number from 60 to 3200000000"
     );
     assert_eq!(
         checked(|config| config.max_size = Some(0)),

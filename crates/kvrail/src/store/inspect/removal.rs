@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::super::capacity::LOG_NAMES;
 use super::super::directory::{MANIFEST_NAME, QUARANTINE_NAME, TEMPORARY_NAME, is_fan_out_name};
 use super::super::directory::{parse_rank_name, rank_name};
 use super::super::namespace::parse_directory_name;
@@ -74,6 +75,9 @@ pub fn remove_namespace(directory: &Path, seen: &mut dyn FnMut(u64)) -> Result<R
         if is_ours || parse_rank_name(&name).is_some() {
             remove_folder(&namespace, &name, &mut removed)?;
         }
+    }
+    for name in LOG_NAMES {
+        gone_is_fine(namespace.remove_file(name))?;
     }
     // Last of the files: as long as there is one, this is a namespace that can be removed again.
     gone_is_fine(namespace.remove_file(MANIFEST_NAME))?;

@@ -1,0 +1,220 @@
+//! One pass on request, for tools: what `kvrail gc` does.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use serde::Serialize;
+
+use super::files::{FileShelf, found_or_none};
+use super::room::Room;
+use super::root::Root;
+use super::stamp::whole_milliseconds;
+use super::sweep::{Reason, SLICES, Situation, SweepRules, Sweeper, Tally, Visit};
+use crate::config::EvictionPolicy;
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::Folder;
+use crate::store::directory::{MANIFEST_NAME, QUARANTINE_NAME, TEMPORARY_NAME};
+use crate::store::quarantine;
+use crate::store::writer::remove_leftovers;
+
+/// What is to be removed.
+#[derive(Debug, Clone, Default)]
+pub struct CollectOptions {
+    /// Only in the namespace with this directory name. Default: in all.
+    pub namespace: Option<String>,
+    /// Least recently used chunks, until no more than this many bytes are left.
+    pub to_bytes: Option<u64>,
+    /// Chunks and quarantined files that were not used for longer.
+    pub older_than: Option<Duration>,
+    /// Whether everything is only counted.
+    pub dry_run: bool,
+}
+
+/// What was removed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Collected {
+    /// Chunks that were there.
+    pub found: Tally,
+    /// Chunks removed because they were older than asked for.
+    pub removed_for_age: Tally,
+    /// Chunks removed because there were more bytes than asked for.
+    pub removed_for_size: Tally,
+    /// Chunks that are still there.
+    pub left: Tally,
+    /// Quarantined files removed.
+    pub quarantined_removed: Tally,
+    /// Temp files of dead writers removed.
+    pub leftovers_removed: u64,
+    /// Empty folders removed.
+    pub folders_removed: u64,
+    /// Bytes by which the account of the directory was wrong, and is corrected.
+    pub account_corrected_bytes: i64,
+}
+
+/// Removes from the store at `root` what the options name, leftovers and empty folders.
+///
+/// May run beside stores and janitors: to remove what another one removed is no error.
+///
+/// # Errors
+/// [`ErrorKind::InvalidArgument`] when `root` is no store or has no such namespace, else those of
+/// the file system.
+pub fn collect(root: &Path, options: &CollectOptions) -> Result<Collected> {
+    let place = Root::existing(root);
+    let mut shelf = FileShelf::new(place.clone(), options.namespace.clone(), None);
+    let namespaces = shelf.namespaces()?;
+    if namespaces.is_empty() {
+        let message = match &options.namespace {
+            Some(name) => format!("the store has no namespace `{name}`"),
+            None => format!("not a kvrail store: no folder in it has a {MANIFEST_NAME}"),
+        };
+        return Err(Error::new(ErrorKind::InvalidArgument, message).with_path(root));
+    }
+    shelf.refresh()?;
+    shelf.dry_run = options.dry_run;
+    shelf.by_request = true;
+    // Without an account there would be no file system's clock, and no trace of what is removed.
+    let room = match options.dry_run {
+        true => None,
+        false => Some(Room::open(place, None, SystemTime::now, false)?),
+    };
+    let now = room.as_ref().map_or_else(
+        || super::stamp::milliseconds(SystemTime::now()),
+        Room::now_milliseconds,
+    );
+    shelf.now_milliseconds = now;
+    let mut collected = Collected::default();
+    let pass = remove_old(&mut shelf, options, now, room.as_ref(), &mut collected)?;
+    if let Some(to_bytes) = options.to_bytes {
+        remove_beyond(&mut shelf, to_bytes, now, room.as_ref(), &mut collected)?;
+    }
+    for namespace in &namespaces {
+        if let Some(age) = options.older_than {
+            let removed = &mut collected.quarantined_removed;
+            remove_quarantined(&namespace.folder, age, options.dry_run, removed)?;
+        }
+        if !options.dry_run {
+            let temporary = found_or_none(namespace.folder.folder(TEMPORARY_NAME))?;
+            let removed = temporary.map_or(Ok(0), |folder| remove_leftovers(&folder))?;
+            collected.leftovers_removed += removed as u64;
+        }
+    }
+    if let Some(room) = room {
+        room.removed(collected.quarantined_removed.bytes);
+        collected.folders_removed = shelf.remove_empty_folders()?;
+        room.flush()?;
+        let sum = room.look()?;
+        let counted =
+            pass + shelf.quarantined()?.bytes as i64 - collected.removed_for_size.bytes as i64;
+        let drift = counted - sum.said;
+        // Stores under way would be taken for drift: what is small is left to the janitor.
+        let is_drift = drift.unsigned_abs() > sum.used / 100;
+        if options.namespace.is_none() && (is_drift || !sum.known) {
+            room.correct(drift);
+            collected.account_corrected_bytes = drift;
+        }
+        room.retire()?;
+    }
+    Ok(collected)
+}
+
+/// Counts everything and removes what is too old. Returns the bytes that are left.
+fn remove_old(
+    shelf: &mut FileShelf,
+    options: &CollectOptions,
+    now: i64,
+    room: Option<&Room>,
+    collected: &mut Collected,
+) -> Result<i64> {
+    let rules = SweepRules {
+        policy: EvictionPolicy::Lru,
+        low_watermark: 1.0,
+        ttl_milliseconds: options.older_than.map(whole_milliseconds),
+    };
+    let mut sweeper = Sweeper::new(rules, 0);
+    let situation = Situation {
+        now_milliseconds: now,
+        used_bytes: 0,
+        limit_bytes: None,
+        reason: Reason::Size,
+        flow_bytes: 0,
+    };
+    let mut seen = Visit::default();
+    for _ in 0..SLICES {
+        let visit = sweeper.step(shelf, &situation)?.visit;
+        account(room, &visit);
+        seen.add_all(&visit);
+    }
+    collected.removed_for_age = seen.for_age;
+    collected.left = seen.kept;
+    collected.found = Tally {
+        chunks: seen.kept.chunks + seen.for_age.chunks,
+        bytes: seen.kept.bytes + seen.for_age.bytes,
+    };
+    Ok(seen.kept.bytes as i64)
+}
+
+/// Removes the oldest until no more than `to_bytes` are left.
+fn remove_beyond(
+    shelf: &mut FileShelf,
+    to_bytes: u64,
+    now: i64,
+    room: Option<&Room>,
+    collected: &mut Collected,
+) -> Result<()> {
+    let rules = SweepRules {
+        policy: EvictionPolicy::Lru,
+        // Both marks are the limit itself.
+        low_watermark: 1.0,
+        ttl_milliseconds: None,
+    };
+    let mut sweeper = Sweeper::new(rules, now.unsigned_abs());
+    loop {
+        let situation = Situation {
+            now_milliseconds: now,
+            used_bytes: collected.left.bytes,
+            limit_bytes: Some(to_bytes),
+            reason: Reason::Size,
+            flow_bytes: 0,
+        };
+        if collected.left.bytes <= to_bytes || sweeper.is_stuck() {
+            return Ok(());
+        }
+        let visit = sweeper.step(shelf, &situation)?.visit;
+        account(room, &visit);
+        let removed = visit.for_size;
+        collected.removed_for_size.chunks += removed.chunks;
+        collected.removed_for_size.bytes += removed.bytes;
+        collected.left.chunks = collected.left.chunks.saturating_sub(removed.chunks);
+        collected.left.bytes = collected.left.bytes.saturating_sub(removed.bytes);
+    }
+}
+
+fn account(room: Option<&Room>, visit: &Visit) {
+    if let Some(room) = room {
+        room.removed(visit.removed().bytes);
+    }
+}
+
+/// Removes what was set aside long ago; what cannot be removed stays.
+fn remove_quarantined(
+    namespace: &Folder,
+    age: Duration,
+    dry_run: bool,
+    removed: &mut Tally,
+) -> Result<()> {
+    let Some(folder) = found_or_none(namespace.folder(QUARANTINE_NAME))? else {
+        return Ok(());
+    };
+    for name in quarantine::list(&folder)? {
+        let status = folder.status(name.to_string())?;
+        let Some(status) = status.filter(|status| status.is_file) else {
+            continue;
+        };
+        let since = SystemTime::now().duration_since(status.modified);
+        let is_old = since.is_ok_and(|since| since > age);
+        if is_old && (dry_run || quarantine::remove(&folder, &name).is_ok()) {
+            removed.add(status.bytes);
+        }
+    }
+    Ok(())
+}

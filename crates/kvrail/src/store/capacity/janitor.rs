@@ -1,0 +1,403 @@
+//! The janitor of one path: keeps the account right and the directory below its limits.
+//!
+//! Every store that may write runs one; the holder of the [`Lease`] works, the others watch. The
+//! work goes slice by slice: slowly in a rolling pass that counts everything and removes what is
+//! too old, and without pause while there is too much.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::account::{Sum, signed};
+use super::files::{FileShelf, found_or_none};
+use super::lease::Lease;
+use super::relief::{Relief, free_space};
+use super::room::Room;
+use super::root::Root;
+use super::settings::JanitorSettings;
+use super::stamp::whole_milliseconds;
+use super::steps::{Step, reach};
+use super::sweep::{Count, Reason, Situation, SweepRules, Sweeper, Visit};
+use crate::error::Result;
+use crate::io::Folder;
+use crate::store::directory::TEMPORARY_NAME;
+use crate::store::publish::is_missing;
+use crate::store::writer::{remove_leftovers, writer_is_dead};
+
+/// A record that does not change for this long belongs to a store that is gone: six of the beats
+/// that each store makes.
+const ACCOUNT_LIMIT: Duration = Duration::from_secs(60);
+/// How long eviction rests after a round that found nothing to remove.
+const STUCK_FOR: Duration = Duration::from_secs(30);
+/// Records absorbed between two signs of life.
+const ABSORBED_MAX: usize = 64;
+/// How long a sum of all accounts and a look at the free space hold while slices are visited.
+const SUM_HOLDS: Duration = Duration::from_millis(100);
+/// How long the list of folders holds.
+const FOLDERS_HOLD: Duration = Duration::from_secs(1);
+/// Chunks from which a part of a pass is enough to say how much there is: the sum of 50,000 chunks
+/// of one size in random slices is 0.45% off (one standard deviation, `1 / sqrt(50000)`).
+const ESTIMATE_CHUNKS: u64 = 50_000;
+/// Part of the usage by which a count may differ from the account before the account is corrected:
+/// a quarter of the 1% that it must be right to.
+const DRIFT_PART: u64 = 400;
+/// What a store may have stored before its record says so: the record is written each half second.
+const RECORD_LAG: Duration = Duration::from_secs(2);
+
+/// What came of a tick.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Tick {
+    /// Whether this janitor holds the lease.
+    pub is_janitor: bool,
+    /// What was removed, and what was seen.
+    pub visit: Visit,
+    /// Passes that ended.
+    pub passes: u64,
+    /// Leftover temp files removed.
+    pub leftovers_removed: u64,
+    /// Whether chunks must still go: the next tick should follow at once.
+    pub busy: bool,
+    /// Whether chunks must go, but a whole round found none that can be removed, or removing them
+    /// frees nothing.
+    pub stuck: bool,
+}
+
+/// The janitor of one path.
+#[derive(Debug)]
+pub struct Janitor {
+    root: Root,
+    room: Arc<Room>,
+    settings: JanitorSettings,
+    lease: Lease,
+    shelf: FileShelf,
+    sweeper: Sweeper,
+    /// Others' records as they were seen to change last.
+    watched: HashMap<String, (u64, Instant)>,
+    view: Option<View>,
+    refreshed: Option<Instant>,
+    /// Bytes that this janitor has evicted: its own part is no flow, since it knows the slice.
+    evicted: u64,
+    slice_due: Instant,
+    /// Flow and time at the start of the pass.
+    pass_start: Option<(i64, Instant)>,
+    relief: Relief,
+    stuck_since: Option<Instant>,
+}
+
+/// Usage and limits at one moment.
+#[derive(Debug, Clone, Copy)]
+struct View {
+    at: Instant,
+    situation: Situation,
+    used: u64,
+    known: bool,
+}
+
+impl Janitor {
+    /// Makes a janitor of its own for a path that exists, with its own account.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn open(root: &Path, settings: JanitorSettings) -> Result<Self> {
+        let root = Root::existing(root);
+        let is_new = super::has_no_chunks(&root);
+        let room = Room::open(root.clone(), settings.max_size, settings.clock, is_new)?;
+        Ok(Self::new(root, Arc::new(room), settings))
+    }
+
+    /// Makes the janitor of a store that has an account.
+    pub(super) fn new(root: Root, room: Arc<Room>, settings: JanitorSettings) -> Self {
+        let name = room.name();
+        let rules = SweepRules {
+            policy: settings.policy,
+            low_watermark: settings.low_watermark,
+            ttl_milliseconds: settings.ttl.map(whole_milliseconds),
+        };
+        let seed = twox_hash::XxHash3_64::oneshot(name.as_bytes());
+        Self {
+            lease: Lease::new(root.clone(), name, settings.timing.lease_limit),
+            shelf: FileShelf::new(root.clone(), None, settings.hook.clone()),
+            sweeper: Sweeper::new(rules, seed),
+            root,
+            room,
+            settings,
+            watched: HashMap::new(),
+            view: None,
+            refreshed: None,
+            evicted: 0,
+            slice_due: Instant::now(),
+            pass_start: None,
+            relief: Relief::default(),
+            stuck_since: None,
+        }
+    }
+
+    /// Returns whether it holds the lease.
+    pub fn is_janitor(&self) -> bool {
+        self.lease.is_held()
+    }
+
+    /// Does what is due, for about one tick: the account first, then the lease, then slices.
+    ///
+    /// # Errors
+    /// Those of the file system; the next call begins anew.
+    pub fn tick(&mut self) -> Result<Tick> {
+        let start = Instant::now();
+        self.room.flush()?;
+        self.reach(Step::Accounted);
+        let held = self.lease.is_held();
+        if !self.lease.tend()? {
+            self.room.look()?;
+            return Ok(Tick::default());
+        }
+        if !held {
+            self.begin();
+        }
+        self.reach(Step::Elected);
+        self.absorb()?;
+        let mut tick = Tick {
+            is_janitor: true,
+            ..Tick::default()
+        };
+        while start.elapsed() < self.settings.timing.tick {
+            let view = self.view()?;
+            let is_late = Instant::now() >= self.slice_due || !view.known;
+            if !is_late && !self.sweeper.is_evicting() && !self.must_evict(&view) {
+                break;
+            }
+            self.visit(&view, &mut tick)?;
+        }
+        self.room.flush()?;
+        self.room.look()?;
+        let is_stuck = self.sweeper.is_stuck();
+        let since = *self.stuck_since.get_or_insert_with(Instant::now);
+        if !is_stuck || since.elapsed() > STUCK_FOR {
+            self.stuck_since = None;
+            self.sweeper.retry();
+        }
+        tick.busy = self.sweeper.is_evicting() || self.room.used().is_none();
+        tick.stuck = is_stuck || self.relief.is_missing();
+        Ok(tick)
+    }
+
+    /// Ends the work: gives back unused claims and the lease.
+    pub fn close(mut self) {
+        // Both are found out by others when they cannot be written.
+        drop(self.room.retire());
+        self.reach(Step::Releasing);
+        self.lease.release();
+    }
+
+    fn reach(&self, step: Step) {
+        reach(self.settings.hook.as_ref(), step);
+    }
+
+    /// Forgets what was seen before the lease was held.
+    fn begin(&mut self) {
+        self.view = None;
+        self.refreshed = None;
+        self.pass_start = None;
+        self.slice_due = Instant::now();
+        self.sweeper.restart_count();
+    }
+
+    fn must_evict(&self, view: &View) -> bool {
+        self.sweeper.begins_now(&view.situation)
+    }
+
+    /// Visits one slice.
+    fn visit(&mut self, view: &View, tick: &mut Tick) -> Result<()> {
+        if self.sweeper.begins_now(&view.situation) {
+            // What is to be removed may lie in folders that are new.
+            self.refreshed = None;
+        }
+        self.refresh()?;
+        self.shelf.now_milliseconds = view.situation.now_milliseconds;
+        self.pass_start
+            .get_or_insert((view.situation.flow_bytes, Instant::now()));
+        let step = self.sweeper.step(&mut self.shelf, &view.situation);
+        let pause = self.settings.timing.pass / u32::from(super::SLICES);
+        self.slice_due = (self.slice_due + pause).max(Instant::now() - self.settings.timing.tick);
+        let step = step?;
+        let removed = step.visit.removed();
+        if removed.chunks > 0 {
+            self.room.removed(removed.bytes);
+            self.evicted += removed.bytes;
+            self.reach(Step::Counted);
+            self.room.flush()?;
+            // Usage has changed: what comes next must know.
+            self.view = None;
+        }
+        tick.visit.add_all(&step.visit);
+        let count = self.sweeper.count();
+        if let Some(pass) = step.pass {
+            self.end_pass(pass, tick)?;
+        } else if !view.known && count.found.chunks >= ESTIMATE_CHUNKS {
+            self.settle(count, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Looks for new and vanished folders now and then.
+    fn refresh(&mut self) -> Result<()> {
+        if self.refreshed.is_some_and(|at| at.elapsed() < FOLDERS_HOLD) {
+            return Ok(());
+        }
+        if self.shelf.refresh()? {
+            // A pass that missed a folder at first would count too little.
+            self.sweeper.restart_count();
+            self.sweeper.retry();
+            self.pass_start = None;
+        }
+        self.refreshed = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Compares a whole pass with the account, and removes what dead writers left.
+    fn end_pass(&mut self, pass: Count, tick: &mut Tick) -> Result<()> {
+        tick.passes += 1;
+        self.reach(Step::PassEnded);
+        self.room.flush()?;
+        self.view = None;
+        let view = self.view()?;
+        let quarantined = self.shelf.quarantined()?.bytes;
+        let flow = view.situation.flow_bytes;
+        let (start, at) = self.pass_start.take().unwrap_or((flow, Instant::now()));
+        // What was stored during the pass at this rate may not be in the records yet.
+        let duration = at.elapsed().max(RECORD_LAG / 20);
+        let rate = (flow - start).unsigned_abs() as f64 / duration.as_secs_f64();
+        let lag = (rate * RECORD_LAG.as_secs_f64()) as u64;
+        let tolerance = lag + pass.error_bytes(flow) + view.used / DRIFT_PART;
+        if view.known {
+            let drift =
+                signed(pass.total_bytes(flow).saturating_add(quarantined)) - signed(view.used);
+            if drift > signed(tolerance) {
+                self.room.correct(drift);
+            } else if drift < -signed(tolerance) {
+                // Downwards with care: room that is not there must not be given away.
+                self.room
+                    .correct(drift + signed(tolerance - view.used / DRIFT_PART));
+            }
+        } else {
+            self.settle(pass, quarantined)?;
+        }
+        self.room.flush()?;
+        for namespace in self.shelf.namespaces()? {
+            if let Some(folder) = found_or_none(namespace.folder.folder(TEMPORARY_NAME))? {
+                tick.leftovers_removed += remove_leftovers(&folder)? as u64;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the account known from a count.
+    fn settle(&mut self, count: Count, quarantined: u64) -> Result<()> {
+        self.room.flush()?;
+        let sum = self.room.look()?;
+        let total = count
+            .total_bytes(self.flow(&sum))
+            .saturating_add(quarantined);
+        self.room.correct(signed(total) - sum.said);
+        self.room.flush()?;
+        self.view = None;
+        Ok(())
+    }
+
+    /// Returns what others have stored less what others have removed.
+    fn flow(&self, sum: &Sum) -> i64 {
+        let flow: i64 = sum
+            .records
+            .iter()
+            .map(|named| signed(named.record.stored) - signed(named.record.removed))
+            .sum();
+        flow + signed(self.evicted)
+    }
+
+    /// Returns usage and limits, looked up again after a while.
+    fn view(&mut self) -> Result<View> {
+        if let Some(view) = self.view.filter(|view| view.at.elapsed() < SUM_HOLDS) {
+            return Ok(view);
+        }
+        let sum = self.room.look()?;
+        let flow_bytes = self.flow(&sum);
+        let (available, reserve) = free_space(self.root.path(), self.settings.min_free)?;
+        let relieved = self.relief.is_seen(available, self.evicted, flow_bytes);
+        let by_space = relieved
+            .then(|| (sum.claimed + available).saturating_sub(reserve))
+            .filter(|_| reserve > 0);
+        let (limit_bytes, reason) = match (self.settings.max_size, by_space) {
+            (Some(size), Some(space)) if space < size => (Some(space), Reason::Space),
+            (None, Some(space)) => (Some(space), Reason::Space),
+            (size, _) => (size, Reason::Size),
+        };
+        let view = View {
+            at: Instant::now(),
+            situation: Situation {
+                now_milliseconds: self.room.now_milliseconds(),
+                used_bytes: sum.claimed,
+                // What is not known to be too much is not removed.
+                limit_bytes: limit_bytes.filter(|_| sum.known),
+                reason,
+                flow_bytes,
+            },
+            used: sum.used,
+            known: sum.known,
+        };
+        if reason == Reason::Space {
+            self.relief.watch(available, self.evicted, flow_bytes);
+        } else {
+            self.relief.unwatch();
+        }
+        self.view = Some(view);
+        Ok(view)
+    }
+
+    /// Takes over the records of stores that are gone.
+    fn absorb(&mut self) -> Result<()> {
+        let sum = self.room.look()?;
+        let folder = self.root.accounts()?;
+        // Files that somebody absorbed and did not get to remove come first: absorbing another one
+        // would make them count again.
+        for name in &sum.absorbed {
+            remove(&folder, name)?;
+        }
+        let own = self.room.name();
+        let now = Instant::now();
+        self.watched
+            .retain(|name, _| sum.records.iter().any(|named| named.name == *name));
+        let mut absorbed = 0;
+        for named in sum.records.iter().filter(|named| named.name != own) {
+            let beat = named.record.beat;
+            let (seen, since) = self
+                .watched
+                .entry(named.name.clone())
+                .or_insert((beat, now));
+            if *seen != beat {
+                (*seen, *since) = (beat, now);
+            }
+            let is_silent = now.duration_since(*since) > ACCOUNT_LIMIT;
+            let is_gone =
+                named.record.retired || is_silent || writer_is_dead(&named.name) == Some(true);
+            if is_gone && absorbed < ABSORBED_MAX {
+                self.room.absorb(&named.name, &named.record)?;
+                self.reach(Step::Absorbed);
+                remove(&folder, &named.name)?;
+                self.reach(Step::AbsorbedRemoved);
+                absorbed += 1;
+            }
+        }
+        if absorbed > 0 {
+            self.view = None;
+        }
+        Ok(())
+    }
+}
+
+/// Removes a record's file that counts no more.
+fn remove(folder: &Folder, name: &str) -> Result<()> {
+    match folder.remove_file(name) {
+        Err(error) if is_missing(&error) => Ok(()),
+        result => result,
+    }
+}

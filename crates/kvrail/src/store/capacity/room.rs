@@ -1,0 +1,435 @@
+//! One store's own record, and the room that it claims for what it stores.
+//!
+//! Claims need no lock between stores. A store writes its claim into its record first, and reads
+//! all records then: of two that claim at the same time at least one sees the other, so they never
+//! both take the last room. Who finds the limit passed takes its claim back. Claims are made for
+//! more than one chunk while there is plenty of room: all stores together hold at most 0.5% of the
+//! limit that they do not use.
+
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use super::account::{Record, Sum, name_hash, read_all, signed};
+use super::root::Root;
+use super::stamp::milliseconds;
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::Folder;
+use crate::store::publish::is_missing;
+use crate::store::writer::Writer;
+
+/// All stores together claim at most this part of the limit ahead.
+const AHEAD_PART: u64 = 200;
+/// A record is written again after this time even if nothing changed: others see the owner live.
+const BEAT: Duration = Duration::from_secs(10);
+/// After a refusal, claims are refused without asking for this long; eviction takes longer.
+const REFUSED_FOR: Duration = Duration::from_millis(50);
+
+/// The clock that tells the time of day; tests set it wrong on purpose.
+pub type WallClock = fn() -> SystemTime;
+
+/// A store's record and claims on one path.
+#[derive(Debug)]
+pub(super) struct Room {
+    root: Root,
+    /// Names the record; its own, since a store may be opened twice in one process.
+    writer: Writer,
+    limit: Option<u64>,
+    clock: WallClock,
+    own: Mutex<Own>,
+    /// Bytes used as far as known, for the metrics; -1 before they are known.
+    used: AtomicI64,
+    /// Milliseconds by which the file system's clock is ahead of ours.
+    offset: AtomicI64,
+    /// Whether the janitor, if it is this process, makes room.
+    evicting: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Own {
+    name: String,
+    record: Record,
+    /// The record as it is on disk, once it is.
+    written: Option<Record>,
+    written_at: Option<Instant>,
+    /// Bytes claimed and not given to a chunk yet.
+    left: u64,
+    /// How much to claim at once.
+    portion: u64,
+    refused_until: Option<Instant>,
+}
+
+impl Room {
+    /// Makes the record's file. `is_new`: no chunk was in the directory before.
+    pub(super) fn open(
+        root: Root,
+        limit: Option<u64>,
+        clock: WallClock,
+        is_new: bool,
+    ) -> Result<Self> {
+        root.make_accounts()?;
+        let writer = Writer::new();
+        let own = Own {
+            name: writer.file_name("account"),
+            record: Record {
+                known: is_new,
+                ..Record::default()
+            },
+            written: None,
+            written_at: None,
+            left: 0,
+            portion: 0,
+            refused_until: None,
+        };
+        let room = Self {
+            root,
+            writer,
+            limit,
+            clock,
+            own: Mutex::new(own),
+            used: AtomicI64::new(-1),
+            offset: AtomicI64::new(0),
+            evicting: AtomicBool::new(false),
+        };
+        room.write(&mut room.lock())?;
+        Ok(room)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Own> {
+        self.own.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns the name of the record's file, which names this store.
+    pub(super) fn name(&self) -> String {
+        self.lock().name.clone()
+    }
+
+    /// Returns the bytes used as of the last look, `None` before they are known.
+    pub(super) fn used(&self) -> Option<u64> {
+        u64::try_from(self.used.load(Ordering::Relaxed)).ok()
+    }
+
+    /// Returns the time by the file system's clock, in milliseconds since 1970.
+    ///
+    /// Hosts whose clocks differ agree on it where the file system's server sets the times.
+    pub(super) fn now_milliseconds(&self) -> i64 {
+        milliseconds((self.clock)()).saturating_add(self.offset.load(Ordering::Relaxed))
+    }
+
+    /// Claims room for `bytes`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] when there is none, or when it is not known yet how much there is.
+    pub(super) fn claim(&self, bytes: u64) -> Result<()> {
+        let mut own = self.lock();
+        if own.left >= bytes {
+            own.left -= bytes;
+            return Ok(());
+        }
+        let Some(limit) = self.limit else {
+            own.record.claimed += bytes;
+            return Ok(());
+        };
+        if own
+            .refused_until
+            .is_some_and(|until| Instant::now() < until)
+        {
+            return Err(self.refusal(bytes, limit));
+        }
+        let portion = own.portion.max(bytes - own.left);
+        own.record.claimed += portion;
+        let sum = self.write(&mut own).and_then(|()| self.look());
+        let sum = match sum {
+            Ok(sum) => sum,
+            Err(error) => {
+                own.record.claimed -= portion;
+                return Err(error);
+            }
+        };
+        let stores = sum
+            .records
+            .iter()
+            .filter(|named| !named.record.retired)
+            .count() as u64;
+        let missing = bytes - own.left;
+        let free = (limit + portion).saturating_sub(sum.claimed);
+        // Far from the limit as much as is allowed, close to it exactly what is needed.
+        own.portion = (limit / AHEAD_PART).min(free / 4) / stores.max(1);
+        let granted = match free {
+            _ if !sum.known => 0,
+            free if free >= portion => portion,
+            free if free >= missing => missing,
+            _ => 0,
+        };
+        own.record.claimed -= portion - granted;
+        if granted < portion {
+            self.write(&mut own)?;
+        }
+        if granted == 0 {
+            own.refused_until = Some(Instant::now() + REFUSED_FOR);
+            return Err(self.refusal(bytes, limit));
+        }
+        own.left = own.left + granted - bytes;
+        Ok(())
+    }
+
+    fn refusal(&self, bytes: u64, limit: u64) -> Error {
+        let message = match self.used() {
+            Some(used) => {
+                format!("{used} bytes are stored, max_size is {limit}, {bytes} more do not fit")
+            }
+            None => format!("max_size is {limit}, and what is stored is not counted yet"),
+        };
+        Error::new(ErrorKind::NoSpace, message).with_path(self.root.path())
+    }
+
+    /// Notes whether room is being made.
+    pub(super) fn set_evicting(&self, evicting: bool) {
+        self.evicting.store(evicting, Ordering::Relaxed);
+    }
+
+    /// Returns whether room is being made by this process.
+    pub(super) fn is_evicting(&self) -> bool {
+        self.evicting.load(Ordering::Relaxed)
+    }
+
+    /// Notes that a chunk was stored in the room claimed for it.
+    pub(super) fn stored(&self, bytes: u64) {
+        self.lock().record.stored += bytes;
+    }
+
+    /// Gives back the room that was claimed for a chunk that was not stored.
+    pub(super) fn unclaim(&self, bytes: u64) {
+        let mut own = self.lock();
+        if self.limit.is_some() {
+            own.left += bytes;
+        } else {
+            own.record.claimed = own.record.claimed.saturating_sub(bytes);
+        }
+    }
+
+    /// Notes that chunks were removed.
+    pub(super) fn removed(&self, bytes: u64) {
+        self.lock().record.removed += bytes;
+    }
+
+    /// Adds to the sum what counting has found, which is known from now on.
+    pub(super) fn correct(&self, bytes: i64) {
+        let mut own = self.lock();
+        own.record.correction = own.record.correction.saturating_add(bytes);
+        own.record.known = true;
+    }
+
+    /// Takes over another record's amounts; its file is left out of sums from then on.
+    pub(super) fn absorb(&self, name: &str, other: &Record) -> Result<()> {
+        let mut own = self.lock();
+        let before = own.record;
+        let record = &mut own.record;
+        // Claims that were not used when the owner ended: there may be a chunk behind them.
+        record.claimed = record.claimed.saturating_add(other.claimed);
+        record.stored = record.stored.saturating_add(if other.retired {
+            other.stored
+        } else {
+            other.claimed
+        });
+        record.removed = record.removed.saturating_add(other.removed);
+        record.correction = record.correction.saturating_add(other.correction);
+        record.known |= other.known;
+        record.absorbed = name_hash(name);
+        let written = self.write(&mut own);
+        if written.is_err() {
+            own.record = before;
+        }
+        written
+    }
+
+    /// Writes the record if it changed, or if it is time to show that the owner lives.
+    pub(super) fn flush(&self) -> Result<()> {
+        let mut own = self.lock();
+        let quiet = own.written_at.is_some_and(|at| at.elapsed() < BEAT);
+        if quiet && own.written == Some(own.record) {
+            return Ok(());
+        }
+        self.write(&mut own)
+    }
+
+    /// Writes the record for the last time: claims that were not used are given back.
+    pub(super) fn retire(&self) -> Result<()> {
+        let mut own = self.lock();
+        own.record.claimed = own.record.claimed.saturating_sub(own.left);
+        own.left = 0;
+        own.record.retired = true;
+        self.write(&mut own)
+    }
+
+    /// Sums all records up.
+    pub(super) fn look(&self) -> Result<Sum> {
+        let sum = read_all(&self.root.accounts()?)?;
+        let used = if sum.known { signed(sum.used) } else { -1 };
+        self.used.store(used, Ordering::Relaxed);
+        Ok(sum)
+    }
+
+    fn write(&self, own: &mut Own) -> Result<()> {
+        own.record.beat += 1;
+        let create = own.written.is_none();
+        let written = self.root.accounts().and_then(|folder| {
+            own.record.write(&folder, &own.name, create)?;
+            Ok(folder)
+        });
+        let folder = match written {
+            Ok(folder) => folder,
+            Err(error) if is_missing(&error) && !create => self.begin_again(own)?,
+            Err(error) if is_missing(&error) => {
+                let folder = self.root.make_accounts()?;
+                own.record.write(&folder, &own.name, true)?;
+                folder
+            }
+            Err(error) => return Err(error),
+        };
+        own.written = Some(own.record);
+        own.written_at = Some(Instant::now());
+        self.set_clock(&folder, &own.name);
+        Ok(())
+    }
+
+    /// Starts another record: this one was absorbed, since its owner seemed dead, or somebody
+    /// removed the folder. What was written down is with whoever absorbed it.
+    fn begin_again(&self, own: &mut Own) -> Result<Folder> {
+        let gone = own.written.unwrap_or_default();
+        let record = &mut own.record;
+        record.claimed = record.claimed.saturating_sub(gone.claimed);
+        // Absorbing took the claims for stored.
+        record.stored = record.stored.saturating_sub(gone.claimed);
+        record.removed = record.removed.saturating_sub(gone.removed);
+        record.correction = record.correction.saturating_sub(gone.correction);
+        record.absorbed = 0;
+        record.known = false;
+        own.left = 0;
+        own.name = self.writer.file_name("account");
+        let folder = self.root.make_accounts()?;
+        own.record.write(&folder, &own.name, true)?;
+        Ok(folder)
+    }
+
+    /// Compares our clock with the one that the file was just written by.
+    fn set_clock(&self, folder: &Folder, name: &str) {
+        if let Ok(Some(status)) = folder.status(name) {
+            let there = milliseconds(status.modified);
+            let here = milliseconds((self.clock)());
+            self.offset.store(there - here, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::Permissions;
+
+    const MIB: u64 = 1 << 20;
+
+    fn root_of(path: &std::path::Path) -> Root {
+        Root::new(path, Permissions::default())
+    }
+
+    fn room(root: &std::path::Path, limit: u64) -> Room {
+        Room::open(root_of(root), Some(limit), SystemTime::now, true).unwrap()
+    }
+
+    #[test]
+    fn rooms_never_claim_more_than_the_limit_together() {
+        let root = tempfile::tempdir().unwrap();
+        let limit = 1000 * MIB;
+        let stored: u64 = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4)
+                .map(|_| {
+                    let root = root.path();
+                    scope.spawn(move || {
+                        let room = room(root, limit);
+                        let mut stored = 0;
+                        for _ in 0..600 {
+                            if room.claim(MIB).is_ok() {
+                                room.stored(MIB);
+                                stored += MIB;
+                            } else {
+                                std::thread::sleep(REFUSED_FOR / 10);
+                            }
+                        }
+                        room.retire().unwrap();
+                        stored
+                    })
+                })
+                .collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap())
+                .sum()
+        });
+        let sum = read_all(&root_of(root.path()).accounts().unwrap()).unwrap();
+        assert_eq!((sum.claimed, sum.used), (stored, stored));
+        assert!(stored <= limit, "{stored}");
+        // What the others hold ahead when one is refused is at most 0.5%.
+        assert!(stored >= limit / 1000 * 995, "{stored}");
+    }
+
+    #[test]
+    fn nothing_is_claimed_while_usage_is_unknown_or_beyond_the_limit() {
+        let root = tempfile::tempdir().unwrap();
+        let room = Room::open(root_of(root.path()), Some(10), SystemTime::now, false).unwrap();
+        let error = room.claim(1).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NoSpace);
+        assert!(error.to_string().contains("not counted yet"), "{error}");
+        room.correct(8);
+        std::thread::sleep(REFUSED_FOR);
+        room.claim(2).unwrap();
+        let error = room.claim(1).unwrap_err();
+        assert!(error.to_string().contains("8 bytes are stored"), "{error}");
+        room.unclaim(2);
+        room.claim(2).unwrap();
+    }
+
+    #[test]
+    fn a_record_that_was_absorbed_is_begun_again() {
+        let root = tempfile::tempdir().unwrap();
+        let (alive, janitor) = (room(root.path(), 1000), room(root.path(), 1000));
+        for round in 1..=3 {
+            alive.claim(100).unwrap();
+            alive.stored(100);
+            alive.flush().unwrap();
+            let sum = janitor.look().unwrap();
+            let name = alive.name();
+            let record = sum
+                .records
+                .iter()
+                .find(|named| named.name == name)
+                .unwrap()
+                .record;
+            janitor.absorb(&name, &record).unwrap();
+            let accounts = root_of(root.path()).accounts().unwrap();
+            accounts.remove_file(&name).unwrap();
+            alive.claim(1).unwrap();
+            alive.stored(1);
+            alive.flush().unwrap();
+            assert_ne!(alive.name(), name);
+            let sum = janitor.look().unwrap();
+            assert!(sum.used.abs_diff(round * 101) <= 20, "{}", sum.used);
+        }
+    }
+
+    #[test]
+    fn the_clock_of_the_file_system_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let ahead: WallClock = || SystemTime::now() + Duration::from_secs(3600);
+        let behind: WallClock = || SystemTime::now() - Duration::from_secs(3600);
+        let times = [ahead, behind].map(|clock| {
+            let room = Room::open(root_of(root.path()), None, clock, true).unwrap();
+            room.now_milliseconds()
+        });
+        let now = milliseconds(SystemTime::now());
+        assert!(
+            times.iter().all(|time| time.abs_diff(now) < 2000),
+            "{times:?}"
+        );
+    }
+}
