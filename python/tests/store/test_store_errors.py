@@ -74,7 +74,7 @@ def test_sources_rank_and_every_key_tells_its_origin() -> None:
     assert entries["extra_config.load_failure_policy"]["value"] == "fail"
     # A key without a value here is one that the binding does not know of.
     unset = {name for name, entry in entries.items() if entry["value"] is None}
-    assert unset == {"extra_config.direct", "extra_config.use_direct_io"}
+    assert unset == {"extra_config.direct", "extra_config.use_direct_io", "ttl"}
 
 
 def test_a_known_key_without_effect_is_one_warning() -> None:
@@ -178,13 +178,20 @@ def test_exceptions_have_the_bases_that_python_code_catches() -> None:
 
 
 def test_an_error_of_the_system_keeps_message_and_number(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 300)
+    with pytest.raises(core.StoreIoError) as raised:
+        Store(config(path / "store"), namespace())
+    assert str(path) in str(raised.value)
+    assert raised.value.errno == errno.ENAMETOOLONG
+    assert os.strerror(errno.ENAMETOOLONG) in str(raised.value)
+
+
+def test_a_link_that_leads_nowhere_names_the_setting(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(link)
-    with pytest.raises(core.StoreIoError) as raised:
+    with pytest.raises(core.ConfigError, match="gds_path") as raised:
         Store(config(link / "store"), namespace())
-    assert str(link) in str(raised.value)
-    assert raised.value.errno == errno.ELOOP
-    assert os.strerror(errno.ELOOP) in str(raised.value)
+    assert f"`{link}`: not a directory" in str(raised.value)
 
 
 def test_the_module_says_what_it_is() -> None:
