@@ -113,7 +113,8 @@ class Config:
 
         Each key maps to ``{"value": ..., "origin": ...}``. Keys are named as in the documentation
         (``chunk_size``, ``extra_config.use_cufile``). None stands for "unlimited" in ``max_size``
-        and for "auto" in ``extra_config.use_direct_io``; ``min_free`` is a float when it is a share
+        and for "auto" in ``extra_config.use_direct_io``, ``extra_config.direct`` and
+        ``min_load_tokens``; ``min_free`` is a float when it is a share
         and an int when it is bytes. The origin is ``"default"``, a variable's name, the file's path
         or ``"kv_connector_extra_config"``.
         """

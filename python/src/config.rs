@@ -149,6 +149,7 @@ fn values(store: &StoreConfig) -> Value {
         },
         "file_mode": store.file_mode.to_string(),
         "save_decode_cache": store.save_decode_cache,
+        "min_load_tokens": store.min_load_tokens,
         "extra_config.use_cufile": store.use_cufile,
         "extra_config.cufile_compat_mode": store.cufile_compat_mode,
         "extra_config.direct": store.direct,

@@ -42,6 +42,12 @@ fn open_limited(path: &Path) -> Store {
     Store::open(&limits(path), namespace(), OpenOptions::default()).unwrap()
 }
 
+/// The blocks of the `index`th chunk of a load of many.
+fn block_pair(index: u64) -> Vec<usize> {
+    let first = 10 + 2 * index as usize;
+    vec![first, first + 1]
+}
+
 /// A store with some chunks on a mount.
 struct Subject {
     store: Store,
@@ -52,7 +58,11 @@ struct Subject {
 
 impl Subject {
     fn new(path: &Path) -> Self {
-        let store = open_limited(path);
+        Self::with_limits(&limits(path))
+    }
+
+    fn with_limits(config: &StoreConfig) -> Self {
+        let store = Store::open(config, namespace(), OpenOptions::default()).unwrap();
         let cache = Cache::attach(&store, 0, Geometry::default());
         let mut subject = Self {
             store,
@@ -269,6 +279,40 @@ fn a_slow_path_is_left_alone_until_it_is_quick_again() {
     mounted.heal();
     println!("well again after {:.2?}", subject.wait_until_well());
     subject.assert_bounded("slow");
+}
+
+#[test]
+fn a_load_of_many_chunks_that_are_all_just_quick_enough_is_bounded_as_a_whole() {
+    let Some((mounted, _folder)) = mount(23) else {
+        return;
+    };
+    // Below the slow limit, so the path stays in use.
+    let mut config = limits(mounted.path());
+    config.slow_limit_seconds = 5.0;
+    let mut subject = Subject::with_limits(&config);
+    // With four threads 26 chunks would take more than twice the limit.
+    mounted.set("open *.safetensors delay=350ms");
+    let chunks: Vec<_> = (0..26)
+        .map(|index| (index % CHUNKS, 0, block_pair(index)))
+        .collect();
+    let start = Instant::now();
+    let report = subject.cache.load(&chunks);
+    let took = start.elapsed();
+    let metrics = subject.store.metrics();
+    println!(
+        "{} of 26 chunks loaded in {took:.2?}, {} were too late",
+        report.loaded, metrics.loads_too_late
+    );
+    assert!(took <= Duration::from_secs_f64(1.5 * WAIT_LIMIT + 0.35) + SLACK);
+    assert!(report.loaded > 0, "what came in time is good");
+    assert!(metrics.loads_too_late > 0);
+    assert_eq!(metrics.loads_too_late as usize, report.failed.len());
+    assert_eq!(
+        metrics.paths_taken_out, 0,
+        "it is not held against the path"
+    );
+    mounted.heal();
+    assert!(subject.load_chunk(0));
 }
 
 #[test]

@@ -178,10 +178,9 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         assert self._scheduler is not None
-        if connector_output.kv_connector_worker_meta is not None:
-            self._scheduler.requests.update_connector_output(
-                connector_output.kv_connector_worker_meta
-            )
+        self._scheduler.requests.update_connector_output(
+            connector_output.kv_connector_worker_meta, connector_output.finished_recving or ()
+        )
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -202,6 +201,8 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None:
             return self._worker.take_stats()
         assert self._scheduler is not None
+        # vLLM asks once for each step, when its output was processed.
+        self._scheduler.requests.step_ended()
         return self._scheduler.take_stats()
 
     def shutdown(self) -> None:
@@ -245,6 +246,8 @@ class _SchedulerSide:
             may_store=transfer.is_kv_producer,
             save_decode_cache=config.save_decode_cache,
             wait_limit_seconds=float(effective_value(config, "extra_config.wait_limit_seconds")),
+            min_load_tokens=effective_value(config, "min_load_tokens"),
+            max_step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         )
         block_tokens, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
         self._misfit: str | None = None

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from kvrail.vllm.load_or_compute import Verdict
+
 
 class Ticket(Protocol):
     """The part of ``LookupTicket`` that the scheduler side uses."""
@@ -60,6 +62,8 @@ class RequestState:
     local_tokens: int = 0
     promised_tokens: int = 0
     """End of the prefix that vLLM was told can be loaded; 0 when no promise is open."""
+    verdict: Verdict | None = None
+    """Whether the hit is to be loaded, from the first time that it was asked until it is used."""
     stored_chunks: int = 0
     """Leading chunks that need no store: found by the lookup, or submitted before."""
     load_failed: bool = False

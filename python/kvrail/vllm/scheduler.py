@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvrail._core import KvrailError, WaitTimeoutError
+from kvrail.vllm.load_or_compute import LoadOrCompute
 from kvrail.vllm.metadata import (
     NO_WORK,
     NO_WORK_NO_FORWARD,
@@ -59,6 +60,10 @@ class SchedulerOptions:
     may_store: bool = True
     save_decode_cache: bool = False
     wait_limit_seconds: float = 30.0
+    min_load_tokens: int | None = None
+    """Least tokens of a hit that is loaded; None measures whether loading is worth it."""
+    max_step_tokens: int | None = None
+    """Tokens that vLLM computes in one step at most."""
 
 
 class ConnectorScheduler:
@@ -76,6 +81,12 @@ class ConnectorScheduler:
         self._options = options
         self._adapter_fingerprint = adapter_fingerprint
         self._clock = clock
+        self._load_or_compute = LoadOrCompute(
+            options.min_load_tokens,
+            min_step_tokens=geometry.chunk_size,
+            max_step_tokens=options.max_step_tokens,
+            clock=clock,
+        )
         self._lookup: Lookup | None = None
         self._late_check: Callable[[], str | None] | None = None
         self._states: dict[str, RequestState] = {}
@@ -109,9 +120,9 @@ class ConnectorScheduler:
         return self._lookup is not None
 
     def take_counters(self) -> dict[str, float]:
-        """What was counted since the last call."""
+        """What was counted since the last call, with the gauges when there is anything."""
         counters, self._counters = self._counters, {}
-        return counters
+        return counters | self._load_or_compute.gauges() if counters else counters
 
     # Hooks, in the order of a request's life.
 
@@ -142,7 +153,9 @@ class ConnectorScheduler:
         if hit_chunks is None:
             return None, False
         hit_tokens = self._good_prefix(state, min(hit_chunks, limit)) * self._geometry.chunk_size
-        if hit_tokens <= local_tokens:
+        if hit_tokens <= local_tokens or not self._is_worth_loading(
+            state, hit_tokens - local_tokens
+        ):
             return 0, False
         state.promised_tokens = hit_tokens
         return hit_tokens - local_tokens, True
@@ -155,6 +168,7 @@ class ConnectorScheduler:
         if state is None:
             return
         self._count_tokens(state, num_external_tokens)
+        verdict, state.verdict = state.verdict, None
         # vLLM calls again when it allocates more after the load; the promise is spent by then.
         end, state.promised_tokens = state.promised_tokens, 0
         if num_external_tokens <= 0 or end == 0:
@@ -163,6 +177,8 @@ class ConnectorScheduler:
         block_ids = blocks.get_block_ids()[0]
         chunks = self._load_chunks(state, start, end, block_ids)
         self._loads.append(RequestLoad(request.request_id, chunks))
+        is_trial = verdict is not None and verdict.is_trial
+        self._load_or_compute.load_began(request.request_id, num_external_tokens, is_trial=is_trial)
         state.stored_chunks = max(state.stored_chunks, end // self._geometry.chunk_size)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KvrailMetadata:
@@ -173,17 +189,23 @@ class ConnectorScheduler:
         stores: list[StoreChunk] = []
         if self._storing and not no_forward:
             self._plan_stores(scheduler_output, stores)
+        self._note_step(scheduler_output)
         if not self._loads and not stores:
             return NO_WORK_NO_FORWARD if no_forward else NO_WORK
         loads, self._loads = tuple(self._loads), []
         return KvrailMetadata(loads, tuple(stores), no_forward)
 
-    def update_connector_output(self, worker_metadata: object) -> None:
-        """Learns which loads failed."""
-        if not isinstance(worker_metadata, KvrailWorkerMetadata):
-            return
+    def update_connector_output(
+        self, worker_metadata: object, finished_loads: Collection[str] = ()
+    ) -> None:
+        """Learns which loads ended, and which of them failed."""
+        failures: Mapping[str, tuple[bytes, ...]] = {}
+        if isinstance(worker_metadata, KvrailWorkerMetadata):
+            failures = worker_metadata.failures
+        for request_id in finished_loads:
+            self._load_or_compute.load_ended(request_id, failed=request_id in failures)
         forget_at = self._clock() + BAD_KEY_SECONDS
-        for request_id, keys in worker_metadata.failures.items():
+        for request_id, keys in failures.items():
             for key in keys:
                 self._bad_keys.pop(key, None)
                 self._bad_keys[key] = forget_at
@@ -199,6 +221,10 @@ class ConnectorScheduler:
             state.stored_chunks = min([state.stored_chunks, *failed])
             if self._options.may_store and self.enabled:
                 self._storing.add(request_id)
+
+    def step_ended(self) -> None:
+        """Learns that the oldest step under way is done, after all else that it brought."""
+        self._load_or_compute.step_ended()
 
     def explanation(self, request: Request) -> dict[str, Any] | None:
         """What `kvrail explain` needs to know of a request, for one that asks for it."""
@@ -225,6 +251,7 @@ class ConnectorScheduler:
         self._states.pop(request_id, None)
         self._waiting.pop(request_id, None)
         self._storing.discard(request_id)
+        self._load_or_compute.forget(request_id)
 
     # Requests.
 
@@ -359,6 +386,37 @@ class ConnectorScheduler:
         return count
 
     # Loads and stores.
+
+    def _is_worth_loading(self, state: RequestState, tokens: int) -> bool:
+        """Decides once for a request that vLLM has no room for yet and asks about again."""
+        if state.verdict is not None:
+            return state.verdict.load
+        verdict = state.verdict = self._load_or_compute.decide(tokens)
+        if not verdict.load:
+            self._count("loads_declined", 1)
+            self._count("declined_tokens", tokens)
+            if verdict.compute_seconds and "declined" not in self._reported:
+                self._reported.add("declined")
+                logger.info(
+                    "kvrail: a hit of %d tokens is computed: loading is expected to take %.3f s, "
+                    "computing %.3f s; min_load_tokens: 0 loads every hit",
+                    tokens,
+                    verdict.load_seconds,
+                    verdict.compute_seconds,
+                )
+        return verdict.load
+
+    def _note_step(self, output: SchedulerOutput) -> None:
+        tokens = output.total_num_scheduled_tokens
+        prompt_tokens = 0
+        if tokens >= self._geometry.chunk_size:
+            drafts = output.scheduled_spec_decode_tokens
+            scheduled = output.num_scheduled_tokens.items()
+            # Who decodes computes one token and its drafts.
+            prompt_tokens = sum(
+                count for req_id, count in scheduled if count > 1 + len(drafts.get(req_id, ()))
+            )
+        self._load_or_compute.step_began(prompt_tokens, tokens)
 
     def _load_chunks(
         self, state: RequestState, start: int, end: int, block_ids: Sequence[int]

@@ -23,6 +23,8 @@ COUNTERS: dict[str, str] = {
     "requests_looked_up": "Requests whose prompt was looked up.",
     "hit_tokens": "Prompt tokens taken from the store.",
     "miss_tokens": "Prompt tokens in whole chunks that neither vLLM nor the store had.",
+    "loads_declined": "Hits that were computed, as loading was not worth it (min_load_tokens).",
+    "declined_tokens": "Tokens of these hits.",
     "lookup_timeouts": "Lookups that were not answered in time and count as misses.",
     "lookup_errors": "Lookups that failed and count as misses.",
     "lookups": "Lookups answered by the store.",
@@ -34,6 +36,7 @@ COUNTERS: dict[str, str] = {
     "load_seconds": "Time spent in loads, in seconds, summed over chunks.",
     "loads_failed": "Chunks that could not be loaded, for any reason.",
     "loads_refused_path_out": "Chunks not loaded because their path is left alone.",
+    "loads_too_late": "Chunks not loaded because their turn came after 1.5 wait limits.",
     "chunks_missing": "Chunks that were gone when they were to be loaded.",
     "chunks_damaged": "Chunks that failed verification.",
     "chunks_set_aside": "Files of damaged chunks that were moved out of the way.",
@@ -69,6 +72,8 @@ COUNTERS: dict[str, str] = {
 # highest, since all see the same directories.
 GAUGES: dict[str, str] = {
     "usage_bytes": "Bytes of all chunks on all paths, of all instances; 0 before they are known.",
+    "load_tokens_per_second": "Tokens loaded per second of a load, over the latest loads.",
+    "prefill_tokens_per_second": "Tokens computed per second, over the latest prefill steps.",
     "janitor_paths": "Paths of which a worker of this engine is the janitor.",
 }
 

@@ -54,7 +54,12 @@ class Job:
         if self.store is not None:
             environment["E2E_STORE"] = str(self.store)
             # Eight MiB of staging hold seven chunks, so long prompts must stream through it.
-            settings = {"gds_path": str(self.store), "gds_buffer_size": 8} | self.settings
+            # The models are so small that computing is often quicker than loading.
+            settings = {
+                "gds_path": str(self.store),
+                "gds_buffer_size": 8,
+                "min_load_tokens": 0,
+            } | self.settings
             engine["kv_transfer_config"] = {
                 "kv_connector": "RecordingConnector",
                 "kv_connector_module_path": "recording_connector",

@@ -4,8 +4,8 @@ use serde_json::Value;
 
 use super::store_config::{
     Admission, BUFFER_MIB, CHUNK_SIZE, DISK_IO_THREADS, Durability, EvictionPolicy, GdsBackend,
-    LOOKUP_LIMIT_SECONDS, LOW_WATERMARK, LoadFailurePolicy, MAX_LOCAL_CPU_SIZE_GB, PathSharding,
-    SLOW_LIMIT_SECONDS, StoreConfig, TTL_SECONDS, WAIT_LIMIT_SECONDS,
+    LOOKUP_LIMIT_SECONDS, LOW_WATERMARK, LoadFailurePolicy, MAX_LOCAL_CPU_SIZE_GB, MIN_LOAD_TOKENS,
+    PathSharding, SLOW_LIMIT_SECONDS, StoreConfig, TTL_SECONDS, WAIT_LIMIT_SECONDS,
 };
 use super::value::{self, Parsed};
 
@@ -176,6 +176,14 @@ pub(super) static KEYS: &[Key] = &[
         name: "save_decode_cache",
         aliases: &[],
         set: |config, given| value::boolean(given).map(|switch| config.save_decode_cache = switch),
+    },
+    Key {
+        name: "min_load_tokens",
+        aliases: &["min_retrieve_tokens"],
+        set: |config, given| {
+            value::whole_or_auto(given, &MIN_LOAD_TOKENS, "tokens")
+                .map(|tokens| config.min_load_tokens = tokens)
+        },
     },
     Key {
         name: "extra_config.use_cufile",

@@ -22,7 +22,7 @@ const TOP_LEVEL: &str = "\
     lmcache_worker_heartbeat_time lmcache_worker_ids lmcache_worker_port lmcache_worker_ports \
     local_cpu_use_hugepages local_disk local_disk_path_sharding lookup_server_worker_ids \
     lookup_timeout_ms maru_path maru_pool_size max_hidden_state_cpu_size max_local_disk_size \
-    min_retrieve_tokens mp_host mp_port nixl_backends nixl_buffer_device nixl_buffer_size \
+    mp_host mp_port nixl_backends nixl_buffer_device nixl_buffer_size \
     nixl_peer_alloc_port nixl_peer_host nixl_peer_init_port nixl_peer_port nixl_proxy_host \
     nixl_proxy_port nixl_receiver_port nixl_role numa_mode p2p_host p2p_init_ports p2p_lookup_ports \
     pd_allocation_timeout_sec pd_backend_mode pd_bidirectional pd_buffer_device pd_buffer_size \

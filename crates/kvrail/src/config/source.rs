@@ -24,10 +24,10 @@ const SECRETS: [&str; 7] = [
     "credential",
     "connection_string",
     "_url",
-    "_token",
+    "_token_",
     "account_key",
 ];
-/// Ends of such names; inside of a name they are common words (`min_retrieve_tokens`).
+/// Ends of such names; inside of a name they are common words (`min_load_tokens`).
 const SECRET_ENDS: [&str; 2] = ["_key", "token"];
 
 /// Where the settings of one store come from, handed in as data.

@@ -10,6 +10,8 @@ use crate::error::{Error, Result};
 pub(super) const CHUNK_SIZE: RangeInclusive<u64> = 1..=u64::MAX;
 /// MiB of the staging memory: up to 1 TiB, above which a unit was surely mistaken.
 pub(super) const BUFFER_MIB: RangeInclusive<u64> = 1..=1 << 20;
+/// Least tokens of a hit that is loaded: up to a billion, which no prompt has.
+pub(super) const MIN_LOAD_TOKENS: RangeInclusive<u64> = 0..=1_000_000_000;
 /// Threads of the I/O engine: a queue of 256 keeps any one mount busy.
 pub(super) const DISK_IO_THREADS: RangeInclusive<u64> = 1..=256;
 /// GB of the DRAM tier: up to a million GB, above which a unit was surely mistaken.
@@ -160,6 +162,9 @@ pub struct StoreConfig {
     pub file_mode: FileMode,
     /// Whether chunks that fill up while decoding are stored too. Default: false.
     pub save_decode_cache: bool,
+    /// Least tokens of a hit that the connector loads; `None` measures and loads what is not
+    /// computed more quickly. Default: `None`.
+    pub min_load_tokens: Option<usize>,
     /// What happens to a request whose load failed. Default: [`LoadFailurePolicy::Recompute`].
     pub load_failure_policy: LoadFailurePolicy,
     /// Longest wait for one I/O in seconds. Default: 30.
@@ -205,6 +210,7 @@ impl StoreConfig {
             durability: Durability::default(),
             file_mode: FileMode::default(),
             save_decode_cache: false,
+            min_load_tokens: None,
             load_failure_policy: LoadFailurePolicy::default(),
             wait_limit_seconds: 30.0,
             lookup_limit_seconds: 5.0,
@@ -245,6 +251,9 @@ impl StoreConfig {
             &LOOKUP_LIMIT_SECONDS,
         )?;
         check_number("extra_config.slow_limit_seconds", slow, &SLOW_LIMIT_SECONDS)?;
+        if let Some(tokens) = self.min_load_tokens {
+            check_whole("min_load_tokens", tokens, &MIN_LOAD_TOKENS)?;
+        }
         check_number("low_watermark", self.low_watermark, &LOW_WATERMARK)?;
         if let Some(seconds) = self.ttl_seconds {
             check_number("ttl", seconds, &TTL_SECONDS)?;

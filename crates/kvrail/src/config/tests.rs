@@ -169,6 +169,7 @@ fn every_key_is_taken_in_every_source_under_every_name() {
         ("durability", json!("full"), "full"),
         ("file_mode", json!("0640"), "640"),
         ("save_decode_cache", json!(true), "yes"),
+        ("min_load_tokens", json!(512), "512"),
         ("extra_config.use_cufile", json!(false), "0"),
         ("extra_config.cufile_compat_mode", json!(true), "on"),
         ("extra_config.direct", json!(false), "no"),

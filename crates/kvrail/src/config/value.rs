@@ -82,6 +82,20 @@ pub(super) fn whole(value: &Value, range: &RangeInclusive<u64>, unit: &str) -> P
         .ok_or_else(|| format!("{} ({unit})", span(range)))
 }
 
+/// Reads a whole number within `range`, or the word `auto`.
+pub(super) fn whole_or_auto(
+    value: &Value,
+    range: &RangeInclusive<u64>,
+    unit: &str,
+) -> Parsed<Option<usize>> {
+    if is_word(value, "auto") {
+        return Ok(None);
+    }
+    whole(value, range, unit)
+        .map(Some)
+        .map_err(|expected| format!("auto, or {expected}"))
+}
+
 /// Reads a number within `range`.
 pub(super) fn number(value: &Value, range: &RangeInclusive<f64>, unit: &str) -> Parsed<f64> {
     let number = match value {

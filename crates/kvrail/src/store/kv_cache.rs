@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::batch::{Ending, start_load, start_store};
 use super::capacity::plan_use;
 use super::gpu::{GpuSide, Route, Shape};
-use super::load::LoadJob;
+use super::load_job::LoadJob;
 use super::mount::Pause;
 use super::notice::Topic;
 use super::present::Place;
@@ -354,6 +354,7 @@ impl KvCache {
         }
         let (ticket, members) = start_load(chunks.len());
         let format = &self.shared.format;
+        let submitted = Instant::now();
         let jobs = chunks
             .into_iter()
             .zip(members)
@@ -366,6 +367,7 @@ impl KvCache {
                 blocks: chunk.blocks,
                 after: after.clone(),
                 member,
+                submitted,
                 started: None,
                 watched: Arc::default(),
             })

@@ -1,17 +1,14 @@
 //! One chunk from its file into the KV cache: read, verify, scatter.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvrail_cuda::{Event, Stream};
-
-use super::batch::{Ending, Member};
+use super::batch::Ending;
 use super::capacity::touch_loaded;
 use super::directory::Location;
 use super::gpu::{InPlaceFailure, Route};
 use super::image::{self, Extents, READ_REQUEST_BYTES};
-use super::kv_cache::CacheShared;
+use super::load_job::{LoadBuffer, LoadJob};
 use super::mount::Mount;
 use super::notice::Topic;
 use super::parked::{self, Parked};
@@ -20,96 +17,15 @@ use super::publish::{is_gone, is_missing};
 use super::quarantine::{SetAside, set_aside};
 use super::queue::TransferQueue;
 use super::shared::StoreShared;
-use super::ticket::LoadReport;
 use super::verify::{hash_part, verify};
-use super::watch::Watched;
-use crate::chunk::ChunkRef;
 use crate::chunk::PAGE_BYTES;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{FileStatus, IoFile, OpenMode, Operation};
 use crate::layout::TransferPlan;
-use crate::memory::{GpuSlot, StagingRange, scatter};
+use crate::memory::{StagingRange, scatter};
 
 /// How long a worker waits for a staging buffer before it looks for other work.
 const BUFFER_PATIENCE: Duration = Duration::from_millis(20);
-
-/// One chunk to load.
-#[derive(Debug)]
-pub(super) struct LoadJob {
-    pub(super) cache: Arc<CacheShared>,
-    pub(super) chunk: ChunkRef,
-    /// Payload bytes that are wanted.
-    pub(super) payload: Range<usize>,
-    /// Where they go. Planned when the load runs: a waiting plan of many layers is large.
-    pub(super) blocks: Vec<usize>,
-    /// On a GPU: what the blocks may be written after.
-    pub(super) after: Option<Arc<Event>>,
-    pub(super) member: Member<LoadReport>,
-    /// When the work on it began; the wait limit counts from here.
-    pub(super) started: Option<Instant>,
-    /// The way it takes: cuFile's once, then that of POSIX.
-    pub(super) route: Route,
-    /// Why cuFile did not load it.
-    pub(super) cufile_error: Option<Error>,
-    /// What the watch knows it by.
-    pub(super) watched: Arc<Watched>,
-}
-
-/// The memory that a load passes.
-#[derive(Debug)]
-pub(super) enum LoadBuffer {
-    /// A staging buffer of the host.
-    Host(StagingRange),
-    /// A slot of VRAM: for the whole image, or for head and page table.
-    Slot(Box<GpuSlot>),
-}
-
-impl LoadJob {
-    /// Takes the memory that the load passes, if it is free.
-    pub(super) fn try_take_buffer(&self) -> Option<LoadBuffer> {
-        match (&self.cache.gpu, self.route) {
-            (Some(gpu), Route::Slot | Route::InPlace) => {
-                gpu.try_take(self.route).map(Box::new).map(LoadBuffer::Slot)
-            }
-            _ => self.cache.pool.try_take(0).map(LoadBuffer::Host),
-        }
-    }
-
-    /// Takes the memory that the load passes, waiting for it until `deadline`.
-    fn take_buffer(&self, deadline: Instant) -> Result<LoadBuffer> {
-        match (&self.cache.gpu, self.route) {
-            (Some(gpu), Route::Slot | Route::InPlace) => {
-                let slot = gpu.take(self.route, deadline)?;
-                Ok(LoadBuffer::Slot(Box::new(slot)))
-            }
-            _ => self.cache.pool.take(deadline).map(LoadBuffer::Host),
-        }
-    }
-
-    /// Has `stream` wait for what was on the compute stream when the load was asked for.
-    ///
-    /// It may still use the blocks: a forward that writes behind the end of their last owner, a
-    /// gather that reads them.
-    pub(super) fn order_after(&self, stream: &Stream) -> Result<()> {
-        let ordered = self.after.as_ref().map(|before| stream.wait_for(before));
-        ordered
-            .transpose()
-            .map(drop)
-            .map_err(|error| Error::gpu("order a load behind the forward", error))
-    }
-
-    /// Waits for it here, where no stream can.
-    pub(super) fn wait_before(&self, deadline: Instant) -> Result<()> {
-        match self.after.as_ref().map(|before| before.wait(deadline)) {
-            None | Some(Ok(true)) => Ok(()),
-            Some(Ok(false)) => Err(Error::new(
-                ErrorKind::TimedOut,
-                "the forward before a load did not end in time",
-            )),
-            Some(Err(error)) => Err(Error::gpu("wait for the forward before a load", error)),
-        }
-    }
-}
 
 /// How a load went.
 enum Outcome {
@@ -135,9 +51,14 @@ pub(super) fn run(
     mut job: Box<LoadJob>,
     buffer: Option<LoadBuffer>,
 ) {
+    let waited = job.submitted.elapsed();
+    let is_too_late = job.started.is_none() && waited >= turn_limit(store);
     let started = *job.started.get_or_insert_with(Instant::now);
     let deadline = started + store.wait_limit;
     let mount = store.mount(job.cache.rank, &job.chunk.key);
+    if is_too_late {
+        return refuse(store, queue, *job, waited);
+    }
     if job.route != Route::Pinned && !mount.cufile.is_on() {
         job.route = Route::Pinned;
         return put_back(queue, job);
@@ -189,6 +110,31 @@ pub(super) fn run(
     };
     queue.load_ended();
     job.member.end(ending);
+}
+
+/// Returns how long a load may wait for its turn: the wait limit and half as long again, so that those
+/// behind a path that hangs, which takes the wait limit to find out, still have theirs.
+fn turn_limit(store: &StoreShared) -> Duration {
+    store.wait_limit + store.wait_limit / 2
+}
+
+/// Ends a load whose turn came too late: computing has waited for it for long enough. Its path may be
+/// well, only slower than it is asked for, so that is not held against it.
+fn refuse(store: &StoreShared, queue: &TransferQueue, job: LoadJob, waited: Duration) {
+    if !job.watched.end() {
+        return;
+    }
+    let message = format!(
+        "{:.3} s passed before the load of this chunk began",
+        waited.as_secs_f64()
+    );
+    store.metrics.loads_failed.add(1);
+    store.metrics.loads_too_late.add(1);
+    store.notices.warn(Topic::LoadFailed, || {
+        format!("load given up, recomputed: {message}")
+    });
+    queue.load_ended();
+    job.member.end(Ending::Failed(message));
 }
 
 /// Puts a load back into the queue, unless the watch has ended it at this very moment.

@@ -87,6 +87,8 @@ metrics! {
         loads_failed,
         /// Of those: chunks that were not tried because their path is left alone.
         loads_refused_path_out,
+        /// Of those: chunks whose turn came only after one and a half wait limits.
+        loads_too_late,
         /// Of those: chunks that were gone when they were to be loaded.
         chunks_missing,
         /// Of those: chunks whose bytes are not what was stored.

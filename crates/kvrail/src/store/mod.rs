@@ -25,6 +25,7 @@ mod image;
 pub mod inspect;
 mod kv_cache;
 mod load;
+mod load_job;
 mod lookup;
 mod manifest;
 mod metrics;

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::load::LoadJob;
+use super::load_job::LoadJob;
 use super::queue::TransferQueue;
 use crate::io::PieceHandle;
 

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::load::{LoadBuffer, LoadJob};
+use super::load_job::{LoadBuffer, LoadJob};
 use super::save::StoreJob;
 
 /// Loads that may wait; a request of a million tokens has 4,000 chunks of 256.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::load::LoadJob;
+use super::load_job::LoadJob;
 use crate::chunk::{ChunkHead, PAGE_BYTES, PageTable, hash_pages, root_checksum};
 use crate::error::{Error, ErrorKind, Result};
 

@@ -227,6 +227,15 @@ fn each_source_is_named_in_its_own_way() {
 }
 
 #[test]
+fn a_number_that_may_be_measured_says_so() {
+    assert_eq!(
+        message(&from_file("min_load_tokens: some").unwrap_err()),
+        "`min_load_tokens` = \"some\": expected auto, or a whole number from 0 to 1000000000 \
+         (tokens) (set by `/etc/gds.yaml`, key `min_load_tokens`)"
+    );
+}
+
+#[test]
 fn a_wrong_value_is_found_also_where_a_higher_source_hides_it() {
     let error = resolve(&ConfigSources {
         connector: Some(&json!({"gds_path": "/kv", "chunk_size": 16})),

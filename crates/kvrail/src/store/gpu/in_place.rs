@@ -28,7 +28,7 @@ use crate::memory::{
 };
 use crate::store::image::WRITE_REQUEST_BYTES;
 use crate::store::kv_cache::CacheShared;
-use crate::store::load::LoadJob;
+use crate::store::load_job::LoadJob;
 use crate::store::shared::StoreShared;
 use crate::store::staged::StagedImage;
 use crate::store::verify::{verify, verify_frame};

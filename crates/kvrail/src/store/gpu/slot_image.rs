@@ -15,7 +15,7 @@ use crate::layout::TransferPlan;
 use crate::memory::{ComputeStream, GpuSlot, StagingRange};
 use crate::store::image::Extents;
 use crate::store::kv_cache::CacheShared;
-use crate::store::load::LoadJob;
+use crate::store::load_job::LoadJob;
 use crate::store::staged::StagedImage;
 use crate::store::verify::verify;
 
