@@ -209,9 +209,9 @@ class Store:
         """
 
     def metrics(self) -> dict[str, float]:
-        """Returns the counters since the store was opened, which only grow, and two gauges.
+        """Returns the counters since the store was opened, which only grow, and three gauges.
 
-        The gauges are ``usage_bytes`` and ``janitor_paths``.
+        The gauges are ``usage_bytes``, ``janitor_paths`` and ``local_cpu_bytes``.
         """
 
     def take_notices(self) -> list[tuple[str, str]]:

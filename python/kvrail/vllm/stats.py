@@ -33,6 +33,8 @@ COUNTERS: dict[str, str] = {
     "chunks_found": "Chunks that lookups found on all ranks.",
     "chunks_loaded": "Chunks loaded and verified.",
     "bytes_loaded": "Payload bytes loaded.",
+    "local_cpu_chunks_loaded": "Of these, chunks that were in host memory (local_cpu).",
+    "local_cpu_bytes_loaded": "Payload bytes of those.",
     "load_seconds": "Time spent in loads, in seconds, summed over chunks.",
     "loads_failed": "Chunks that could not be loaded, for any reason.",
     "loads_refused_path_out": "Chunks not loaded because their path is left alone.",
@@ -72,6 +74,7 @@ COUNTERS: dict[str, str] = {
 # highest, since all see the same directories.
 GAUGES: dict[str, str] = {
     "usage_bytes": "Bytes of all chunks on all paths, of all instances; 0 before they are known.",
+    "local_cpu_bytes": "Bytes of host memory that hold chunks (local_cpu), of the fullest worker.",
     "load_tokens_per_second": "Tokens loaded per second of a load, over the latest loads.",
     "prefill_tokens_per_second": "Tokens computed per second, over the latest prefill steps.",
     "janitor_paths": "Paths of which a worker of this engine is the janitor.",

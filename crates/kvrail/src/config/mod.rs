@@ -28,7 +28,6 @@ mod file_mode;
 mod foreign;
 mod key;
 mod lmcache;
-mod pending;
 mod resolve;
 mod source;
 mod store_config;

@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::foreign;
 use super::key::{self, KEYS, Key};
-use super::pending::PENDING;
 use super::source::{ConfigSources, Entry};
 use super::store_config::StoreConfig;
 use super::value;
@@ -61,7 +60,6 @@ pub fn resolve(sources: &ConfigSources<'_>) -> Result<ResolvedConfig> {
     if store.gds_path.is_empty() {
         return Err(missing_path());
     }
-    warnings.extend(without_effect(&store, &winners));
     let origin = |name| {
         winners
             .get(name)
@@ -104,23 +102,6 @@ fn winner<'a>(key: &Key, entries: impl Iterator<Item = &'a Entry>) -> Result<Opt
 
 fn set(key: &Key, entry: &Entry, store: &mut StoreConfig) -> Result<()> {
     (key.set)(store, &entry.value).map_err(|expected| entry.error(expected))
-}
-
-/// Returns one sentence for each key that was set and that this version does not act on.
-fn without_effect(store: &StoreConfig, winners: &BTreeMap<&str, &Entry>) -> Vec<String> {
-    let asked = PENDING.iter().filter(|row| (row.asks)(store));
-    asked
-        .filter_map(|row| {
-            let entry = winners.get(row.key)?;
-            Some(format!(
-                "`{}` = {} has no effect: {} (set by {})",
-                entry.full_name(),
-                entry.shown(),
-                row.instead,
-                entry.origin
-            ))
-        })
-        .collect()
 }
 
 fn missing_path() -> Error {

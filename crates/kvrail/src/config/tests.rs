@@ -373,28 +373,6 @@ fn names_of_the_environment_warn_elsewhere_and_are_silent_there() {
 }
 
 #[test]
-fn a_key_without_effect_in_this_version_is_one_warning_when_it_is_asked_for() {
-    let text = "gds_path: /kv\nmax_size: 500GB\nlocal_cpu: true\nuse_gds: true\n\
-                gds_backend: cufile\nextra_config: {use_cufile: true}\n";
-    let warnings = from_file(text).unwrap().warnings;
-    assert_eq!(warnings.len(), 1, "{warnings:?}");
-    assert_eq!(
-        warnings[0],
-        "`local_cpu` = true has no effect: this version has no DRAM tier, every hit is read from \
-         the files (set by `/etc/gds.yaml`, key `local_cpu`)"
-    );
-    for row in super::pending::PENDING {
-        let named = warnings
-            .iter()
-            .filter(|text| text.starts_with(&format!("`{}`", row.key)));
-        assert_eq!(named.count(), 1, "{}", row.key);
-        assert!(KEYS.iter().any(|key| key.name == row.key), "{}", row.key);
-    }
-    let text = "gds_path: /kv\nuse_gds: true\ngds_backend: posix\nlocal_cpu: false\n";
-    assert_eq!(from_file(text).unwrap().warnings, Vec::<String>::new());
-}
-
-#[test]
 fn two_names_with_one_value_are_no_conflict() {
     let text = "gds_path: /kv\ncufile_buffer_size: 64\ngds_buffer_size: '64'\n";
     assert_eq!(from_file(text).unwrap().store.buffer_mib, 64);

@@ -28,13 +28,57 @@ pub fn gather(plan: &TransferPlan, regions: &[Region], target: &mut [u8]) -> Res
 /// As [`gather`].
 pub fn scatter(plan: &TransferPlan, regions: &[Region], source: &[u8]) -> Result<()> {
     check_length(plan, source.len())?;
-    let mut rest = source;
-    for range in plan.ranges() {
-        let (piece, left) = rest.split_at_checked(range.bytes).ok_or_else(mismatch)?;
-        region(regions, range.region)?.copy_in(range.offset, piece)?;
-        rest = left;
+    Scatter::new(plan, regions).write(source)
+}
+
+/// A scatter whose source comes piece by piece, in payload order.
+///
+/// So that what was just verified is copied while it is still in the CPU's cache.
+#[derive(Debug)]
+pub struct Scatter<'a> {
+    plan: &'a TransferPlan,
+    regions: &'a [Region],
+    /// The range that is written next, and how much of it is.
+    range: usize,
+    written: usize,
+}
+
+impl<'a> Scatter<'a> {
+    /// Begins a scatter to the ranges of `plan`.
+    pub fn new(plan: &'a TransferPlan, regions: &'a [Region]) -> Self {
+        Self {
+            plan,
+            regions,
+            range: 0,
+            written: 0,
+        }
     }
-    Ok(())
+
+    /// Writes the next bytes of the payload.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for more bytes than the plan has left, or a plan that was
+    /// made for other regions.
+    pub fn write(&mut self, source: &[u8]) -> Result<()> {
+        let mut rest = source;
+        while !rest.is_empty() {
+            let range = self.plan.ranges().get(self.range).ok_or_else(mismatch)?;
+            let bytes = rest.len().min(range.bytes - self.written);
+            let (piece, left) = rest.split_at_checked(bytes).ok_or_else(mismatch)?;
+            region(self.regions, range.region)?.copy_in(range.offset + self.written, piece)?;
+            self.written += bytes;
+            if self.written == range.bytes {
+                (self.range, self.written) = (self.range + 1, 0);
+            }
+            rest = left;
+        }
+        Ok(())
+    }
+
+    /// Returns whether every range of the plan is written.
+    pub fn is_complete(&self) -> bool {
+        self.range == self.plan.ranges().len()
+    }
 }
 
 fn region(regions: &[Region], index: usize) -> Result<&Region> {
@@ -61,6 +105,8 @@ fn mismatch() -> Error {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::layout::{KvLayout, LayerSpan};
 
@@ -92,5 +138,37 @@ mod tests {
         assert_eq!(staged, again);
         assert!(gather(&plan, &source, &mut staged[1..]).is_err());
         assert!(gather(&plan, &source[..1], &mut staged).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_of_any_length_arrive_where_the_whole_does(
+            cuts in proptest::collection::vec(0_usize..192 * 3, 0..20),
+        ) {
+            let layers = (0..3)
+                .map(|l| LayerSpan {
+                    region: 0,
+                    offset: l * 1000,
+                    block_stride: 100,
+                    block_bytes: 64,
+                })
+                .collect();
+            let layout = KvLayout::new(layers, 8, &[4096]).unwrap();
+            let plan = TransferPlan::new(&layout, &[6, 1, 2]).unwrap();
+            let source: Vec<u8> = (0..plan.bytes()).map(|i| (i * 7 % 251) as u8).collect();
+            let regions = [Region::zeroed(4096).unwrap()];
+            let mut pieces = Scatter::new(&plan, &regions);
+            let mut cuts = cuts;
+            cuts.extend([0, source.len()]);
+            cuts.sort_unstable();
+            for pair in cuts.windows(2) {
+                pieces.write(&source[pair[0]..pair[1]]).unwrap();
+            }
+            prop_assert!(pieces.is_complete());
+            prop_assert!(pieces.write(&[1]).is_err(), "more than the plan has");
+            let mut back = vec![0; source.len()];
+            gather(&plan, &regions, &mut back).unwrap();
+            prop_assert_eq!(back, source);
+        }
     }
 }

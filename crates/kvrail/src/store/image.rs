@@ -63,6 +63,25 @@ pub(super) fn submit(
     parts
 }
 
+/// Puts the parts of an image together again, in their order.
+///
+/// # Errors
+/// The first error among them, or [`ErrorKind::InvalidArgument`] when they are no parts of one.
+pub(super) fn rejoin(parts: Vec<Result<StagingRange>>) -> Result<StagingRange> {
+    let mut parts = parts.into_iter();
+    let nothing = || Error::new(ErrorKind::InvalidArgument, "an image without parts");
+    let mut image = parts.next().ok_or_else(nothing)??;
+    for part in parts {
+        image.rejoin(part?).map_err(|_| {
+            Error::new(
+                ErrorKind::InvalidArgument,
+                "I/O engine gave back another buffer",
+            )
+        })?;
+    }
+    Ok(image)
+}
+
 /// Which parts of a file a load of some blocks needs, as ranges of pages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Extents {
@@ -89,6 +108,11 @@ impl Extents {
             }
         }
         Self { ranges, pages }
+    }
+
+    /// Returns whether that is the whole file.
+    pub(super) fn is_whole(&self, format: &ChunkFormat) -> bool {
+        self.pages == (0..format.page_count())
     }
 }
 

@@ -11,7 +11,7 @@ use super::mount::Pause;
 use super::notice::Topic;
 use super::present::Place;
 use super::save::StoreJob;
-use super::shared::Running;
+use super::shared::{Pool, Running};
 use super::staged::{Staged, StagedImage};
 use super::ticket::{LoadTicket, StoreTicket};
 use crate::chunk::{ChunkFormat, ChunkKey, ChunkRef, HeadFields};
@@ -54,6 +54,8 @@ pub(super) struct CacheShared {
     pub(super) format: ChunkFormat,
     pub(super) regions: Vec<Region>,
     pub(super) pool: StagingPool,
+    /// How many of the pool's buffers are not the tier's.
+    staging: usize,
     pub(super) layout: KvLayout,
     /// Where the KV cache lies in the memory of a GPU.
     pub(super) gpu: Option<GpuSide>,
@@ -120,7 +122,12 @@ impl KvCache {
             regions: &regions,
             blocks: blocks_per_chunk,
         };
-        let side = |opened| GpuSide::new(store, opened, shape, pool.slot_count());
+        let Pool {
+            buffers: pool,
+            staging,
+            ..
+        } = pool;
+        let side = |opened| GpuSide::new(store, opened, shape, staging);
         let gpu = gpu.map(side).transpose()?;
         let shared = CacheShared {
             group,
@@ -128,6 +135,7 @@ impl KvCache {
             format,
             regions,
             pool,
+            staging,
             layout,
             gpu,
             blocks_per_chunk,
@@ -150,9 +158,10 @@ impl KvCache {
         self.shared.format.payload_bytes()
     }
 
-    /// Returns the number of staging buffers, each as large as one chunk file.
+    /// Returns the number of staging buffers, each as large as one chunk file. Those that the DRAM
+    /// tier may keep do not count.
     pub fn staging_buffers(&self) -> usize {
-        self.shared.pool.slot_count()
+        self.shared.staging
     }
 
     /// Stores chunks: gathers them into staging buffers before it returns, writes them later.
@@ -306,8 +315,8 @@ impl KvCache {
 
     /// Takes a buffer for a store, unless the ones that are left are kept for loads.
     fn take_store_buffer(&self) -> Option<StagingRange> {
-        let pool = &self.shared.pool;
-        pool.try_take(self.reserve(pool.slot_count())?)
+        let reserve = self.reserve(self.shared.staging)?;
+        self.shared.pool.try_take(reserve)
     }
 
     /// Returns how many of `count` buffers a store leaves to loads; `None` when it gets none.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::batch::Ending;
-use super::capacity::touch_loaded;
+use super::capacity::{touch_loaded, touch_present};
 use super::directory::Location;
 use super::gpu::{InPlaceFailure, Route};
 use super::image::{self, Extents, READ_REQUEST_BYTES};
@@ -17,6 +17,7 @@ use super::publish::{is_gone, is_missing};
 use super::quarantine::{SetAside, set_aside};
 use super::queue::TransferQueue;
 use super::shared::StoreShared;
+use super::tier;
 use super::verify::{hash_part, verify};
 use crate::chunk::PAGE_BYTES;
 use crate::error::{Error, ErrorKind, Result};
@@ -63,14 +64,19 @@ pub(super) fn run(
         job.route = Route::Pinned;
         return put_back(queue, job);
     }
-    let buffer = match buffer {
-        Some(buffer) => Ok(buffer),
-        None => job.take_buffer(deadline.min(Instant::now() + BUFFER_PATIENCE)),
-    };
-    let outcome = match buffer {
-        Err(_) if Instant::now() < deadline => return put_back(queue, job),
-        Err(error) => Outcome::Failed(error),
-        Ok(buffer) => load_chunk(store, mount, &job, buffer, deadline),
+    let outcome = match load_from_memory(store, &job, deadline) {
+        Some(outcome) => outcome,
+        None => {
+            let buffer = match buffer {
+                Some(buffer) => Ok(buffer),
+                None => job.take_buffer(deadline.min(Instant::now() + BUFFER_PATIENCE)),
+            };
+            match buffer {
+                Err(_) if Instant::now() < deadline => return put_back(queue, job),
+                Err(error) => Outcome::Failed(error),
+                Ok(buffer) => load_chunk(store, mount, &job, buffer, deadline),
+            }
+        }
     };
     let result = match outcome {
         Outcome::Loaded => Ok(()),
@@ -158,6 +164,43 @@ fn note_route(store: &StoreShared, mount: &Mount, job: &LoadJob) {
             mount.cufile.succeeded();
         }
         (None, Route::Pinned) => {}
+    }
+}
+
+/// Loads one chunk that the DRAM tier has. `None` when it has not, or what it has went bad.
+fn load_from_memory(store: &StoreShared, job: &LoadJob, deadline: Instant) -> Option<Outcome> {
+    if job.route != Route::Pinned {
+        return None;
+    }
+    let place = job.cache.place(&job.chunk.key);
+    let image = store.tier.get(&place)?;
+    if !job.watched.claim() {
+        return Some(Outcome::Failed(given_up()));
+    }
+    let loaded = match &job.cache.gpu {
+        None => tier::copy_out(job, image.bytes.as_slice()),
+        Some(gpu) => gpu.load_image(job, &image.bytes, deadline),
+    };
+    job.watched.release();
+    match loaded {
+        Ok(()) => {
+            store.metrics.local_cpu_chunks_loaded.add(1);
+            let bytes = job.payload.len() as u64;
+            store.metrics.local_cpu_bytes_loaded.add(bytes);
+            if image.is_touch_due() {
+                touch_present(store, &job.cache, &job.chunk);
+            }
+            Some(Outcome::Loaded)
+        }
+        Err(error) if error.kind() == ErrorKind::Damaged => {
+            store.tier.remove(&place);
+            store.metrics.chunks_damaged.add(1);
+            store.notices.warn(Topic::ChunkDamaged, || {
+                format!("bad chunk in host memory, read from its file: {error}")
+            });
+            None
+        }
+        Err(error) => Some(Outcome::Failed(error)),
     }
 }
 
@@ -262,13 +305,17 @@ fn move_chunk(
                 if !job.watched.claim() {
                     return Err(given_up());
                 }
+                let image = Arc::new(read.image);
                 let loaded = match gpu {
-                    None => read.finish(job),
+                    None => finish(job, image.as_slice(), &read.extents, &read.computed),
                     Some(gpu) => {
-                        gpu.finish_load(job, read.image, &read.extents, &read.computed, deadline)
+                        gpu.finish_load(job, &image, &read.extents, &read.computed, deadline)
                     }
                 };
                 job.watched.release();
+                if loaded.is_ok() && read.extents.is_whole(&job.cache.format) {
+                    store.tier.insert(job.cache.place(&job.chunk.key), image);
+                }
                 loaded
             });
             match loaded {
@@ -336,16 +383,14 @@ struct Read {
     computed: Vec<u64>,
 }
 
-impl Read {
-    /// Verifies what was read and copies it to its blocks in host memory.
-    fn finish(self, job: &LoadJob) -> Result<()> {
-        let (head, table) = image::frame(self.image.as_slice(), &self.extents)?;
-        verify(job, head, table, &self.extents.pages, &self.computed)?;
-        let start = PAGE_BYTES + job.payload.start - self.extents.pages.start * PAGE_BYTES;
-        let payload = image::bytes_of(self.image.as_slice(), start..start + job.payload.len())?;
-        let plan = TransferPlan::new(&job.cache.layout, &job.blocks)?;
-        scatter(&plan, &job.cache.regions, payload)
-    }
+/// Verifies what was read and copies it to its blocks in host memory.
+fn finish(job: &LoadJob, image: &[u8], extents: &Extents, computed: &[u64]) -> Result<()> {
+    let (head, table) = image::frame(image, extents)?;
+    verify(job, head, table, &extents.pages, computed)?;
+    let start = PAGE_BYTES + job.payload.start - extents.pages.start * PAGE_BYTES;
+    let payload = image::bytes_of(image, start..start + job.payload.len())?;
+    let plan = TransferPlan::new(&job.cache.layout, &job.blocks)?;
+    scatter(&plan, &job.cache.regions, payload)
 }
 
 /// Reads what the job needs; the CPU hashes pages while later ones are read, unless a GPU does.

@@ -83,6 +83,10 @@ metrics! {
         chunks_loaded,
         /// Payload bytes of those.
         bytes_loaded,
+        /// Of these, chunks that were in host memory (`local_cpu`).
+        local_cpu_chunks_loaded,
+        /// Payload bytes of those.
+        local_cpu_bytes_loaded,
         /// Loads of chunks that gave nothing, for any reason: missing, damaged, error, time.
         loads_failed,
         /// Of those: chunks that were not tried because their path is left alone.
@@ -149,6 +153,8 @@ metrics! {
     gauges {
         /// Bytes in use on all paths, by all instances; 0 before they are known.
         usage_bytes,
+        /// Bytes of host memory that hold chunks in front of the files (`local_cpu`).
+        local_cpu_bytes,
         /// Paths of which this process is the janitor.
         janitor_paths,
     }

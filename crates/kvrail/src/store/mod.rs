@@ -44,6 +44,7 @@ mod save;
 mod shared;
 mod staged;
 mod ticket;
+mod tier;
 mod verify;
 mod watch;
 mod worker;
@@ -156,6 +157,7 @@ impl Store {
         let (used, janitors) = shared.capacity.gauges();
         shared.metrics.usage_bytes.set(used);
         shared.metrics.janitor_paths.set(janitors);
+        shared.metrics.local_cpu_bytes.set(shared.tier.bytes());
         shared.metrics.snapshot()
     }
 

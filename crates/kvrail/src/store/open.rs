@@ -21,6 +21,7 @@ use super::options::{Access, OpenOptions};
 use super::present::PresentChunks;
 use super::queue::TransferQueue;
 use super::shared::{Running, StoreShared};
+use super::tier::Tier;
 use super::watch::{self, Watch};
 use super::worker;
 use super::writer::{Writer, remove_leftovers};
@@ -52,6 +53,7 @@ pub(super) fn open(
     engine: Option<Arc<dyn IoEngine>>,
 ) -> Result<Running> {
     config.validate()?;
+    let tier_bytes = tier_bytes(config)?;
     let on_start = thread_start(options.cpus.as_deref());
     let threads = config.disk_io_threads;
     let engine = match engine {
@@ -105,7 +107,9 @@ pub(super) fn open(
         watch: Watch::default(),
         may_write: options.access == Access::ReadWrite,
         buffer_mib: config.buffer_mib,
+        tier_bytes,
         pool: Mutex::new(None),
+        tier: Tier::default(),
         gpus: Gpus::new(options.libraries.clone()),
         cufile: CufileWish {
             wanted: config.wants_cufile(),
@@ -291,4 +295,26 @@ fn is_refused(error: &Error) -> bool {
             error.os_error().map(std::io::Error::kind),
             Some(Os::PermissionDenied | Os::ReadOnlyFilesystem)
         )
+}
+
+/// Returns the bytes that the DRAM tier may keep: 0 where it is off.
+fn tier_bytes(config: &StoreConfig) -> Result<usize> {
+    if !config.local_cpu {
+        return Ok(0);
+    }
+    let system = rustix::system::sysinfo();
+    let there = system.totalram as f64 * f64::from(system.mem_unit.max(1));
+    let wanted = config.max_local_cpu_size_gb * 1e9;
+    if wanted <= there {
+        return Ok(wanted as usize);
+    }
+    let expected = format!(
+        "at most what the machine has ({:.1} GB), for each worker",
+        there / 1e9
+    );
+    Err(Error::config(
+        "max_local_cpu_size",
+        config.max_local_cpu_size_gb,
+        expected,
+    ))
 }

@@ -23,6 +23,7 @@ use crate::chunk::{ChunkHead, ChunkRef, PageTable, hash_pages, root_checksum};
 use crate::config::Durability;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Operation;
+use crate::memory::StagingRange;
 
 /// One chunk to store; its payload is in the buffer already.
 #[derive(Debug)]
@@ -178,16 +179,18 @@ impl Save<'_> {
             WRITE_REQUEST_BYTES,
         );
         // All parts are waited for, so that no write goes on when the file is given up.
-        let results: Vec<Result<usize>> = parts
-            .into_iter()
-            .map(|part| part.wait(deadline).map(|part| part.len()))
-            .collect();
-        let written = results.into_iter().sum::<Result<usize>>()?;
+        let results: Vec<Result<StagingRange>> =
+            parts.into_iter().map(|part| part.wait(deadline)).collect();
+        let image = image::rejoin(results)?;
+        let written = image.len();
         if written != bytes {
             let message = format!("expected to write {bytes} bytes, wrote {written}");
             return Err(Error::new(ErrorKind::Io, message).with_path(file.path()));
         }
-        self.publish(temporary)
+        let stored = self.publish(temporary)?;
+        let place = self.cache.place(&self.chunk.key);
+        store.tier.insert(place, Arc::new(image));
+        Ok(stored)
     }
 
     /// Writes an image in the memory of a GPU; by POSIX, from a staging buffer, if cuFile fails.

@@ -13,6 +13,7 @@ use super::namespace::Namespace;
 use super::notice::{Notices, Topic};
 use super::present::PresentChunks;
 use super::queue::TransferQueue;
+use super::tier::Tier;
 use super::watch::Watch;
 use super::writer::Writer;
 use crate::chunk::ChunkKey;
@@ -40,10 +41,22 @@ pub(super) struct StoreShared {
     pub(super) watch: Watch,
     pub(super) may_write: bool,
     pub(super) buffer_mib: usize,
-    pub(super) pool: Mutex<Option<(usize, StagingPool)>>,
+    /// Bytes of host memory that the tier may keep, 0 without one.
+    pub(super) tier_bytes: usize,
+    pub(super) pool: Mutex<Option<Pool>>,
+    pub(super) tier: Tier,
     pub(super) gpus: Gpus,
     pub(super) cufile: CufileWish,
     pub(super) capacity: Capacity,
+}
+
+/// The staging buffers of a store.
+#[derive(Debug, Clone)]
+pub(super) struct Pool {
+    pub(super) buffers: StagingPool,
+    /// How many of them are for chunks on their way; the tier may keep the others.
+    pub(super) staging: usize,
+    slot_bytes: usize,
 }
 
 impl StoreShared {
@@ -92,15 +105,12 @@ impl StoreShared {
     /// [`ErrorKind::InvalidConfig`](crate::ErrorKind::InvalidConfig) when not one slot fits into
     /// the configured size, or a later KV cache has larger chunks;
     /// [`ErrorKind::Gpu`](crate::ErrorKind::Gpu) when the memory cannot be pinned for `gpu`.
-    pub(super) fn staging_pool(
-        &self,
-        slot_bytes: usize,
-        gpu: Option<&Opened>,
-    ) -> Result<StagingPool> {
+    pub(super) fn staging_pool(&self, slot_bytes: usize, gpu: Option<&Opened>) -> Result<Pool> {
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
         let pool_bytes = self.buffer_mib << 20;
-        if let Some((size, pool)) = pool.as_ref() {
-            if slot_bytes <= *size {
+        if let Some(pool) = pool.as_ref() {
+            let size = pool.slot_bytes;
+            if slot_bytes <= size {
                 return Ok(pool.clone());
             }
             let message = format!("chunk files of at most {size} bytes, as the first KV cache has");
@@ -118,16 +128,26 @@ impl StoreShared {
                 expected,
             ));
         }
-        let made = match gpu {
-            None => StagingPool::new(pool_bytes, slot_bytes)?,
+        let staging = match gpu {
+            None => pool_bytes,
+            Some(opened) => pool_bytes.min(GpuSide::pinned_bytes(opened, slot_bytes)),
+        } / slot_bytes;
+        let kept = self.tier_bytes / slot_bytes;
+        let bytes = (staging + kept) * slot_bytes;
+        let buffers = match gpu {
+            None => StagingPool::new(bytes, slot_bytes)?,
             Some(opened) => {
-                let bytes = pool_bytes.min(GpuSide::pinned_bytes(opened, slot_bytes));
-                let bytes = bytes / slot_bytes * slot_bytes;
                 let arena = HostArena::pinned(bytes, opened.gpu.context())?;
                 StagingPool::over(arena, slot_bytes)?
             }
         };
-        *pool = Some((slot_bytes, made.clone()));
+        self.tier.open(kept, slot_bytes);
+        let made = Pool {
+            buffers,
+            staging,
+            slot_bytes,
+        };
+        *pool = Some(made.clone());
         Ok(made)
     }
 }

@@ -4,13 +4,14 @@
 //! and one large copy to the staging buffer. Load: one large copy to a VRAM slot, page hashes,
 //! and, once the hashes are found right, scatter. The GPU hashes, so the CPU touches no payload.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use kvrail_cuda::Stream;
 
 use super::side::GpuSide;
 use super::slot_image::{GRACE, give_up};
-use crate::chunk::PAGE_BYTES;
+use crate::chunk::{PAGE_BYTES, hash_pages};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::TransferPlan;
 use crate::memory::{ComputeStream, GpuSlot, StagingRange};
@@ -96,18 +97,44 @@ impl GpuSide {
     pub(in crate::store) fn finish_load(
         &self,
         job: &LoadJob,
-        image: StagingRange,
+        image: &Arc<StagingRange>,
         extents: &Extents,
         computed: &[u64],
         deadline: Instant,
     ) -> Result<()> {
         let mut slot = self.slots.take(&self.gpu, deadline)?;
         let stream = self.gpu.load_stream();
-        let result = self.load_on(job, &image, extents, computed, &mut slot, stream, deadline);
+        let result = self.load_on(job, image, extents, computed, &mut slot, stream, deadline);
         if result.is_err() && !wait_out(&mut slot, stream) {
-            std::mem::forget(image);
+            // The GPU may still read it, so its buffer never comes back.
+            std::mem::forget(Arc::clone(image));
         }
         result
+    }
+
+    /// Brings a chunk from the image of its whole file to its blocks, as [`Self::finish_load`].
+    ///
+    /// # Errors
+    /// As [`Self::finish_load`].
+    pub(in crate::store) fn load_image(
+        &self,
+        job: &LoadJob,
+        image: &Arc<StagingRange>,
+        deadline: Instant,
+    ) -> Result<()> {
+        let format = &job.cache.format;
+        let extents = Extents::new(format, &(0..format.payload_bytes()));
+        let mut computed = vec![
+            0;
+            if self.hashes() {
+                0
+            } else {
+                extents.pages.len()
+            }
+        ];
+        let pages = format.payload_offset()..format.table_offset();
+        hash_pages(image::bytes_of(image.as_slice(), pages)?, &mut computed);
+        self.finish_load(job, image, &extents, &computed, deadline)
     }
 
     #[expect(
