@@ -9,10 +9,10 @@ SHELL := /usr/bin/env bash
 
 STEP := scripts/step
 WITHIN := scripts/within
-# How long `make soak` runs.
+# How long `make soak` runs, and in how many processes.
 SOAK_SECONDS ?= 3600
-# Seconds after which a test that hangs is ended with a stack trace.
-SOAK_SECONDS ?= 3600
+SOAK_PROCESSES ?= 8
+# A test that hangs is ended with a stack trace after its timeout.
 PYTEST := python -m pytest -ra --durations=5 --timeout=600
 
 .PHONY: help environment model build demo test bench bench-overhead soak fmt clean clean-cache requirements \
@@ -91,9 +91,9 @@ bench: build ## Measure store, load and lookup against the raw disk, for four mo
 bench-overhead: build model ## Measure what kvrail costs a vLLM whose prompts never hit.
 	@$(STEP) 'bench-overhead: vLLM with and without kvrail' $(WITHIN) python scripts/bench_overhead.py
 
-soak: tools ## Run the model checker for SOAK_SECONDS (an hour), with a report.
+soak: tools ## Run the model checker for SOAK_SECONDS (an hour) in SOAK_PROCESSES (8), with a report.
 	@$(STEP) 'soak: many processes, faults and crashes against a model' $(WITHIN) \
-	  cargo run --release --locked --package kvrail-testing --bin soak -- --seconds $(SOAK_SECONDS)
+	  cargo run --release --locked --package kvrail-testing --bin soak -- --seconds $(SOAK_SECONDS) --processes $(SOAK_PROCESSES)
 
 fmt: tools ## Format the Rust and Python code.
 	@$(STEP) 'fmt: Rust' cargo fmt --all

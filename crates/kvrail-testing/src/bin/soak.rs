@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use kvrail_testing::fresh_seed;
-use kvrail_testing::soak::driver::{Plan, run};
 use kvrail_testing::soak::worker;
+use kvrail_testing::soak::{Plan, run};
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();

@@ -1,146 +1,69 @@
-//! The process that drives a run, and its report.
+//! The process that drives a run.
 
-use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use super::model::Model;
-use super::worker::{Worker, key, namespace};
-use super::{CHUNKS, LOOKUP_LIMIT_SECONDS, WAIT_LIMIT_SECONDS};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::faults::SCRIPTS;
+use super::model::{Finding, Model};
+use super::outside::Outside;
+use super::process::{COMMAND_LIMIT, Line, Operation, Process};
+use super::report::{Plan, Report};
+use super::trail::Trail;
+use super::worker::key;
+use super::{CHUNKS, MAX_SIZE, TAKE_OVER_LIMIT};
 use crate::mount::FaultMount;
 use crate::random::Random;
 
-/// Faults, whether they change bytes on the way to the disk, and whether they make calls hang.
-const FAULTS: [(&str, bool, bool); 16] = [
-    (
-        "read,open,lookup *-* error=EIO probability=0.05",
-        false,
-        false,
-    ),
-    (
-        "write,create,rename *-* error=EIO probability=0.2",
-        false,
-        false,
-    ),
-    (
-        "write,create,mkdir *-* error=ENOSPC probability=0.5",
-        false,
-        false,
-    ),
-    ("write *-* error=EDQUOT probability=0.5", false, false),
-    (
-        "lookup,getattr,open,read *-* error=ESTALE probability=0.1",
-        false,
-        false,
-    ),
-    ("open,create *-* error=EACCES probability=0.1", false, false),
-    (
-        "create,write,rename,unlink,mkdir *-* error=EROFS",
-        false,
-        false,
-    ),
-    (
-        "lookup,open *.safetensors error=ENOENT probability=0.2",
-        false,
-        false,
-    ),
-    ("read,write *-* error=EINTR probability=0.2", false, false),
-    ("read,write *-* short probability=0.5", false, false),
-    (
-        "read *.safetensors flip probability=0.3\nread *.safetensors zero probability=0.2",
-        false,
-        false,
-    ),
-    (
-        "write *.chunk.* flip probability=0.3\nwrite *.chunk.* swap probability=0.2",
-        true,
-        false,
-    ),
-    ("* *-* delay=3ms probability=0.3", false, false),
-    ("read,write *-* hang probability=0.1", false, true),
-    ("* *-* hang probability=0.02", false, true),
-    (
-        "lookup *.safetensors late=300ms\nlookup,getattr *-* skew=3600s probability=0.5",
-        false,
-        false,
-    ),
-];
-/// How long the worst command may take: a store waits twice.
-const COMMAND_LIMIT: Duration = Duration::from_millis((WAIT_LIMIT_SECONDS * 2000.0) as u64 + 2000);
+/// How long an eviction may take to be written down after the file is gone, without faults.
+const TRACE_LIMIT: Duration = Duration::from_secs(2);
+/// Share of the limit that a count may be off while files that are there are said to be missing.
+const HIDDEN_PART: u64 = 20;
 
-/// What to run.
-#[derive(Debug, Clone)]
-pub struct Plan {
-    /// How long.
-    pub duration: Duration,
-    /// Where chance comes from.
-    pub seed: u64,
-    /// Processes that share the store.
-    pub processes: usize,
-    /// A folder for the run; it is not removed.
-    pub folder: PathBuf,
-    /// The program that workers run, with the argument `--worker PATH`.
-    pub program: PathBuf,
-    /// The program `fault-fs`.
-    pub fault_fs: PathBuf,
-}
-
-/// How a run went.
-#[derive(Debug, Default)]
-pub struct Report {
-    /// Commands by their answers.
-    pub answers: BTreeMap<String, u64>,
-    /// Operations of the file system that failed on purpose.
-    pub faults: u64,
-    /// Processes that were killed.
-    pub kills: u64,
-    /// Chunks removed by a stranger.
-    pub removed: u64,
-    /// Longest command of each kind in milliseconds.
-    pub longest: BTreeMap<String, u64>,
-    /// What must not be: wrong bytes, ghosts, chunks lost.
-    pub wrong: Vec<String>,
-    /// Files that should be gone.
-    pub leaked: Vec<String>,
-    /// Why there were no faults, if there were none.
-    pub without_faults: Option<String>,
-}
-
-struct Process {
-    child: Child,
-    input: ChildStdin,
-    /// The command under way and when it began.
-    command: Option<(Operation, Instant)>,
-    is_open: bool,
-    generation: u64,
-}
-
-#[derive(Debug, Clone)]
-enum Operation {
-    Store(u64),
-    Load(u64),
-    Lookup(u64, Vec<u64>),
-}
-
-type Line = (usize, u64, Option<String>);
-
-struct Driver {
-    plan: Plan,
+/// A run under way.
+pub(super) struct Driver {
+    pub(super) plan: Plan,
     random: Random,
     mounted: Option<FaultMount>,
-    store: PathBuf,
-    source: PathBuf,
-    model: Model,
-    report: Report,
+    pub(super) outside: Outside,
+    pub(super) model: Model,
+    pub(super) trail: Trail,
+    pub(super) report: Report,
     processes: Vec<Process>,
     sender: Sender<Line>,
     lines: Receiver<Line>,
+    started: u64,
     /// Whether bytes may change on their way to the disk under the rules in force, or did lately.
     is_damaging: bool,
-    started: u64,
+    /// Since when all goes well, if it does.
+    healthy: Option<SystemTime>,
+    /// Files were said to be missing since the account was last seen to be right.
+    is_misled: bool,
+}
+
+/// When something is due next.
+struct Due {
+    at: Instant,
+    from: u64,
+    spread: u64,
+}
+
+impl Due {
+    /// Every `from` to `from + spread` milliseconds.
+    fn every(from: u64, spread: u64) -> Self {
+        let at = Instant::now() + Duration::from_millis(from);
+        Self { at, from, spread }
+    }
+
+    fn is_now(&mut self, random: &mut Random) -> bool {
+        let is_now = Instant::now() >= self.at;
+        if is_now {
+            let pause = self.from + random.below(self.spread);
+            self.at = Instant::now() + Duration::from_millis(pause);
+        }
+        is_now
+    }
 }
 
 /// Runs a plan.
@@ -156,17 +79,15 @@ pub fn run(plan: Plan) -> Report {
     };
     let source = plan.folder.join("source");
     std::fs::create_dir_all(&source).unwrap();
-    let store = mounted
-        .as_ref()
-        .map_or(source.clone(), |mounted| mounted.path().to_path_buf());
+    let outside = Outside::new(&source);
     let (sender, lines) = channel();
     let mut driver = Driver {
         random: Random::new(plan.seed),
         plan,
         mounted,
-        store,
-        source,
         model: Model::default(),
+        trail: Trail::new(outside.namespace()),
+        outside,
         report: Report {
             without_faults,
             ..Report::default()
@@ -174,75 +95,89 @@ pub fn run(plan: Plan) -> Report {
         processes: Vec::new(),
         sender,
         lines,
-        is_damaging: false,
         started: 0,
+        is_damaging: false,
+        healthy: Some(SystemTime::now()),
+        is_misled: false,
     };
     for number in 0..driver.plan.processes {
         let process = driver.start(number);
         driver.processes.push(process);
     }
     driver.drive();
-    driver.finish()
+    driver.finish();
+    super::check::check(&mut driver);
+    let mut report = driver.report;
+    report.faults = driver.mounted.as_ref().map_or(0, FaultMount::hits);
+    report.evicted = driver.trail.by_reason().clone();
+    report.wrong.append(&mut driver.model.wrong);
+    report
 }
 
 impl Driver {
+    /// Returns the store's path, where faults happen.
+    pub(super) fn store(&self) -> std::path::PathBuf {
+        let mounted = self.mounted.as_ref();
+        mounted.map_or(self.outside.root(), FaultMount::path).into()
+    }
+
     /// Starts a worker; every fifth sees the folder as another host does, without faults.
     fn start(&mut self, number: usize) -> Process {
         self.started += 1;
-        let generation = self.started;
         let path = if number % 5 == 4 {
-            &self.source
+            self.outside.root().to_path_buf()
         } else {
-            &self.store
+            self.store()
         };
-        let mut child = Command::new(&self.plan.program)
-            .arg("--worker")
-            .arg(path)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-        let sender = self.sender.clone();
-        std::thread::spawn(move || {
-            for line in BufReader::new(output).lines().map_while(Result::ok) {
-                if sender.send((number, generation, Some(line))).is_err() {
-                    return;
-                }
-            }
-            drop(sender.send((number, generation, None)));
-        });
-        Process {
-            child,
-            input,
-            command: None,
-            is_open: false,
-            generation,
-        }
+        let name = (number, self.started);
+        Process::start(&self.plan.program, &path, name, self.sender.clone())
     }
 
     fn drive(&mut self) {
         let end = Instant::now() + self.plan.duration;
-        let mut next_fault = Instant::now() + Duration::from_secs(1);
+        let mut fault = Due::every(1000, 1);
+        let mut kill = Due::every(500, 3000);
+        let mut stranger = Due::every(100, 200);
+        let mut look = Due::every(20, 300);
+        let mut scrub = Due::every(500, 1500);
+        let mut collect = Due::every(3000, 6000);
+        let mut exit = Due::every(2000, 4000);
+        let mut janitor = Due::every(4000, 12_000);
         while Instant::now() < end {
             for number in 0..self.processes.len() {
-                if self.processes[number].is_open && self.processes[number].command.is_none() {
+                if self.processes[number].is_idle() {
                     self.command(number);
                 }
             }
             self.receive(Duration::from_millis(20));
-            if Instant::now() >= next_fault {
+            if fault.is_now(&mut self.random) {
                 let milliseconds = self.change_fault();
-                next_fault = Instant::now() + Duration::from_millis(milliseconds);
+                fault.at = Instant::now() + Duration::from_millis(milliseconds);
             }
-            if self.random.chance(0.002) {
+            if kill.is_now(&mut self.random) {
                 let number = self.random.below(self.processes.len() as u64) as usize;
                 self.kill(number);
             }
-            if self.random.chance(0.05) {
+            if stranger.is_now(&mut self.random) {
                 let index = self.random.below(CHUNKS);
                 self.remove(index);
+            }
+            if look.is_now(&mut self.random) {
+                self.look();
+            }
+            if scrub.is_now(&mut self.random) {
+                let text = format!("verify {}", self.random.number());
+                self.chore(&text, Operation::Scrub);
+            }
+            if collect.is_now(&mut self.random) {
+                let text = format!("gc {} {}", 60 + self.random.below(36), 25);
+                self.chore(&text, Operation::Collect);
+            }
+            if exit.is_now(&mut self.random) {
+                self.chore("exit", Operation::Exit);
+            }
+            if self.healthy.is_some() && janitor.is_now(&mut self.random) {
+                self.kill_janitor();
             }
         }
     }
@@ -250,8 +185,9 @@ impl Driver {
     /// Gives a process something to do.
     fn command(&mut self, number: usize) {
         let index = self.random.below(CHUNKS);
+        let evictions = self.trail.count(&key(index).to_string());
         let (text, operation) = match self.random.below(10) {
-            0..4 if self.model.begin_store(index) => {
+            0..4 if self.model.begin_store(index, evictions) => {
                 (format!("store {index}"), Operation::Store(index))
             }
             4..8 if self.model.begin_other(index) => {
@@ -265,21 +201,41 @@ impl Driver {
             }
             _ => return,
         };
-        let process = &mut self.processes[number];
-        process.command = Some((operation, Instant::now()));
-        // A process that died says so by the end of its output.
-        drop(writeln!(process.input, "{text}"));
+        self.processes[number].command(&text, operation);
+    }
+
+    /// Gives the next process that has time something else to do.
+    fn chore(&mut self, text: &str, operation: Operation) {
+        let count = self.processes.len();
+        let first = self.random.below(count as u64) as usize;
+        let numbers = (0..count).map(|number| (first + number) % count);
+        for _ in 0..50 {
+            if let Some(number) = numbers
+                .clone()
+                .find(|number| self.processes[*number].is_idle())
+            {
+                self.processes[number].command(text, operation);
+                return;
+            }
+            self.receive(Duration::from_millis(20));
+        }
+        // All hang: another time.
     }
 
     /// Takes answers for a while.
     fn receive(&mut self, limit: Duration) {
         let mut wait = limit;
-        while let Ok(line) = self.lines.recv_timeout(wait) {
+        // What came until now, and no more: answers may come as fast as they are taken.
+        for _ in 0..=self.processes.len() {
+            let Ok(line) = self.lines.recv_timeout(wait) else {
+                break;
+            };
             self.take(line);
             wait = Duration::ZERO;
         }
         for process in &self.processes {
             if let Some((operation, since)) = &process.command
+                && operation.is_bounded()
                 && since.elapsed() > COMMAND_LIMIT
             {
                 let late = format!("{operation:?} takes longer than {COMMAND_LIMIT:?}");
@@ -295,9 +251,9 @@ impl Driver {
             return;
         }
         let Some(line) = line else {
-            // It could not open the store, or was killed; another one tries.
+            // It was told to end, could not open the store, or was killed; another one begins.
             self.end(number, "killed");
-            drop(self.processes[number].child.wait());
+            self.processes[number].wait();
             self.processes[number] = self.start(number);
             return;
         };
@@ -310,72 +266,80 @@ impl Driver {
 
     /// Notes the end of a process's command.
     fn end(&mut self, number: usize, line: &str) {
+        let generation = self.processes[number].generation;
         let Some((operation, _)) = self.processes[number].command.take() else {
             return;
         };
-        let mut words = line.split(' ');
-        let answer = words.next().unwrap_or_default();
-        let count = words.clone().next().and_then(|count| count.parse().ok());
-        let milliseconds: u64 = words
-            .next_back()
-            .and_then(|text| text.parse().ok())
-            .unwrap_or(0);
-        let name = match operation {
+        let words: Vec<&str> = line.split(' ').collect();
+        let answer = words[0];
+        let milliseconds = words[words.len() - 1].parse().unwrap_or(0);
+        let name = operation.name();
+        match operation {
             Operation::Store(index) => {
-                self.model.end_store(index, answer, self.is_damaging);
-                "store"
-            }
-            Operation::Load(index) => {
-                self.model.end_load(index, answer);
-                "load"
-            }
-            Operation::Lookup(first, versions) => {
-                let found = if answer == "found" { count } else { None };
                 self.model
-                    .end_lookup(first, &versions, found.unwrap_or_default());
-                "lookup"
+                    .end_store(index, answer, self.is_damaging, generation);
             }
+            Operation::Load(index) => self.model.end_load(index, answer),
+            Operation::Lookup(first, versions) if answer == "found" => {
+                let found = words[1].parse().unwrap();
+                self.model.end_lookup(first, &versions, found);
+            }
+            Operation::Scrub if answer == "verified" => {
+                let indices = words[2].split(',').filter_map(|index| index.parse().ok());
+                indices.for_each(|index| self.model.set_aside(index));
+            }
+            _ => {}
+        }
+        let answer = match (name, answer) {
+            // Its end is its answer.
+            ("restart", _) => "ended",
+            _ => answer,
         };
-        *self
-            .report
-            .answers
-            .entry(format!("{name} {answer}"))
-            .or_default() += 1;
+        let count = self.report.answers.entry(format!("{name} {answer}"));
+        *count.or_default() += 1;
         let longest = self.report.longest.entry(name.to_owned()).or_default();
         *longest = milliseconds.max(*longest);
     }
 
     /// Puts other faults in force. Returns for how long, in milliseconds.
     fn change_fault(&mut self) -> u64 {
-        let Some(mounted) = &self.mounted else {
-            return 1000;
-        };
+        if self.healthy.is_some() {
+            self.audit();
+        }
         // Half of the time all is well, so that paths come back and chunks are stored.
-        if self.random.chance(0.5) {
-            mounted.heal();
-            self.wait_for_commands();
-            self.is_damaging = false;
+        if self.mounted.is_none() || self.random.chance(0.5) {
+            self.heal();
             return 500 + self.random.below(2500);
         }
-        let (script, is_damaging, hangs) = *self.random.pick(&FAULTS);
-        self.is_damaging |= is_damaging;
-        mounted.set(script);
-        if hangs {
-            300 + self.random.below(3000)
-        } else {
-            300 + self.random.below(1500)
+        let script = *self.random.pick(&SCRIPTS);
+        self.is_damaging |= script.damages;
+        self.is_misled |= script.hides;
+        self.healthy = None;
+        self.model.disturb();
+        let mounted = self.mounted.as_ref();
+        mounted
+            .into_iter()
+            .for_each(|mounted| mounted.set(script.rules));
+        300 + self.random.below(if script.hangs { 3000 } else { 1500 })
+    }
+
+    /// Makes all go well, and looks whether it does.
+    fn heal(&mut self) {
+        self.model.disturb();
+        self.mounted.iter().for_each(FaultMount::heal);
+        self.wait_for_commands();
+        self.is_damaging = false;
+        if self.healthy.is_none() {
+            self.healthy = Some(SystemTime::now());
         }
+        self.audit();
     }
 
     /// Waits until no command is under way.
     fn wait_for_commands(&mut self) {
-        let end = Instant::now() + 2 * COMMAND_LIMIT;
-        while self
-            .processes
-            .iter()
-            .any(|process| process.command.is_some())
-            && Instant::now() < end
-        {
+        let end = Instant::now() + 4 * COMMAND_LIMIT;
+        let is_busy = |process: &Process| process.command.is_some();
+        while self.processes.iter().any(is_busy) && Instant::now() < end {
             self.receive(Duration::from_millis(10));
         }
     }
@@ -385,15 +349,46 @@ impl Driver {
         if !self.processes[number].is_open {
             return;
         }
-        drop(self.processes[number].child.kill());
-        if let Some(mounted) = &self.mounted {
+        self.processes[number].kill();
+        if self.healthy.is_none() {
             // A call that hangs keeps even a killed process; its end is waited for here.
-            mounted.heal();
+            self.mounted.iter().for_each(FaultMount::heal);
         }
-        drop(self.processes[number].child.wait());
+        self.model.disturb();
+        self.processes[number].wait();
         self.report.kills += 1;
         self.end(number, "killed");
         self.processes[number] = self.start(number);
+    }
+
+    /// Kills the janitor, and waits for the next one.
+    fn kill_janitor(&mut self) {
+        let holder = self.outside.janitor();
+        let is_holder = |process: &Process| process.is_open && Some(process.id()) == holder;
+        let Some(number) = self.processes.iter().position(is_holder) else {
+            return;
+        };
+        self.kill(number);
+        self.report.janitors_killed += 1;
+        let start = Instant::now();
+        loop {
+            let next = self.outside.janitor();
+            if self
+                .processes
+                .iter()
+                .any(|process| Some(process.id()) == next)
+            {
+                break;
+            }
+            if start.elapsed() > TAKE_OVER_LIMIT {
+                let late = format!("nobody is janitor {TAKE_OVER_LIMIT:?} after the last one died");
+                self.report.wrong.push(late);
+                break;
+            }
+            self.receive(Duration::from_millis(10));
+        }
+        let longest = &mut self.report.longest_take_over;
+        *longest = start.elapsed().max(*longest);
     }
 
     /// Removes a chunk's file as somebody who knows nothing of kvrail does.
@@ -401,145 +396,93 @@ impl Driver {
         if !self.model.begin_other(index) {
             return;
         }
-        if std::fs::remove_file(chunk_path(&self.source, index)).is_ok() {
+        if std::fs::remove_file(self.outside.chunk_path(index)).is_ok() {
             self.report.removed += 1;
         }
         self.model.end_remove(index);
     }
 
-    /// Heals everything, ends the processes, and looks whether all is as it must be.
-    fn finish(mut self) -> Report {
-        if let Some(mounted) = &self.mounted {
-            mounted.heal();
-        }
-        self.wait_for_commands();
-        for process in std::mem::take(&mut self.processes) {
-            let Process {
-                mut child, input, ..
-            } = process;
-            drop(input);
-            drop(child.wait());
-        }
-        self.model.settle();
-        self.check();
-        let mut report = self.report;
-        report.faults = self.mounted.as_ref().map_or(0, FaultMount::hits);
-        report.wrong.append(&mut self.model.wrong);
-        report
+    /// Looks how much there is, while all stand still.
+    fn look(&mut self) {
+        self.signal(Signal::STOP);
+        // Temp files that a fault has kept from being removed go with their process; a healthy
+        // store has room for each.
+        let look = self.outside.look(self.healthy.unwrap_or(SystemTime::now()));
+        self.signal(Signal::CONT);
+        self.weigh(look.chunks + look.temporary);
     }
 
-    /// Opens the store anew and checks it against the model.
-    fn check(&mut self) {
-        let worker = Worker::open(&self.store).unwrap();
-        let source = Worker::open(&self.source).unwrap();
-        for index in self.model.present() {
-            if worker.lookup(index, 1) != 1 {
-                self.report.wrong.push(format!("chunk {index} is lost"));
-            }
-            let answer = worker.load(index);
-            if answer != "loaded" {
-                self.report
-                    .wrong
-                    .push(format!("chunk {index}: {answer} in the end"));
-            }
+    fn signal(&self, signal: Signal) {
+        for process in &self.processes {
+            // One that has just ended needs none.
+            let _ = kill_process(Pid::from_child(process.child()), signal);
         }
-        for index in self.model.absent() {
-            if source.lookup(index, 1) == 1 {
-                self.report
-                    .wrong
-                    .push(format!("chunk {index} came from nowhere"));
-            }
+    }
+
+    /// Compares bytes that were seen with the limit.
+    pub(super) fn weigh(&mut self, bytes: u64) {
+        self.report.looks += 1;
+        self.report.highest = self.report.highest.max(bytes);
+        let account = kvrail::store::capacity::usage(self.outside.root());
+        let said = account.ok().and_then(|usage| usage.bytes);
+        if self.healthy.is_some() && said.is_some_and(|said| said >= bytes) {
+            self.is_misled = false;
         }
-        for index in 0..CHUNKS {
-            if source.load(index) == "wrong" {
-                self.report
-                    .wrong
-                    .push(format!("chunk {index}: other bytes in the end"));
-            }
-            // Whatever was there, every chunk can be stored, and is found then.
-            source.store(index);
-            if source.load(index) != "loaded" {
-                self.report
-                    .wrong
-                    .push(format!("chunk {index} cannot be stored again"));
-            }
-        }
-        let directory = self.source.join(namespace().directory_name());
-        let names = |folder: &str| {
-            let entries = std::fs::read_dir(directory.join(folder));
-            let entries = entries.into_iter().flatten().flatten();
-            entries
-                .map(|entry| entry.path().display().to_string())
-                .collect::<Vec<_>>()
+        let hidden = if self.is_misled {
+            MAX_SIZE / HIDDEN_PART
+        } else {
+            0
         };
-        self.report.leaked = names("tmp");
-        let quarantined = names("quarantine");
-        let quarantined = quarantined
-            .iter()
-            .filter(|name| name.ends_with(".safetensors"));
-        let quarantined = quarantined.count();
-        // A hundred are kept; each process that sets one aside at the same moment adds its own.
-        if quarantined > 100 + self.plan.processes {
-            self.report
-                .leaked
-                .push(format!("{quarantined} files in quarantine"));
+        if bytes > MAX_SIZE + hidden {
+            let over = format!("{bytes} bytes, max_size is {MAX_SIZE}, the account says {said:?}");
+            self.report.over.push(over);
         }
     }
-}
 
-fn chunk_path(root: &Path, index: u64) -> PathBuf {
-    let name = key(index).to_string();
-    root.join(namespace().directory_name())
-        .join("g0r0")
-        .join(&name[..3])
-        .join(format!("{name}.safetensors"))
-}
-
-impl Report {
-    /// Returns whether everything was as it must be.
-    pub fn is_good(&self) -> bool {
-        self.wrong.is_empty() && self.leaked.is_empty() && self.operations() > 0
-    }
-
-    /// Returns the number of commands.
-    pub fn operations(&self) -> u64 {
-        self.answers.values().sum()
-    }
-
-    /// Returns the report as text.
-    pub fn text(&self, plan: &Plan) -> String {
-        let mut text = format!(
-            "seed {}: {} processes for {:?}\n",
-            plan.seed, plan.processes, plan.duration
-        );
-        if let Some(reason) = &self.without_faults {
-            text.push_str(&format!("without faults: {reason}\n"));
-        }
-        text.push_str(&format!(
-            "operations {}, faults injected {}, killed {}, removed {}, wrong: {}, leaked: {}\n",
-            self.operations(),
-            self.faults,
-            self.kills,
-            self.removed,
-            self.wrong.len(),
-            self.leaked.len()
-        ));
-        for (answer, count) in &self.answers {
-            text.push_str(&format!("  {answer}: {count}\n"));
-        }
-        for (name, milliseconds) in &self.longest {
-            let limit = match name.as_str() {
-                "store" => 2.0 * WAIT_LIMIT_SECONDS,
-                "load" => WAIT_LIMIT_SECONDS,
-                _ => LOOKUP_LIMIT_SECONDS,
+    /// Compares all chunks that nobody works on with what is known of them.
+    pub(super) fn audit(&mut self) {
+        self.report.audits += 1;
+        let quiet = (0..CHUNKS).filter(|index| self.model.is_quiet(*index));
+        let there: Vec<(u64, bool)> = quiet
+            .map(|index| (index, self.outside.chunk_path(index).exists()))
+            .collect();
+        let start = Instant::now();
+        loop {
+            self.trail.follow();
+            let is_missed = |(index, is_there): &(u64, bool)| {
+                let evictions = self.trail.count(&key(*index).to_string());
+                self.model.is_missed(*index, *is_there, evictions)
             };
-            text.push_str(&format!(
-                "  longest {name}: {milliseconds} ms, limit {limit} s\n"
-            ));
+            if !there.iter().any(is_missed) || start.elapsed() > TRACE_LIMIT {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
         }
-        for line in self.wrong.iter().chain(&self.leaked).take(50) {
-            text.push_str(&format!("  WRONG: {line}\n"));
+        for (index, is_there) in there {
+            let evictions = self.trail.count(&key(index).to_string());
+            match self.model.audit(index, is_there, evictions) {
+                Finding::Fine => {}
+                Finding::LostToFault => self.report.lost_to_faults += 1,
+                Finding::Lost => {
+                    let lost = format!("chunk {index} is gone, and nobody evicted it");
+                    self.report.wrong.push(lost);
+                }
+                Finding::Ghost => {
+                    let ghost = format!("chunk {index} came from nowhere");
+                    self.report.wrong.push(ghost);
+                }
+            }
         }
-        text
+        let alive = self.processes.iter().map(|process| process.generation);
+        self.model.settle(&alive.collect::<Vec<_>>());
+    }
+
+    /// Heals everything and ends the processes.
+    fn finish(&mut self) {
+        self.heal();
+        for mut process in std::mem::take(&mut self.processes) {
+            process.wait();
+        }
+        self.audit();
     }
 }

@@ -18,6 +18,8 @@ use twox_hash::XxHash3_64;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Folder, SmallMode};
+use crate::store::publish::is_missing;
+use crate::store::writer::is_writers_name;
 
 /// Bytes of a record's file: far below a sector, so that no half of it is ever written alone.
 const RECORD_BYTES: usize = 96;
@@ -147,6 +149,8 @@ pub(super) struct Sum {
     pub(super) records: Vec<NamedRecord>,
     /// Files that another record has absorbed and that are not removed yet.
     pub(super) absorbed: Vec<String>,
+    /// Files that hold no record: their owners died while making them, or are about to.
+    pub(super) broken: Vec<String>,
     /// Bytes that count against a limit.
     pub(super) claimed: u64,
     /// Bytes that are there.
@@ -159,29 +163,48 @@ pub(super) struct Sum {
 
 /// Reads all records of a folder.
 ///
-/// A record that cannot be read (its owner died while making it) counts as nothing.
+/// A file that holds no record (its owner died while making it) counts as nothing. One that is gone
+/// when its turn comes was absorbed, perhaps into a record that was read before: all are read again.
 ///
 /// # Errors
-/// [`ErrorKind::Io`] when the folder cannot be read or has more than 65,536 files.
+/// [`ErrorKind::Io`] when the folder or a store's file in it cannot be read: to leave it out would
+/// give its room away. Also when there are more than 65,536 files.
 pub(super) fn read_all(folder: &Folder) -> Result<Sum> {
-    let mut records = Vec::new();
+    let mut result = try_read_all(folder);
+    for _ in 1..ATTEMPTS {
+        if !result.as_ref().is_err_and(is_missing) {
+            break;
+        }
+        result = try_read_all(folder);
+    }
+    result
+}
+
+fn try_read_all(folder: &Folder) -> Result<Sum> {
+    // The names first, all of them: a record that has absorbed one that is not among them says so
+    // when it is read.
+    let mut names = Vec::new();
     for name in folder.names()? {
-        let name = name?;
-        if records.len() == RECORDS_MAX {
+        if names.len() == RECORDS_MAX {
             let message = format!("more than {RECORDS_MAX} accounts");
             return Err(Error::new(ErrorKind::Io, message).with_path(folder.path()));
         }
-        let Ok(name) = name.into_string() else {
-            continue;
-        };
-        if let Some(record) = read(folder, &name) {
-            records.push(NamedRecord { name, record });
+        names.extend(name?.into_string());
+    }
+    let (mut records, mut broken) = (Vec::new(), Vec::new());
+    for name in names {
+        match read(folder, &name) {
+            Ok(Some(record)) => records.push(NamedRecord { name, record }),
+            Ok(None) => broken.push(name),
+            // What others keep here is no matter.
+            Err(_) if !is_writers_name(&name) => {}
+            Err(error) => return Err(error),
         }
     }
-    Ok(sum(records))
+    Ok(sum(records, broken))
 }
 
-fn sum(mut records: Vec<NamedRecord>) -> Sum {
+fn sum(mut records: Vec<NamedRecord>, broken: Vec<String>) -> Sum {
     let gone: Vec<u64> = records.iter().map(|named| named.record.absorbed).collect();
     let is_absorbed = |named: &NamedRecord| gone.contains(&name_hash(&named.name));
     let absorbed = records
@@ -199,17 +222,31 @@ fn sum(mut records: Vec<NamedRecord>) -> Sum {
         said,
         known: records.iter().any(|named| named.record.known),
         absorbed,
+        broken,
         records,
     }
 }
 
-fn read(folder: &Folder, name: &str) -> Option<Record> {
-    (0..ATTEMPTS).find_map(|_| {
-        let mut bytes = [0; RECORD_BYTES];
-        let file = folder.small_file(name, SmallMode::Read).ok()?;
-        file.read_exact_at(&mut bytes, 0).ok()?;
-        Record::decode(&bytes)
-    })
+/// Reads a record, `None` for a file that holds none.
+fn read(folder: &Folder, name: &str) -> Result<Option<Record>> {
+    let mut found = Ok(None);
+    for _ in 0..ATTEMPTS {
+        found = read_once(folder, name);
+        if matches!(found, Ok(Some(_))) {
+            break;
+        }
+    }
+    found
+}
+
+fn read_once(folder: &Folder, name: &str) -> Result<Option<Record>> {
+    let mut bytes = [0; RECORD_BYTES];
+    let file = folder.small_file(name, SmallMode::Read)?;
+    match file.read_exact_at(&mut bytes, 0) {
+        Ok(()) => Ok(Record::decode(&bytes)),
+        Err(source) if source.kind() == std::io::ErrorKind::UnexpectedEof => Ok(None),
+        Err(source) => Err(Error::io("read account", &folder.path().join(name), source)),
+    }
 }
 
 /// Returns a number as a signed one; no store has 2^63 bytes.

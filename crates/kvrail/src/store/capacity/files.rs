@@ -181,7 +181,9 @@ impl FileShelf {
                 continue;
             };
             let Ok(stat) = statat(&directory, &name, AtFlags::SYMLINK_NOFOLLOW) else {
-                // Removed meanwhile by somebody else.
+                // Removed by somebody else at this very moment, or the file system errs. Not to be
+                // taken for gone: its room would be given away.
+                visit.unseen += 1;
                 continue;
             };
             if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {

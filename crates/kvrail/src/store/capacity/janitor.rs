@@ -274,7 +274,7 @@ impl Janitor {
                 signed(pass.total_bytes(flow).saturating_add(quarantined)) - signed(view.used);
             if drift > signed(tolerance) {
                 self.room.correct(drift);
-            } else if drift < -signed(tolerance) {
+            } else if drift < -signed(tolerance) && pass.unseen == 0 {
                 // Downwards with care: room that is not there must not be given away.
                 self.room
                     .correct(drift + signed(tolerance - view.used / DRIFT_PART));
@@ -361,6 +361,12 @@ impl Janitor {
         // would make them count again.
         for name in &sum.absorbed {
             remove(&folder, name)?;
+        }
+        for name in &sum.broken {
+            // Its owner died while making it: it never said anything.
+            if writer_is_dead(name) == Some(true) {
+                remove(&folder, name)?;
+            }
         }
         let own = self.room.name();
         let now = Instant::now();

@@ -390,6 +390,38 @@ mod tests {
     }
 
     #[test]
+    fn a_sum_misses_nothing_while_records_are_absorbed() {
+        let root = tempfile::tempdir().unwrap();
+        let janitor = room(root.path(), u64::MAX / 2);
+        let looker = room(root.path(), u64::MAX / 2);
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..300 {
+                    let other = room(root.path(), u64::MAX / 2);
+                    other.claim(100).unwrap();
+                    other.stored(100);
+                    other.retire().unwrap();
+                    let sum = janitor.look().unwrap();
+                    let name = other.name();
+                    let named = sum.records.iter().find(|named| named.name == name);
+                    janitor.absorb(&name, &named.unwrap().record).unwrap();
+                    let accounts = root_of(root.path()).accounts().unwrap();
+                    accounts.remove_file(&name).unwrap();
+                }
+                ended.store(true, Ordering::Relaxed);
+            });
+            let mut before = 0;
+            while !ended.load(Ordering::Relaxed) {
+                let used = looker.look().unwrap().used;
+                assert!(used >= before, "{used} after {before}");
+                before = used;
+            }
+        });
+        assert_eq!(looker.look().unwrap().used, 300 * 100);
+    }
+
+    #[test]
     fn a_record_that_was_absorbed_is_begun_again() {
         let root = tempfile::tempdir().unwrap();
         let (alive, janitor) = (room(root.path(), 1000), room(root.path(), 1000));

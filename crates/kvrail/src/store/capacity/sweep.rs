@@ -74,6 +74,8 @@ pub struct Visit {
     pub for_space: Tally,
     /// Chunks removed because they were not used for too long.
     pub for_age: Tally,
+    /// Chunks that have a name and about which the file system said nothing more.
+    pub unseen: u64,
 }
 
 impl Visit {
@@ -92,6 +94,7 @@ impl Visit {
         self.for_size.add_all(other.for_size);
         self.for_space.add_all(other.for_space);
         self.for_age.add_all(other.for_age);
+        self.unseen += other.unseen;
     }
 
     /// Returns all that was removed.
@@ -148,18 +151,21 @@ pub struct Count {
     pub slices: u16,
     /// What they held when they were left.
     pub found: Tally,
+    /// Chunks that are missing from this, see [`Visit::unseen`].
+    pub unseen: u64,
     flow_first: i64,
     /// Sum of the flow at each slice: what came later is missing from the slice's count.
     flow_sum: i128,
 }
 
 impl Count {
-    fn add(&mut self, kept: Tally, flow_bytes: i64) {
+    fn add(&mut self, visit: &Visit, flow_bytes: i64) {
         if self.slices == 0 {
             self.flow_first = flow_bytes;
         }
         self.slices += 1;
-        self.found.add_all(kept);
+        self.found.add_all(visit.kept);
+        self.unseen += visit.unseen;
         self.flow_sum += i128::from(flow_bytes);
     }
 
@@ -309,7 +315,7 @@ impl Sweeper {
             }
         };
         self.walked(goal, situation, visit.removed().chunks);
-        self.count.add(visit.kept, situation.flow_bytes);
+        self.count.add(&visit, situation.flow_bytes);
         let pass = (self.count.slices == SLICES).then(|| std::mem::take(&mut self.count));
         Ok(Step { visit, pass })
     }
