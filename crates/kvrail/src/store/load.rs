@@ -31,6 +31,8 @@ const BUFFER_PATIENCE: Duration = Duration::from_millis(20);
 /// How a load went.
 enum Outcome {
     Loaded,
+    /// From host memory: whether its file is still there is not known.
+    FromMemory,
     Failed(Error),
     /// By cuFile it did not work; now by POSIX.
     Again(Error),
@@ -79,7 +81,8 @@ pub(super) fn run(
         }
     };
     let result = match outcome {
-        Outcome::Loaded => Ok(()),
+        Outcome::Loaded => Ok(true),
+        Outcome::FromMemory => Ok(false),
         Outcome::Failed(error) => Err(error),
         Outcome::Again(error) => {
             job.route = Route::Pinned;
@@ -100,12 +103,14 @@ pub(super) fn run(
         return;
     }
     let ending = match result {
-        Ok(()) => {
+        Ok(is_present) => {
             note_route(store, mount, &job);
             store.metrics.chunks_loaded.add(1);
             store.metrics.bytes_loaded.add(job.payload.len() as u64);
             store.metrics.load_seconds.add_duration(started.elapsed());
-            store.present.insert(job.cache.place(&job.chunk.key));
+            if is_present {
+                store.present.insert(job.cache.place(&job.chunk.key));
+            }
             Ending::Loaded
         }
         Err(error) => {
@@ -190,7 +195,7 @@ fn load_from_memory(store: &StoreShared, job: &LoadJob, deadline: Instant) -> Op
             if image.is_touch_due() {
                 touch_present(store, &job.cache, &job.chunk);
             }
-            Some(Outcome::Loaded)
+            Some(Outcome::FromMemory)
         }
         Err(error) if error.kind() == ErrorKind::Damaged => {
             store.tier.remove(&place);
