@@ -141,7 +141,7 @@ fn remove_old(
     let mut seen = Visit::default();
     for _ in 0..SLICES {
         let visit = sweeper.step(shelf, &situation)?.visit;
-        account(room, &visit);
+        account(room, &visit)?;
         seen.add_all(&visit);
     }
     collected.removed_for_age = seen.for_age;
@@ -180,7 +180,7 @@ fn remove_beyond(
             return Ok(());
         }
         let visit = sweeper.step(shelf, &situation)?.visit;
-        account(room, &visit);
+        account(room, &visit)?;
         let removed = visit.for_size;
         collected.removed_for_size.chunks += removed.chunks;
         collected.removed_for_size.bytes += removed.bytes;
@@ -189,9 +189,15 @@ fn remove_beyond(
     }
 }
 
-fn account(room: Option<&Room>, visit: &Visit) {
-    if let Some(room) = room {
-        room.removed(visit.removed().bytes);
+/// Writes down what was removed, at once: a janitor that counts meanwhile would take it off twice.
+fn account(room: Option<&Room>, visit: &Visit) -> Result<()> {
+    let bytes = visit.removed().bytes;
+    match room {
+        Some(room) if bytes > 0 => {
+            room.removed(bytes);
+            room.flush()
+        }
+        _ => Ok(()),
     }
 }
 

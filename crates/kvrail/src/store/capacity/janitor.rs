@@ -79,8 +79,8 @@ pub struct Janitor {
     /// Bytes that this janitor has evicted: its own part is no flow, since it knows the slice.
     evicted: u64,
     slice_due: Instant,
-    /// Flow and time at the start of the pass.
-    pass_start: Option<(i64, Instant)>,
+    /// Flow, what others had removed, and time at the start of the pass.
+    pass_start: Option<(i64, i64, Instant)>,
     relief: Relief,
     stuck_since: Option<Instant>,
 }
@@ -92,6 +92,8 @@ struct View {
     situation: Situation,
     used: u64,
     known: bool,
+    /// Bytes that others have removed; only differences count.
+    removed: i64,
 }
 
 impl Janitor {
@@ -215,7 +217,7 @@ impl Janitor {
         self.refresh()?;
         self.shelf.now_milliseconds = view.situation.now_milliseconds;
         self.pass_start
-            .get_or_insert((view.situation.flow_bytes, Instant::now()));
+            .get_or_insert((view.situation.flow_bytes, view.removed, Instant::now()));
         let step = self.sweeper.step(&mut self.shelf, &view.situation);
         let pause = self.settings.timing.pass / u32::from(super::SLICES);
         self.slice_due = (self.slice_due + pause).max(Instant::now() - self.settings.timing.tick);
@@ -263,7 +265,8 @@ impl Janitor {
         let view = self.view()?;
         let quarantined = self.shelf.quarantined()?.bytes;
         let flow = view.situation.flow_bytes;
-        let (start, at) = self.pass_start.take().unwrap_or((flow, Instant::now()));
+        let start = self.pass_start.take();
+        let (start, removed, at) = start.unwrap_or((flow, view.removed, Instant::now()));
         // What was stored during the pass at this rate may not be in the records yet.
         let duration = at.elapsed().max(RECORD_LAG / 20);
         let rate = (flow - start).unsigned_abs() as f64 / duration.as_secs_f64();
@@ -274,8 +277,11 @@ impl Janitor {
                 signed(pass.total_bytes(flow).saturating_add(quarantined)) - signed(view.used);
             if drift > signed(tolerance) {
                 self.room.correct(drift);
-            } else if drift < -signed(tolerance) && pass.unseen == 0 {
-                // Downwards with care: room that is not there must not be given away.
+            } else if drift < -signed(tolerance) - (view.removed - removed).max(0)
+                && pass.unseen == 0
+            {
+                // Downwards with care: room that is not there must not be given away. What others
+                // removed may have been missing before they said so, and is taken off twice then.
                 self.room
                     .correct(drift + signed(tolerance - view.used / DRIFT_PART));
             }
@@ -321,6 +327,8 @@ impl Janitor {
         }
         let sum = self.room.look()?;
         let flow_bytes = self.flow(&sum);
+        let records = sum.records.iter();
+        let removed: i64 = records.map(|named| signed(named.record.removed)).sum();
         let (available, reserve) = free_space(self.root.path(), self.settings.min_free)?;
         let relieved = self.relief.is_seen(available, self.evicted, flow_bytes);
         let by_space = relieved
@@ -343,6 +351,7 @@ impl Janitor {
             },
             used: sum.used,
             known: sum.known,
+            removed: removed - signed(self.evicted),
         };
         if reason == Reason::Space {
             self.relief.watch(available, self.evicted, flow_bytes);
