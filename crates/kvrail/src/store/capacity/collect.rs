@@ -1,11 +1,12 @@
 //! One pass on request, for tools: what `kvrail gc` does.
 
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
 
 use super::files::{FileShelf, found_or_none};
+use super::janitor::is_told_in_time;
 use super::room::Room;
 use super::root::Root;
 use super::stamp::whole_milliseconds;
@@ -106,8 +107,13 @@ pub fn collect(root: &Path, options: &CollectOptions) -> Result<Collected> {
         let counted =
             pass + shelf.quarantined()?.bytes as i64 - collected.removed_for_size.bytes as i64;
         let drift = counted - sum.said;
-        // Stores under way would be taken for drift: what is small is left to the janitor.
-        let is_drift = drift.unsigned_abs() > sum.used / 100;
+        // What others store or remove while this counts would be taken for drift. Too much said is
+        // harmless, and small differences are left to the janitor; but room is given back only when
+        // nobody else is there to fill it, or what a store writes meanwhile would have no room.
+        let own = room.name();
+        let mut others = sum.records.iter().filter(|named| named.name != own);
+        let is_alone = others.all(|named| named.record.retired);
+        let is_drift = drift.unsigned_abs() > sum.used / 100 && (drift > 0 || is_alone);
         if options.namespace.is_none() && (is_drift || !sum.known) {
             room.correct(drift);
             collected.account_corrected_bytes = drift;
@@ -140,8 +146,9 @@ fn remove_old(
     };
     let mut seen = Visit::default();
     for _ in 0..SLICES {
+        let began = Instant::now();
         let visit = sweeper.step(shelf, &situation)?.visit;
-        account(room, &visit)?;
+        account(room, &visit, began)?;
         seen.add_all(&visit);
     }
     collected.removed_for_age = seen.for_age;
@@ -179,8 +186,9 @@ fn remove_beyond(
         if collected.left.bytes <= to_bytes || sweeper.is_stuck() {
             return Ok(());
         }
+        let began = Instant::now();
         let visit = sweeper.step(shelf, &situation)?.visit;
-        account(room, &visit)?;
+        account(room, &visit, began)?;
         let removed = visit.for_size;
         collected.removed_for_size.chunks += removed.chunks;
         collected.removed_for_size.bytes += removed.bytes;
@@ -190,10 +198,10 @@ fn remove_beyond(
 }
 
 /// Writes down what was removed, at once: a janitor that counts meanwhile would take it off twice.
-fn account(room: Option<&Room>, visit: &Visit) -> Result<()> {
+fn account(room: Option<&Room>, visit: &Visit, began: Instant) -> Result<()> {
     let bytes = visit.removed().bytes;
     match room {
-        Some(room) if bytes > 0 => {
+        Some(room) if bytes > 0 && is_told_in_time(began) => {
             room.removed(bytes);
             room.flush()
         }

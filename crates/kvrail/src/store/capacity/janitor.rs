@@ -45,6 +45,13 @@ const DRIFT_PART: u64 = 400;
 /// What a store may have stored before its record says so: the record is written each half second.
 const RECORD_LAG: Duration = Duration::from_secs(2);
 
+/// Returns whether what was removed since `began` can still be told. A janitor that hung meanwhile may
+/// have been replaced by one that counted, and to take it off twice gives room away; what nobody
+/// tells is found by the next count.
+pub(super) fn is_told_in_time(began: Instant) -> bool {
+    began.elapsed() < RECORD_LAG / 2
+}
+
 /// What came of a tick.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Tick {
@@ -218,14 +225,17 @@ impl Janitor {
         self.shelf.now_milliseconds = view.situation.now_milliseconds;
         self.pass_start
             .get_or_insert((view.situation.flow_bytes, view.removed, Instant::now()));
+        let began = Instant::now();
         let step = self.sweeper.step(&mut self.shelf, &view.situation);
         let pause = self.settings.timing.pass / u32::from(super::SLICES);
         self.slice_due = (self.slice_due + pause).max(Instant::now() - self.settings.timing.tick);
         let step = step?;
         let removed = step.visit.removed();
         if removed.chunks > 0 {
-            self.room.removed(removed.bytes);
-            self.evicted += removed.bytes;
+            if is_told_in_time(began) {
+                self.room.removed(removed.bytes);
+                self.evicted += removed.bytes;
+            }
             self.reach(Step::Counted);
             self.room.flush()?;
             // Usage has changed: what comes next must know.
@@ -269,7 +279,10 @@ impl Janitor {
         let (start, removed, at) = start.unwrap_or((flow, view.removed, Instant::now()));
         // What was stored during the pass at this rate may not be in the records yet.
         let duration = at.elapsed().max(RECORD_LAG / 20);
-        let rate = (flow - start).unsigned_abs() as f64 / duration.as_secs_f64();
+        let others_removed = (view.removed - removed).max(0);
+        // Both ways: what is stored and what is removed may cancel out, and lag all the same.
+        let moved = (flow - start).unsigned_abs() + 2 * others_removed.unsigned_abs();
+        let rate = moved as f64 / duration.as_secs_f64();
         let lag = (rate * RECORD_LAG.as_secs_f64()) as u64;
         let tolerance = lag + pass.error_bytes(flow) + view.used / DRIFT_PART;
         if view.known {
@@ -277,9 +290,7 @@ impl Janitor {
                 signed(pass.total_bytes(flow).saturating_add(quarantined)) - signed(view.used);
             if drift > signed(tolerance) {
                 self.room.correct(drift);
-            } else if drift < -signed(tolerance) - (view.removed - removed).max(0)
-                && pass.unseen == 0
-            {
+            } else if drift < -signed(tolerance) - others_removed && pass.unseen == 0 {
                 // Downwards with care: room that is not there must not be given away. What others
                 // removed may have been missing before they said so, and is taken off twice then.
                 self.room
