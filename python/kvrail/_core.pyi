@@ -32,6 +32,7 @@ __all__ = [
     "answer_cufile_probe",
     "debug_build",
     "direct_path_problem",
+    "namespaces",
 ]
 
 __version__: str
@@ -362,4 +363,11 @@ def direct_path_problem(
     """Why cuFile has no direct path to an existing directory, in words; None where it may have one.
 
     Reads what the machine says and touches nothing. ``system_root`` is as for ``Store``.
+    """
+
+def namespaces(directory: str | PathLike[str]) -> list[tuple[str, str | None, str | None]]:
+    """The namespaces in a directory of ``gds_path``, by name.
+
+    For each its directory's name, its manifest as JSON, and why that cannot be read: one of the two
+    is None.
     """

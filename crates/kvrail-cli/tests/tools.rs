@@ -94,12 +94,13 @@ fn verify_sets_bad_chunks_aside_and_stat_and_explain_say_why() {
     let explained = kvrail(&[&["explain", path_of(&directory)][..], &keys].concat());
     let text = stdout(&explained);
     for expected in [
-        "2 of 5 chunks can be loaded",
-        "chunk 1  hit  ",
-        "chunk 2  in quarantine  ",
-        "page 0 of 8 does not match its checksum",
-        "chunk 3  hit  ",
+        "chunk 1 (tokens 256..512)  hit  ",
+        "present and whole: ",
+        "chunk 2 (tokens 512..768)  in quarantine  ",
+        "chunk 3 (tokens 768..1024)  hit  ",
         "chunks behind the first that is missing are not loaded",
+        "2 of 5 chunks can be loaded; the first miss is chunk 2 (tokens 512..768): set aside ",
+        " ago: page 0 of 8 does not match its checksum",
     ] {
         assert!(text.contains(expected), "{expected} in {text}");
     }
@@ -136,12 +137,16 @@ fn explain_knows_damage_absence_and_other_namespaces() {
     assert_eq!(found["namespaces"][0]["usable"], 0);
     let verdicts = [0, 1, 2].map(|index| chunks[index]["verdict"].as_str().unwrap());
     assert_eq!(verdicts, ["damaged", "never seen", "never seen"]);
-    let details = chunks[1]["details"].to_string();
+    let other = &chunks[1]["elsewhere"][0];
+    assert_ne!(other["namespace"], name);
+    let differences = other["differences"].to_string();
+    assert!(differences.contains("identity.kv_dtype"), "{differences}");
+    assert_eq!(chunks[2]["elsewhere"].as_array().unwrap().len(), 0);
+    let answer = found["namespaces"][0]["answer"].as_str().unwrap();
     assert!(
-        details.contains("has it, and differs in identity.kv_dtype"),
-        "{details}"
+        answer.starts_with("0 of 3 chunks can be loaded; the first miss is chunk 0: present and bad"),
+        "{answer}"
     );
-    assert!(!chunks[2]["details"].to_string().contains("has it"));
     // Without a namespace, both have something to say.
     assert_eq!(explain(&[])["namespaces"].as_array().unwrap().len(), 2);
 
