@@ -150,6 +150,7 @@ class Store:
         namespace: Namespace,
         *,
         read_only: bool = False,
+        quiet: bool = False,
         cpus: Sequence[int] | None = None,
         cuda_library: str | PathLike[str] | None = None,
         cufile_libraries: Sequence[str | PathLike[str]] | None = None,
@@ -158,8 +159,8 @@ class Store:
     ) -> Store:
         """Opens a store: makes its directories, probes each mount, starts the threads.
 
-        ``read_only`` never creates or writes anything. ``cpus`` are the CPUs that the store's
-        threads are pinned to; None leaves them alone. ``cuda_library`` is what the CUDA driver is
+        ``read_only`` never creates or writes anything. ``quiet`` leaves out the notice of how the
+        namespace differs from the nearest other one. ``cpus`` are the CPUs that the store's threads are pinned to; None leaves them alone. ``cuda_library`` is what the CUDA driver is
         loaded from when a KV cache lies in the memory of a GPU; None searches as the system does.
         ``cufile_libraries`` are the same for cuFile, in order. ``cufile_probe`` is the command line
         of a program that calls ``answer_cufile_probe``: it tries cuFile before this process does,

@@ -30,6 +30,7 @@ mod manifest;
 mod metrics;
 mod mount;
 mod namespace;
+mod nearest;
 mod notice;
 mod open;
 mod options;
