@@ -11,8 +11,7 @@ STEP := scripts/step
 WITHIN := scripts/within
 # How long `make soak` runs.
 SOAK_SECONDS ?= 3600
-# Seconds after which a test that hangs is ended with a stack trace.
-SOAK_SECONDS ?= 3600
+# A test that hangs is ended with a stack trace after so many seconds.
 PYTEST := python -m pytest -ra --durations=5 --timeout=600
 
 .PHONY: help environment model build demo test bench bench-overhead soak fmt clean clean-cache requirements \

@@ -160,8 +160,9 @@ class Store:
         """Opens a store: makes its directories, probes each mount, starts the threads.
 
         ``read_only`` never creates or writes anything. ``quiet`` leaves out the notice of how the
-        namespace differs from the nearest other one. ``cpus`` are the CPUs that the store's threads are pinned to; None leaves them alone. ``cuda_library`` is what the CUDA driver is
-        loaded from when a KV cache lies in the memory of a GPU; None searches as the system does.
+        namespace differs from the nearest other one. ``cpus`` are the CPUs that the store's threads
+        are pinned to; None leaves them alone. ``cuda_library`` is what the CUDA driver is loaded
+        from when a KV cache lies in the memory of a GPU; None searches as the system does.
         ``cufile_libraries`` are the same for cuFile, in order. ``cufile_probe`` is the command line
         of a program that calls ``answer_cufile_probe``: it tries cuFile before this process does,
         and without it cuFile is not used. ``system_root`` is the folder that holds /proc, /sys,
@@ -245,6 +246,14 @@ class KvCache:
     @property
     def payload_bytes(self) -> int:
         """Bytes of a chunk's payload: its blocks over all layers."""
+
+    @property
+    def routes(self) -> list[str]:
+        """The way that chunks go now, for each path of the configuration.
+
+        ``posix`` through a staging buffer by POSIX calls, ``slot`` through a VRAM slot by cuFile,
+        ``in_place`` between the blocks themselves and the file by cuFile.
+        """
 
     def store(
         self, chunks: Sequence[tuple[bytes, bytes | None, Sequence[int]]], *, stream: int = 0

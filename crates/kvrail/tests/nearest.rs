@@ -93,12 +93,21 @@ fn whatever_differs_is_named_at_start() {
     ] {
         let root = tempfile::tempdir().unwrap();
         let (before, after) = (identity("", &Value::Null), identity(at, &value));
-        assert!(said(root.path(), &before).is_empty(), "the first one is alone");
+        assert!(
+            said(root.path(), &before).is_empty(),
+            "the first one is alone"
+        );
         let (ours, theirs) = (after.directory_name(), before.directory_name());
         let rest = format!("shares nothing with {theirs}, the only other one here: {expected}");
-        assert_eq!(said(root.path(), &after), [format!("new namespace {ours} {rest}")]);
+        assert_eq!(
+            said(root.path(), &after),
+            [format!("new namespace {ours} {rest}")]
+        );
         // Later starts say it again: whoever wonders reads the last log.
-        assert_eq!(said(root.path(), &after), [format!("namespace {ours} {rest}")]);
+        assert_eq!(
+            said(root.path(), &after),
+            [format!("namespace {ours} {rest}")]
+        );
         let reading = OpenOptions {
             access: Access::ReadOnly,
             ..OpenOptions::default()
@@ -136,7 +145,10 @@ fn what_is_broken_beside_it_does_not_break_the_start() {
         0,
     )
     .unwrap();
-    std::fs::File::create(broken(6)).unwrap().set_len(1 << 40).unwrap();
+    std::fs::File::create(broken(6))
+        .unwrap()
+        .set_len(1 << 40)
+        .unwrap();
     drop(broken(7));
     let folder = root.path().join("org-model-0123456789abcdef");
     std::fs::write(folder, "a file").unwrap();

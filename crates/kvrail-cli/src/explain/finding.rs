@@ -178,10 +178,7 @@ fn present(namespace: &NamespaceInfo, chunk: &ChunkFile, quick: bool) -> Finding
     };
     let bytes = human_bytes(chunk.bytes);
     let (verdict, detail) = match &checked {
-        Ok(Some(_)) => (
-            Verdict::Hit,
-            format!("present and whole: {bytes}, {used}"),
-        ),
+        Ok(Some(_)) => (Verdict::Hit, format!("present and whole: {bytes}, {used}")),
         Ok(None) => (Verdict::Hit, format!("present, not read: {bytes}, {used}")),
         Err(error) => (
             Verdict::Damaged,

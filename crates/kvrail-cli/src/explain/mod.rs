@@ -121,7 +121,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         }
     }
     if explanation.namespaces.is_empty() {
-        let names: Vec<String> = chosen.iter().map(|one| store_directory::name(one)).collect();
+        let names: Vec<String> = chosen
+            .iter()
+            .map(|one| store_directory::name(one))
+            .collect();
         let message = format!("no keys were given for {}", names.join(", "));
         return Err(Failure::new(message));
     }
@@ -142,7 +145,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         text::write(&mut out, &explanation)?;
     }
     let is_damaged = |chunk: &ChunkExplanation| chunk.verdict == Verdict::Damaged;
-    let mut chunks = explanation.namespaces.iter().flat_map(|found| &found.chunks);
+    let mut chunks = explanation
+        .namespaces
+        .iter()
+        .flat_map(|found| &found.chunks);
     Ok(match chunks.any(is_damaged) {
         true => ExitCode::from(EXIT_DAMAGED),
         false => ExitCode::SUCCESS,
@@ -177,7 +183,9 @@ impl Asked<'_> {
                 [start, start.saturating_add(tokens)]
             });
         }
-        let hits = chunks.iter().take_while(|chunk| chunk.verdict == Verdict::Hit);
+        let hits = chunks
+            .iter()
+            .take_while(|chunk| chunk.verdict == Verdict::Hit);
         let usable = hits.count();
         Ok(NamespaceExplanation {
             name: self.name.clone(),

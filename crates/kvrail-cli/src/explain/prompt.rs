@@ -68,8 +68,9 @@ impl Prompt {
         let mut text = Vec::new();
         let read = match path.as_os_str() == "-" {
             true => io::stdin().take(BYTES_MAX + 1).read_to_end(&mut text),
-            false => File::open(path)
-                .and_then(|file| file.take(BYTES_MAX + 1).read_to_end(&mut text)),
+            false => {
+                File::open(path).and_then(|file| file.take(BYTES_MAX + 1).read_to_end(&mut text))
+            }
         };
         read.map_err(|error| Failure::io("read the keys", path, &error))?;
         if text.len() as u64 > BYTES_MAX {

@@ -70,7 +70,9 @@ const NO_RANK: &str = "no chunk of this group was ever stored here";
 
 fn tokens(chunk: &ChunkExplanation) -> String {
     let range = chunk.tokens;
-    range.map_or_else(String::new, |[start, end]| format!(" (tokens {start}..{end})"))
+    range.map_or_else(String::new, |[start, end]| {
+        format!(" (tokens {start}..{end})")
+    })
 }
 
 fn has_it(other: &Elsewhere) -> String {

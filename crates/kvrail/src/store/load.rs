@@ -138,8 +138,8 @@ pub(super) fn run(
     let started = *job.started.get_or_insert_with(Instant::now);
     let deadline = started + store.wait_limit;
     let mount = store.mount(job.cache.rank, &job.chunk.key);
-    if job.route != Route::Pinned && !mount.cufile.is_on() {
-        job.route = Route::Pinned;
+    if job.route != Route::Posix && !mount.cufile.is_on() {
+        job.route = Route::Posix;
         return put_back(queue, job);
     }
     let buffer = match buffer {
@@ -155,12 +155,12 @@ pub(super) fn run(
         Outcome::Loaded => Ok(()),
         Outcome::Failed(error) => Err(error),
         Outcome::Again(error) => {
-            job.route = Route::Pinned;
+            job.route = Route::Posix;
             job.cufile_error = Some(error);
             return put_back(queue, job);
         }
         Outcome::Hangs(error, parked) => {
-            job.route = Route::Pinned;
+            job.route = Route::Posix;
             store.cufile_failed(mount, &error, true);
             // Claimed since before cuFile began, so the watch has not ended it.
             if job.watched.end() {
@@ -211,7 +211,7 @@ fn note_route(store: &StoreShared, mount: &Mount, job: &LoadJob) {
             store.metrics.cufile_chunks_loaded.add(1);
             mount.cufile.succeeded();
         }
-        (None, Route::Pinned) => {}
+        (None, Route::Posix) => {}
     }
 }
 

@@ -52,6 +52,7 @@ mod writer;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use gpu::Route;
 pub use kv_cache::{KvCache, LoadChunk, StoreChunk};
 pub use kvrail_cuda::probe::ProbeProgram;
 pub use metrics::MetricsSnapshot;

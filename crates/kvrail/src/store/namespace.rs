@@ -264,6 +264,9 @@ mod tests {
         assert_eq!(lines(&other), ["identity.l: 2 entries here, 1 there"]);
         let other = with(json!([["a", 1], ["b", 1]]), &"\u{e9}".repeat(1000));
         let line = lines(&other).join("");
-        assert!(line.ends_with("\u{e9}... there") && line.chars().count() < 120, "{line}");
+        assert!(
+            line.ends_with("\u{e9}... there") && line.chars().count() < 120,
+            "{line}"
+        );
     }
 }

@@ -137,7 +137,9 @@ mod tests {
         assert_eq!(found.differences, ["identity.number: 0 here, 2 there"]);
         assert_eq!(found.compared, 3);
         assert!(
-            found.to_string().contains("the nearest of 3 others here: identity.number"),
+            found
+                .to_string()
+                .contains("the nearest of 3 others here: identity.number"),
             "{found}"
         );
         assert_eq!(find(root.path(), &ours, Duration::ZERO), None);
@@ -160,6 +162,9 @@ mod tests {
         }
         .to_string();
         assert!(text.ends_with("d6; d7; and 12 more differences"), "{text}");
-        assert!(text.starts_with("x, the only other one here: d0; "), "{text}");
+        assert!(
+            text.starts_with("x, the only other one here: d0; "),
+            "{text}"
+        );
     }
 }

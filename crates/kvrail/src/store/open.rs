@@ -264,7 +264,8 @@ impl Opening {
         let limit = Duration::from_secs_f64(self.config.wait_limit_seconds / 4.0);
         let limit = limit.min(NEAREST_LIMIT);
         let deadline = Instant::now() + limit;
-        let (path, rules, namespace) = (root.to_owned(), self.rules.clone(), self.namespace.clone());
+        let (path, rules, namespace) =
+            (root.to_owned(), self.rules.clone(), self.namespace.clone());
         let nearest = within(limit, "comparing namespaces", move || {
             let root = Folder::open(&path, rules).ok()?;
             Nearest::find(&root, &namespace, deadline)
