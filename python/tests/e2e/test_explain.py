@@ -1,4 +1,4 @@
-"""``kvrail-explain`` on what a real engine stored: from text and tokens to the chunk that is gone."""
+"""``kvrail-explain`` on what a real engine stored: from text and tokens to the lost chunk."""
 
 import json
 import subprocess

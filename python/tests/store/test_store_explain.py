@@ -97,7 +97,7 @@ def test_the_start_of_the_chains_is_the_namespace_s_and_not_this_process_s() -> 
     kv_cache_utils.init_none_hash(get_hash_fn_by_name("sha256"))
     before = kv_cache_utils.NONE_HASH
     found = HashRecipe.of_manifest(manifest(known)).keys(Prompt(TOKENS))
-    assert kv_cache_utils.NONE_HASH == before
+    assert before == kv_cache_utils.NONE_HASH
     kv_cache_utils.NONE_HASH = kv_cache_utils.BlockHash(bytes(other))
     try:
         hasher = kv_cache_utils.get_request_block_hasher(BLOCK, get_hash_fn_by_name("sha256"))
@@ -155,12 +155,16 @@ def test_an_algorithm_that_vllm_has_not_is_refused() -> None:
         HashRecipe.of_manifest(manifest(known)).keys(Prompt(TOKENS))
 
 
-@pytest.mark.parametrize("text", ["1,2,3", "1 2\n3", "[1, 2, 3]", '{"count": 3, "tokens": [1,2,3]}'])
+@pytest.mark.parametrize(
+    "text", ["1,2,3", "1 2\n3", "[1, 2, 3]", '{"count": 3, "tokens": [1, 2, 3]}']
+)
 def test_tokens_are_read_in_each_form(text: str) -> None:
     assert parse_tokens(text) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("text", ["", "a,b", "[1.5]", "[-1]", '{"tokens": "1"}', "{}", "[[1]]", "1e3"])
+@pytest.mark.parametrize(
+    "text", ["", "a,b", "[1.5]", "[-1]", '{"tokens": "1"}', "{}", "[[1]]", "1e3"]
+)
 def test_what_is_no_list_of_tokens_is_refused(text: str) -> None:
     with pytest.raises(ExplainError):
         parse_tokens(text)
@@ -224,12 +228,13 @@ def test_a_prompt_is_explained_chunk_by_chunk(tmp_path: Path) -> None:
 
 def test_what_cannot_be_explained_is_an_error(tmp_path: Path) -> None:
     fill(tmp_path, keys_of(TOKENS, 1), **identity())
+    whole = ",".join(map(str, TOKENS))
     for arguments, expected in [
         ((tmp_path, "--tokens", "1,2,3"), "a prompt of 3 tokens has no chunk to load"),
         ((tmp_path, "--text", "hello"), "--model"),
         ((tmp_path, "--tokens", "x"), "expected token ids"),
         ((tmp_path / "gone", "--tokens", "1"), "gone"),
-        ((tmp_path, "--tokens", ",".join(map(str, TOKENS)), "--namespace", "x"), "no namespace `x`"),
+        ((tmp_path, "--tokens", whole, "--namespace", "x"), "no namespace `x`"),
         ((tmp_path,), "required"),
     ]:
         told = run(*arguments)
