@@ -32,6 +32,7 @@ __all__ = [
     "answer_cufile_probe",
     "debug_build",
     "direct_path_problem",
+    "namespaces",
 ]
 
 __version__: str
@@ -150,6 +151,7 @@ class Store:
         namespace: Namespace,
         *,
         read_only: bool = False,
+        quiet: bool = False,
         cpus: Sequence[int] | None = None,
         cuda_library: str | PathLike[str] | None = None,
         cufile_libraries: Sequence[str | PathLike[str]] | None = None,
@@ -158,9 +160,10 @@ class Store:
     ) -> Store:
         """Opens a store: makes its directories, probes each mount, starts the threads.
 
-        ``read_only`` never creates or writes anything. ``cpus`` are the CPUs that the store's
-        threads are pinned to; None leaves them alone. ``cuda_library`` is what the CUDA driver is
-        loaded from when a KV cache lies in the memory of a GPU; None searches as the system does.
+        ``read_only`` never creates or writes anything. ``quiet`` leaves out the notice of how the
+        namespace differs from the nearest other one. ``cpus`` are the CPUs that the store's threads
+        are pinned to; None leaves them alone. ``cuda_library`` is what the CUDA driver is loaded
+        from when a KV cache lies in the memory of a GPU; None searches as the system does.
         ``cufile_libraries`` are the same for cuFile, in order. ``cufile_probe`` is the command line
         of a program that calls ``answer_cufile_probe``: it tries cuFile before this process does,
         and without it cuFile is not used. ``system_root`` is the folder that holds /proc, /sys,
@@ -244,6 +247,14 @@ class KvCache:
     @property
     def payload_bytes(self) -> int:
         """Bytes of a chunk's payload: its blocks over all layers."""
+
+    @property
+    def routes(self) -> list[str]:
+        """The way that chunks go now, for each path of the configuration.
+
+        ``posix`` through a staging buffer by POSIX calls, ``slot`` through a VRAM slot by cuFile,
+        ``in_place`` between the blocks themselves and the file by cuFile.
+        """
 
     def store(
         self, chunks: Sequence[tuple[bytes, bytes | None, Sequence[int]]], *, stream: int = 0
@@ -363,4 +374,11 @@ def direct_path_problem(
     """Why cuFile has no direct path to an existing directory, in words; None where it may have one.
 
     Reads what the machine says and touches nothing. ``system_root`` is as for ``Store``.
+    """
+
+def namespaces(directory: str | PathLike[str]) -> list[tuple[str, str | None, str | None]]:
+    """The namespaces in a directory of ``gds_path``, by name.
+
+    For each its directory's name, its manifest as JSON, and why that cannot be read: one of the two
+    is None.
     """

@@ -31,6 +31,12 @@ impl KvCache {
         self.inner.payload_bytes()
     }
 
+    #[getter]
+    fn routes(&self) -> Vec<&'static str> {
+        let routes = self.inner.routes().into_iter();
+        routes.map(|route| route.name()).collect()
+    }
+
     #[pyo3(signature = (chunks, *, stream=0))]
     fn store(
         &self,

@@ -5,6 +5,7 @@
 
 mod config;
 mod error;
+mod inspect;
 mod kv_cache;
 mod namespace;
 mod pointer;
@@ -19,6 +20,8 @@ mod _core {
 
     #[pymodule_export]
     use crate::config::Config;
+    #[pymodule_export]
+    use crate::inspect::namespaces;
     #[pymodule_export]
     use crate::kv_cache::KvCache;
     #[pymodule_export]

@@ -29,8 +29,8 @@ pub(crate) struct Store {
 impl Store {
     #[new]
     #[pyo3(signature = (
-        config, namespace, *, read_only=false, cpus=None, cuda_library=None, cufile_libraries=None,
-        cufile_probe=None, system_root=None,
+        config, namespace, *, read_only=false, quiet=false, cpus=None, cuda_library=None,
+        cufile_libraries=None, cufile_probe=None, system_root=None,
     ))]
     #[expect(
         clippy::too_many_arguments,
@@ -41,6 +41,7 @@ impl Store {
         config: &Config,
         namespace: &Namespace,
         read_only: bool,
+        quiet: bool,
         cpus: Option<Vec<usize>>,
         cuda_library: Option<PathBuf>,
         cufile_libraries: Option<Vec<PathBuf>>,
@@ -65,6 +66,7 @@ impl Store {
         }
         let options = OpenOptions {
             access,
+            quiet,
             cpus,
             libraries,
             cufile_probe: cufile_probe.and_then(program),

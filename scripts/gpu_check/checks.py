@@ -33,14 +33,14 @@ class Way:
 
     name: str
     settings: dict[str, object]
-    engine: str
-    in_place: bool = False
+    route: str
+    """What ``KvCache.routes`` says then."""
 
 
 WAYS = (
     Way("posix", {"use_cufile": False}, "posix"),
-    Way("staged", {"direct": False}, "cufile"),
-    Way("direct", {"direct": True}, "cufile", in_place=True),
+    Way("staged", {"direct": False}, "slot"),
+    Way("direct", {"direct": True}, "in_place"),
 )
 # Tried where cuFile has no direct path: no better than POSIX, but the same calls.
 COMPATIBLE: dict[str, object] = {"cufile_compat_mode": True}
@@ -75,7 +75,7 @@ def run_checks(gpu: Gpu, directory: Path, some_cases: list[Case], seed: int) -> 
     number = 0
     for case in some_cases:
         for way in WAYS:
-            if way.in_place and not case.is_block_outermost:
+            if way.route == "in_place" and not case.is_block_outermost:
                 continue
             for name, check in checks:
                 number += 1
@@ -111,7 +111,7 @@ class Bench:
         try:
             self._open(gpu, way.settings)
         except OtherWayError:
-            if way.engine == "posix":
+            if way.route == "posix":
                 raise
             self._open(gpu, {**way.settings, **COMPATIBLE})
             self.mode = " (cuFile in its compatible mode)"
@@ -146,7 +146,7 @@ class Bench:
             self.memory.compute()
         reports = [ticket.wait(LIMIT_SECONDS) for ticket in tickets]
         stored = [index for index, report in enumerate(reports) if report.stored == 1]
-        may_drop = use_again and self.way.in_place
+        may_drop = use_again and self.way.route == "in_place"
         if any(report.failed for report in reports) or (len(stored) < CHUNKS and not may_drop):
             raise CheckError(f"only chunks {stored} were stored: {self.notices()}")
         if not self.memory.computed_right():
@@ -215,10 +215,8 @@ class Bench:
         kv_memory = from_tensors(self.memory.views, self.case.blocks)
         step = self.case.blocks_per_chunk
         self.kv_cache: KvCache = kv_memory.attach(self.store, blocks_per_chunk=step)
-        mount, notices = self.store.describe()[0], self.notices()
-        # As the store says it of each KV cache.
-        in_place = "blocks read and written in place" in notices
-        if (mount["engine"], in_place) != (self.way.engine, self.way.in_place):
+        if self.kv_cache.routes != [self.way.route]:
+            mount, notices = self.store.describe()[0], self.notices()
             self.store.close(LIMIT_SECONDS)
             raise OtherWayError(f"engine {mount['engine']}: {mount['reason']}; {notices}")
 

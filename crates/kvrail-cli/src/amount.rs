@@ -2,26 +2,8 @@
 
 use std::time::Duration;
 
-/// Seconds of each unit of an age.
-const AGE_UNITS: [(&str, u64); 5] = [
-    ("s", 1),
-    ("min", 60),
-    ("h", 3_600),
-    ("d", 86_400),
-    ("w", 604_800),
-];
-/// Bytes of each unit of a size, as in the configuration.
-const SIZE_UNITS: [(&str, u64); 9] = [
-    ("b", 1),
-    ("kb", 1_000),
-    ("mb", 1_000_000),
-    ("gb", 1_000_000_000),
-    ("tb", 1_000_000_000_000),
-    ("kib", 1 << 10),
-    ("mib", 1 << 20),
-    ("gib", 1 << 30),
-    ("tib", 1 << 40),
-];
+use kvrail::config;
+use serde_json::Value;
 
 /// Which chunks are checked.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -37,18 +19,33 @@ const SAMPLE_MAX: usize = 1_000_000;
 
 /// Reads an age such as `30d`, `12h`, `90min`.
 pub(crate) fn age(text: &str) -> Result<Duration, String> {
-    let expected = "expected a whole number with a unit: s, min, h, d or w, like 30d";
-    number_with_unit(text, &AGE_UNITS)
-        .map(Duration::from_secs)
-        .ok_or_else(|| expected.to_owned())
+    let seconds = config::age(text).filter(|_| has_unit(text));
+    seconds
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .ok_or_else(|| "expected a number with a unit: s, min, h, d or w, like 30d".to_owned())
+}
+
+/// Reads a size such as `500GB`, `512MiB` or a number of bytes.
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    config::size(&Value::String(text.to_owned()))
+        .ok_or_else(|| "expected a size like 500GB or 512MiB, or a number of bytes".to_owned())
 }
 
 /// Reads bytes per second such as `200MB` or `1GiB`, with or without `/s`.
 pub(crate) fn rate(text: &str) -> Result<u64, String> {
     let text = text.trim();
-    number_with_unit(text.strip_suffix("/s").unwrap_or(text), &SIZE_UNITS)
-        .filter(|rate| *rate > 0)
+    let amount = text.strip_suffix("/s").unwrap_or(text);
+    size(amount)
+        .ok()
+        .filter(|rate| *rate > 0 && has_unit(amount))
         .ok_or_else(|| "expected a size per second above 0, like 200MB or 1GiB".to_owned())
+}
+
+/// Returns whether an amount ends with a unit. Where one number removes or slows down much, a unit
+/// that was forgotten is a mistake rather than seconds or bytes.
+fn has_unit(text: &str) -> bool {
+    text.trim_end()
+        .ends_with(|letter: char| letter.is_ascii_alphabetic())
 }
 
 /// Reads a sample: `5%`, `0.05` or a number of chunks.
@@ -84,15 +81,6 @@ pub(crate) fn sample(text: &str) -> Result<Sample, String> {
         .ok_or(expected)
 }
 
-fn number_with_unit(text: &str, units: &[(&str, u64)]) -> Option<u64> {
-    let text = text.trim();
-    let end = text.find(|letter: char| !letter.is_ascii_digit())?;
-    let (digits, unit) = text.split_at(end);
-    let unit = unit.trim().to_ascii_lowercase();
-    let (_, factor) = units.iter().find(|(name, _)| *name == unit)?;
-    digits.parse::<u64>().ok()?.checked_mul(*factor)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -101,6 +89,9 @@ mod tests {
     fn amounts_have_units() {
         assert_eq!(age("30d"), Ok(Duration::from_secs(30 * 86_400)));
         assert_eq!(age("90 min"), Ok(Duration::from_secs(5_400)));
+        assert_eq!(age("1.5h"), Ok(Duration::from_secs(5_400)));
+        assert_eq!(size("1TiB"), Ok(1 << 40));
+        assert_eq!(size("0"), Ok(0));
         assert_eq!(rate("200MB"), Ok(200_000_000));
         assert_eq!(rate("1GiB/s"), Ok(1 << 30));
         assert_eq!(sample("5%"), Ok(Sample::Share(50_000)));

@@ -1,15 +1,16 @@
 //! `kvrail gc`: removes chunks by age and size, leftovers of dead writers and empty folders.
 
-use std::io::{self, BufRead, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
-use kvrail::config;
 use kvrail::store::capacity::{CollectOptions, Collected, collect};
 use serde::Serialize;
 
+use crate::amount;
+use crate::confirm::confirm;
 use crate::failure::Failure;
 use crate::output::{human_bytes, write_json};
 use crate::store_directory;
@@ -19,14 +20,14 @@ use crate::store_directory;
 pub(crate) struct Arguments {
     /// The store: the directory of `gds_path`
     directory: PathBuf,
-    /// Only this namespace, by its directory's name as `kvrail ls` shows it
+    /// Only this namespace, by its directory's name or its 16 hex digits
     #[arg(long)]
     namespace: Option<String>,
     /// Remove least recently used chunks until no more than this is left: 500GB, 1.5TiB, 0
-    #[arg(long, value_parser = size)]
+    #[arg(long, value_parser = amount::size)]
     to: Option<u64>,
     /// Remove chunks and quarantined files that were not used for longer: 7d, 12h, 30min, 90s
-    #[arg(long, value_parser = age)]
+    #[arg(long, value_parser = amount::age)]
     older_than: Option<Duration>,
     /// Say what would be removed, and remove nothing
     #[arg(long)]
@@ -48,33 +49,18 @@ struct Report {
     collected: Collected,
 }
 
-fn size(text: &str) -> Result<u64, String> {
-    config::size(&serde_json::Value::String(text.to_owned()))
-        .ok_or_else(|| "expected a size like 500GB or 512MiB, or a number of bytes".to_owned())
-}
-
-fn age(text: &str) -> Result<Duration, String> {
-    config::age(text)
-        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
-        .ok_or_else(|| "expected an age like 7d, 12h, 30min or 90s".to_owned())
-}
-
 /// Asks, removes and prints what was removed.
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let namespaces = store_directory::open(&arguments.directory)?;
-    if let Some(name) = &arguments.namespace
-        && !namespaces
-            .iter()
-            .any(|found| store_directory::name(found) == *name)
-    {
-        let message = format!(
-            "no namespace `{name}` in `{}`",
-            arguments.directory.display()
-        );
-        return Err(Failure::new(message).with_hint("`kvrail ls` shows their names"));
-    }
+    let namespace = match &arguments.namespace {
+        Some(given) => Some(store_directory::name(store_directory::find(
+            &namespaces,
+            given,
+        )?)),
+        None => None,
+    };
     let options = |dry_run| CollectOptions {
-        namespace: arguments.namespace.clone(),
+        namespace: namespace.clone(),
         to_bytes: arguments.to,
         older_than: arguments.older_than,
         dry_run,
@@ -82,15 +68,17 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let removes = arguments.to.is_some() || arguments.older_than.is_some();
     if removes && !arguments.dry_run && !arguments.yes {
         let planned = collect(&arguments.directory, &options(true))?;
-        if !confirm(&planned)? {
-            return Err(Failure::new("nothing was removed"));
-        }
+        let (age, size) = (planned.removed_for_age, planned.removed_for_size);
+        let bytes = human_bytes(age.bytes + size.bytes);
+        let question = format!("remove {} chunks ({bytes})?", age.chunks + size.chunks);
+        confirm(&question, false)?;
     }
+    let collected = collect(&arguments.directory, &options(arguments.dry_run))?;
     let report = Report {
         directory: arguments.directory.clone(),
-        namespace: arguments.namespace.clone(),
+        namespace,
         dry_run: arguments.dry_run,
-        collected: collect(&arguments.directory, &options(arguments.dry_run))?,
+        collected,
     };
     let mut out = io::stdout().lock();
     if arguments.json {
@@ -99,24 +87,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         write_text(&mut out, &report)?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Asks whether to go on; where nobody can answer, `--yes` must have done so.
-fn confirm(planned: &Collected) -> Result<bool, Failure> {
-    let stdin = io::stdin();
-    let mut ask = io::stderr();
-    let chunks = planned.removed_for_age.chunks + planned.removed_for_size.chunks;
-    let bytes = planned.removed_for_age.bytes + planned.removed_for_size.bytes;
-    let question = format!("remove {chunks} chunks ({})", human_bytes(bytes));
-    if !stdin.is_terminal() {
-        let message = format!("would {question}, and there is no terminal to ask on");
-        return Err(Failure::new(message).with_hint("give --yes, or --dry-run to look first"));
-    }
-    write!(ask, "{question}? [y/N] ")?;
-    ask.flush()?;
-    let mut answer = String::new();
-    stdin.lock().read_line(&mut answer)?;
-    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
 fn write_text(out: &mut impl Write, report: &Report) -> io::Result<()> {

@@ -10,7 +10,7 @@ use kvrail::store::inspect::{ChunkFile, NamespaceInfo};
 use serde::Serialize;
 
 use crate::failure::Failure;
-use crate::output::{Align, Table, age_seconds, human_age, human_bytes, write_json};
+use crate::output::{AgeRange, Align, Table, age_seconds, human_age, human_bytes, write_json};
 use crate::store_directory;
 
 /// The arguments of `kvrail ls`.
@@ -112,22 +112,17 @@ fn list_group(group: u32, rank: u32, chunks: &[ChunkFile], with_chunks: bool) ->
         Some(chunk) => store_directory::tokens_of(chunk).map(|tokens| tokens * count),
         None => Some(0),
     };
+    let mut range = AgeRange::default();
+    let ages = chunks.iter().map(|chunk| age_seconds(chunk.modified));
+    ages.for_each(|age| range.add(age));
     GroupListing {
         group,
         rank,
         chunks: count,
         tokens,
         bytes: chunks.iter().map(|chunk| chunk.bytes).sum(),
-        newest_age_seconds: chunks
-            .iter()
-            .map(|chunk| chunk.modified)
-            .max()
-            .map(age_seconds),
-        oldest_age_seconds: chunks
-            .iter()
-            .map(|chunk| chunk.modified)
-            .min()
-            .map(age_seconds),
+        newest_age_seconds: range.newest,
+        oldest_age_seconds: range.oldest,
         chunk_files: with_chunks.then(|| chunks.iter().map(list_chunk).collect()),
     }
 }

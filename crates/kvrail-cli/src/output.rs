@@ -109,6 +109,21 @@ pub(crate) fn age_seconds(moment: SystemTime) -> u64 {
         .as_secs()
 }
 
+/// The least and the largest of some ages, in seconds.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct AgeRange {
+    pub(crate) newest: Option<u64>,
+    pub(crate) oldest: Option<u64>,
+}
+
+impl AgeRange {
+    /// Takes another age in.
+    pub(crate) fn add(&mut self, age: u64) {
+        self.newest = Some(self.newest.map_or(age, |newest| newest.min(age)));
+        self.oldest = Some(self.oldest.map_or(age, |oldest| oldest.max(age)));
+    }
+}
+
 /// Returns an age in its largest whole unit: `3 h`.
 pub(crate) fn human_age(seconds: u64) -> String {
     match seconds {

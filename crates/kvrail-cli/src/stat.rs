@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::chains::{Chains, Links};
 use crate::failure::Failure;
-use crate::output::{age_seconds, human_age, human_bytes, warn, write_json};
+use crate::output::{AgeRange, age_seconds, human_age, human_bytes, warn, write_json};
 use crate::store_directory;
 
 /// The arguments of `kvrail stat`.
@@ -125,7 +125,7 @@ fn summarize(namespace: &NamespaceInfo, chains: bool) -> Result<NamespaceStatist
             bytes: 0,
         })
         .collect();
-    let (mut newest, mut oldest) = (None, None);
+    let mut range = AgeRange::default();
     let mut sums = chains.then(Chains::default);
     let (mut links, mut place) = (Links::default(), None);
     for chunk in chunks(&namespace.directory) {
@@ -142,8 +142,7 @@ fn summarize(namespace: &NamespaceInfo, chains: bool) -> Result<NamespaceStatist
             band.chunks += 1;
             band.bytes += chunk.bytes;
         }
-        newest = Some(newest.map_or(age, |newest: u64| newest.min(age)));
-        oldest = Some(oldest.map_or(age, |oldest: u64| oldest.max(age)));
+        range.add(age);
         if let Some(sums) = &mut sums {
             let here = Some((chunk.group, chunk.rank));
             if place != here {
@@ -162,8 +161,8 @@ fn summarize(namespace: &NamespaceInfo, chains: bool) -> Result<NamespaceStatist
         directory: namespace.directory.clone(),
         chunks: ages.iter().map(|band| band.chunks).sum(),
         bytes: ages.iter().map(|band| band.bytes).sum(),
-        newest_age_seconds: newest,
-        oldest_age_seconds: oldest,
+        newest_age_seconds: range.newest,
+        oldest_age_seconds: range.oldest,
         ages,
         chains: sums,
         temporary_files: namespace.temporary_files,

@@ -453,7 +453,10 @@ exit $code
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     let report = json(&output);
     let found = &report["directories"][0];
-    assert_eq!(found["problem"], "does not answer within 1 s");
+    assert_eq!(
+        found["problem"],
+        "the directory did not return within 1.0 s"
+    );
     assert_eq!(found["mount"]["file_system"], "fuse");
     assert_eq!(report["directories"][1]["usable"], true);
 }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant, SystemTime};
 use common::{
     CHUNKS, chunk_paths, json, key, kvrail, make_namespace, path_of, stderr, stdout, store,
 };
+use kvrail::store::capacity::usage;
 
 /// Flips a bit of a file's payload.
 fn damage(path: &Path) {
@@ -94,12 +95,13 @@ fn verify_sets_bad_chunks_aside_and_stat_and_explain_say_why() {
     let explained = kvrail(&[&["explain", path_of(&directory)][..], &keys].concat());
     let text = stdout(&explained);
     for expected in [
-        "2 of 5 chunks can be loaded",
-        "chunk 1  hit  ",
-        "chunk 2  in quarantine  ",
-        "page 0 of 8 does not match its checksum",
-        "chunk 3  hit  ",
+        "chunk 1 (tokens 256..512)  hit  ",
+        "present and whole: ",
+        "chunk 2 (tokens 512..768)  in quarantine  ",
+        "chunk 3 (tokens 768..1024)  hit  ",
         "chunks behind the first that is missing are not loaded",
+        "2 of 5 chunks can be loaded; the first miss is chunk 2 (tokens 512..768): set aside ",
+        " ago: page 0 of 8 does not match its checksum",
     ] {
         assert!(text.contains(expected), "{expected} in {text}");
     }
@@ -136,12 +138,17 @@ fn explain_knows_damage_absence_and_other_namespaces() {
     assert_eq!(found["namespaces"][0]["usable"], 0);
     let verdicts = [0, 1, 2].map(|index| chunks[index]["verdict"].as_str().unwrap());
     assert_eq!(verdicts, ["damaged", "never seen", "never seen"]);
-    let details = chunks[1]["details"].to_string();
+    let other = &chunks[1]["elsewhere"][0];
+    assert_ne!(other["namespace"], name);
+    let differences = other["differences"].to_string();
+    assert!(differences.contains("identity.kv_dtype"), "{differences}");
+    assert_eq!(chunks[2]["elsewhere"].as_array().unwrap().len(), 0);
+    let answer = found["namespaces"][0]["answer"].as_str().unwrap();
     assert!(
-        details.contains("has it, and differs in identity.kv_dtype"),
-        "{details}"
+        answer
+            .starts_with("0 of 3 chunks can be loaded; the first miss is chunk 0: present and bad"),
+        "{answer}"
     );
-    assert!(!chunks[2]["details"].to_string().contains("has it"));
     // Without a namespace, both have something to say.
     assert_eq!(explain(&[])["namespaces"].as_array().unwrap().len(), 2);
 
@@ -411,4 +418,46 @@ fn rm_follows_no_link() {
     assert_eq!(json(&output)["chunks"], CHUNKS - 1, "{}", stderr(&output));
     assert_eq!(tree(&target).len(), 1, "the chunk outside is still there");
     assert!(folder.symlink_metadata().unwrap().is_symlink());
+}
+
+#[test]
+fn rm_corrects_the_account_of_the_directory() {
+    let directory = store();
+    let bytes = || -> u64 {
+        let files = tree(directory.path()).into_iter();
+        let chunks = files.filter(|path| path.extension().is_some_and(|end| end == "safetensors"));
+        chunks.map(|path| path.metadata().unwrap().len()).sum()
+    };
+    let counted = || usage(directory.path()).unwrap().bytes.unwrap();
+    let before = counted();
+    assert_eq!((before, before > 0), (bytes(), true));
+    // Some of it.
+    make_old(&chunk_paths(&directory)[1], 40);
+    let path = path_of(&directory);
+    let done = json(&kvrail(&[
+        "rm",
+        path,
+        "--older-than",
+        "30d",
+        "--yes",
+        "--json",
+    ]));
+    assert_eq!(done["chunks"], 1);
+    assert_eq!(counted(), before - done["bytes"].as_u64().unwrap());
+    assert_eq!(counted(), bytes());
+    // What lies in quarantine is counted as well, until it goes.
+    damage(&chunk_paths(&directory)[0]);
+    kvrail(&["verify", path, "--repair"]);
+    assert_eq!(counted(), bytes());
+    let done = json(&kvrail(&["rm", path, "--quarantine", "--yes", "--json"]));
+    assert_eq!((&done["chunks"], counted()), (&1.into(), bytes()));
+    // A dry run and a refusal change nothing, all of it leaves nothing.
+    let before = counted();
+    let name = namespaces(directory.path()).remove(0);
+    kvrail(&["rm", path, "--namespace", &name, "--dry-run"]);
+    kvrail(&["rm", path, "--namespace", &name]);
+    assert_eq!((counted(), bytes()), (before, before));
+    let done = kvrail(&["rm", path, "--namespace", &name, "--yes"]);
+    assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    assert_eq!((counted(), bytes()), (0, 0));
 }

@@ -76,7 +76,7 @@ class LookupStore:
         open_store: Callable[..., Store] = Store,
     ) -> None:
         namespace = Namespace(agreement.model, agreement.identity_json)
-        self.store = open_store(config, namespace, read_only=True, cpus=cpus)
+        self.store = open_store(config, namespace, read_only=True, quiet=True, cpus=cpus)
         self._ranks = agreement.ranks
 
     def lookup(self, keys: Sequence[bytes]) -> LookupTicket:

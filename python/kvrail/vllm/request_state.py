@@ -71,6 +71,14 @@ class RequestState:
     explained_chunks: int | None = None
     """Leading chunks that the store had when vLLM took the request up, for whoever asks why."""
 
+    def loadable_chunks(self, geometry: ChunkGeometry) -> int:
+        """Chunks that a load may cover: the last token is left to compute, to sample from."""
+        request = self.request
+        return min(
+            (request.num_tokens - 1) // geometry.chunk_size,
+            len(request.block_hashes) // geometry.hashes_per_chunk,
+        )
+
     def chunk_keys(self, geometry: ChunkGeometry, count: int) -> list[bytes]:
         """Keys of the leading chunks, at most `count` and no more than there are block hashes for.
 

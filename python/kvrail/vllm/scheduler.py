@@ -131,7 +131,7 @@ class ConnectorScheduler:
         state = self._state_of(request)
         if state is None or len(self._waiting) >= MAX_EARLY_LOOKUPS or not self._may_load(state):
             return
-        limit = self._loadable_chunks(state)
+        limit = state.loadable_chunks(self._geometry)
         if limit > 0:
             self._submit(state)
 
@@ -146,7 +146,7 @@ class ConnectorScheduler:
         state.local_tokens = local_tokens
         if not self._may_load(state):
             return 0, False
-        limit = self._loadable_chunks(state)
+        limit = state.loadable_chunks(self._geometry)
         if local_tokens >= limit * self._geometry.chunk_size:
             return 0, False
         hit_chunks = self._answer(state)
@@ -234,7 +234,7 @@ class ConnectorScheduler:
         state = self._states.get(request.request_id)
         if state is None or state.explained_chunks is None:
             return {"kvrail": {"looked_up": False}}
-        count = min(self._loadable_chunks(state), MAX_EXPLAINED_CHUNKS)
+        count = min(state.loadable_chunks(self._geometry), MAX_EXPLAINED_CHUNKS)
         keys = state.chunk_keys(self._geometry, count)
         return {
             "kvrail": {
@@ -293,14 +293,6 @@ class ConnectorScheduler:
             and self._options.may_load
             and not state.load_failed
             and not state.request.skip_reading_prefix_cache
-        )
-
-    def _loadable_chunks(self, state: RequestState) -> int:
-        """Chunks that a load may cover: the last token is left to compute, to sample from."""
-        request = state.request
-        return min(
-            (request.num_tokens - 1) // self._geometry.chunk_size,
-            len(request.block_hashes) // self._geometry.hashes_per_chunk,
         )
 
     # Lookups.
@@ -487,7 +479,7 @@ class ConnectorScheduler:
         if state.counted or state.hit_chunks is None:
             return
         state.counted = True
-        chunks = self._loadable_chunks(state)
+        chunks = state.loadable_chunks(self._geometry)
         self._explain(state, chunks)
         possible = chunks * self._geometry.chunk_size
         self._count("requests_looked_up", 1)

@@ -144,7 +144,14 @@ class ConnectorWorker:
         identity = build_identity(vllm_config, kv_cache_config, group, memory, config.chunk_size)
         identity_json = json.dumps(identity, sort_keys=True)
         namespace = Namespace(model_name(vllm_config), identity_json)
-        store = self._open_store(config, namespace, cpus=STARTUP_CPUS, **cufile.store_options())
+        store = self._open_store(
+            config,
+            namespace,
+            # What differs from other namespaces is the same on all ranks; one of them says it.
+            quiet=rank.global_rank != 0,
+            cpus=STARTUP_CPUS,
+            **cufile.store_options(),
+        )
         self._store = store
         kv_cache = memory.attach(store, blocks_per_chunk=blocks_per_chunk, rank=rank.storage_rank)
         self.adopt(store, kv_cache, memory.device)
@@ -159,6 +166,7 @@ class ConnectorWorker:
                     for mount in store.describe()
                 ),
             )
+        self._log_notices()
         return identity_json
 
     def adopt(self, store: Store, kv_cache: KvCache, device: str = "cpu") -> None:

@@ -36,7 +36,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 def generate(
     llm: Any,
-    prompts: dict[str, list[int]],
+    prompts: dict[str, list[int] | str],
     salt: str | None = None,
     max_tokens: int = 8,
     together: bool = False,
@@ -195,8 +195,9 @@ def _parameters(max_tokens: int) -> Any:
     )
 
 
-def _input(tokens: list[int], salt: str | None) -> dict[str, Any]:
-    prompt: dict[str, Any] = {"prompt_token_ids": tokens}
+def _input(tokens: list[int] | str, salt: str | None) -> dict[str, Any]:
+    text = isinstance(tokens, str)
+    prompt: dict[str, Any] = {"prompt" if text else "prompt_token_ids": tokens}
     return prompt if salt is None else prompt | {"cache_salt": salt}
 
 

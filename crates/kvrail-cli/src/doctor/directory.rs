@@ -4,15 +4,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvrail::io::{IoFile, OpenMode, PosixEngine, file_system_name, probe_mount};
+use kvrail::io::{IoFile, OpenMode, PosixEngine, file_system_name, probe_mount, within};
 use kvrail_cuda::system::{BlockDevice, DeviceKind, Mount, SystemView, direct_io_alignment};
 use serde::Serialize;
 
+use super::advice;
 use super::cufile::{self, CufileOutcome};
 use super::machine::Machine;
 use super::measure::{self, FILE_BYTES, Measurement};
 use super::scratch_file::ScratchFile;
-use super::{advice, bounded};
 use crate::output::human_bytes;
 
 /// Free space that a measurement asks for: three times its file, since others write, too.
@@ -188,7 +188,7 @@ impl Examination<'_> {
         &self,
         step: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, String> {
-        bounded::run(self.limit, step).map_err(|unfinished| unfinished.to_string())
+        within(self.limit, "the directory", step).map_err(|error| error.to_string())
     }
 
     fn mount(&self, path: &Path) -> Option<MountInfo> {
@@ -217,10 +217,10 @@ impl Examination<'_> {
         let (real, file_system) = (real.to_path_buf(), file_system.to_owned());
         let limit = self.limit;
         // Twice, for what the measurement does beside its requests.
-        bounded::run(2 * limit, move || {
+        within(2 * limit, "the directory", move || {
             measure::measure(&real, &file_system, direct, limit)
         })
-        .map_err(|unfinished| format!("write and read: {unfinished}"))?
+        .map_err(|error| format!("write and read: {error}"))?
     }
 }
 

@@ -6,10 +6,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use kvrail::io::within;
 use kvrail_cuda::{CuFile, Cuda, LibraryPaths};
 use serde::Serialize;
-
-use super::bounded;
 
 /// The CUDA driver's library.
 #[derive(Debug, Clone, Serialize)]
@@ -44,7 +43,7 @@ pub(super) struct CufileLibrary {
 
 /// Loads libcuda and asks for its devices; the error is one line.
 pub(super) fn find_cuda(limit: Duration) -> Result<CudaLibrary, String> {
-    bounded::run(limit, || {
+    within(limit, "libcuda", || {
         let cuda = Cuda::load(&LibraryPaths::default().cuda)?;
         let devices = (0..cuda.device_count())
             .map(|ordinal| {
@@ -66,14 +65,14 @@ pub(super) fn find_cuda(limit: Duration) -> Result<CudaLibrary, String> {
             devices,
         })
     })
-    .map_err(|unfinished| format!("libcuda {unfinished}"))?
+    .map_err(|error| error.to_string())?
     .map_err(|error: kvrail_cuda::Error| one_line(&error))
 }
 
 /// Loads libcufile: the one that the user chose, else the first that is found.
 pub(super) fn find_cufile(chosen: Option<&Path>, limit: Duration) -> Result<CufileLibrary, String> {
     let candidates = cufile_candidates(chosen);
-    bounded::run(limit, move || {
+    within(limit, "libcufile", move || {
         let cufile = CuFile::load(&candidates)?;
         Ok(CufileLibrary {
             path: loaded_from(cufile.library()),
@@ -83,7 +82,7 @@ pub(super) fn find_cufile(chosen: Option<&Path>, limit: Duration) -> Result<Cufi
             vectored: cufile.has_vectored(),
         })
     })
-    .map_err(|unfinished| format!("libcufile {unfinished}"))?
+    .map_err(|error| error.to_string())?
     .map_err(|error: kvrail_cuda::Error| one_line(&error))
 }
 

@@ -3,14 +3,15 @@
 use std::path::Path;
 use std::time::Duration;
 
+use kvrail::io::within;
 use kvrail_cuda::system::{
     Gpu, KernelRelease, NvidiaDriver, NvidiaFs, P2pdma, Refusal, SystemView, container_evidence,
     machine_guards,
 };
 use serde::Serialize;
 
+use super::advice;
 use super::libraries::{CudaLibrary, CufileLibrary, find_cuda, find_cufile};
-use super::{advice, bounded};
 
 /// What was found out about the machine.
 #[derive(Debug, Clone, Serialize)]
@@ -141,9 +142,11 @@ impl Machine {
     pub(super) fn examine(view: &SystemView, cufile: Option<&Path>, limit: Duration) -> Self {
         let seen = view.clone();
         let system =
-            bounded::run(limit, move || System::read(&seen)).unwrap_or_else(|unfinished| System {
-                error: Some(format!("the system {unfinished}")),
-                ..System::default()
+            within(limit, "the system", move || System::read(&seen)).unwrap_or_else(|error| {
+                System {
+                    error: Some(error.to_string()),
+                    ..System::default()
+                }
             });
         let libcuda = Found::from(find_cuda(limit));
         let libcufile = Found::from(find_cufile(cufile, limit));

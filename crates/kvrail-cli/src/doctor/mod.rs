@@ -4,7 +4,6 @@
 //! command always ends. cuFile's driver is never opened in this process: it can spin for ever.
 
 mod advice;
-mod bounded;
 mod cufile;
 mod directory;
 mod libraries;

@@ -5,9 +5,13 @@
 //! all others go on. A process that waits for one that hangs cannot be killed, as on a network
 //! mount whose server is gone; the end of this file system's process ends all such waits.
 
+mod changes;
+mod contents;
 mod control;
+mod entries;
 mod folder;
 mod operations;
+mod serving;
 
 use std::fs::Metadata;
 use std::io;
@@ -20,7 +24,7 @@ use fuser::{
 };
 
 use crate::rules::Effect;
-use operations::FaultFileSystem;
+use serving::FaultFileSystem;
 
 /// Mounts the file system and serves it until it is unmounted; `ready` runs once it is there.
 ///

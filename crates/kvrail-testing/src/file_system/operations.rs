@@ -1,252 +1,21 @@
 //! The operations of the file system, as the kernel asks for them.
 
 use std::ffi::OsStr;
-use std::fs::Metadata;
 use std::io;
-use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use fuser::{
-    AccessFlags, BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
-    KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow,
-    WriteFlags,
+    AccessFlags, BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, KernelConfig,
+    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
-use rustix::fs::{CWD, Timespec, Timestamps};
+use rustix::fs::Timestamps;
 
-use super::control::Control;
-use super::folder::{Folder, ROOT};
+use super::changes::{Changes, timespec};
+use super::folder::ROOT;
+use super::serving::{FaultFileSystem, NOT_AT_ALL, done};
 use super::{attributes, errno, generation, is_hidden, skew};
-use crate::rules::{Effect, Fault};
-
-/// How long the kernel believes what it was told: not at all, so that every operation comes here.
-const NOT_AT_ALL: Duration = Duration::ZERO;
-
-/// What the operations share.
-#[derive(Debug)]
-struct Shared {
-    folder: Folder,
-    control: Control,
-}
-
-/// The file system.
-#[derive(Debug)]
-pub(super) struct FaultFileSystem {
-    shared: Arc<Shared>,
-}
-
-/// A reply that can say no.
-trait Refuse: Send + 'static {
-    fn refuse(self, errno: Errno);
-}
-
-macro_rules! refuse {
-    ($($reply:ty),*) => {
-        $(impl Refuse for $reply {
-            fn refuse(self, errno: Errno) {
-                self.error(errno);
-            }
-        })*
-    };
-}
-
-refuse!(
-    ReplyAttr,
-    ReplyCreate,
-    ReplyData,
-    ReplyDirectory,
-    ReplyEmpty,
-    ReplyEntry,
-    ReplyOpen,
-    ReplyStatfs,
-    ReplyWrite
-);
-
-/// Ends an operation that gave nothing but success.
-fn done(reply: ReplyEmpty, result: io::Result<()>) {
-    match result {
-        Ok(()) => reply.ok(),
-        Err(error) => reply.error(errno(&error)),
-    }
-}
-
-impl FaultFileSystem {
-    pub(super) fn new(source: &Path, control: &Path, seed: u64) -> io::Result<Self> {
-        let shared = Shared {
-            folder: Folder::new(source)?,
-            control: Control::new(control, seed)?,
-        };
-        Ok(Self {
-            shared: Arc::new(shared),
-        })
-    }
-
-    /// Does an operation, or what the script says instead of it.
-    fn serve<R: Refuse>(
-        &self,
-        operation: &'static str,
-        path: io::Result<PathBuf>,
-        reply: R,
-        work: impl FnOnce(&Shared, &Fault, R) + Send + 'static,
-    ) {
-        let path = match path {
-            Ok(path) => path.to_string_lossy().into_owned(),
-            Err(error) => return reply.refuse(errno(&error)),
-        };
-        let fault = self.shared.control.decide(operation, &path);
-        let finish = |shared: &Shared, fault: &Fault, reply: R| match fault.effect {
-            Some(Effect::Error(number)) => reply.refuse(Errno::from_i32(number)),
-            _ => work(shared, fault, reply),
-        };
-        if fault.delay.is_zero() && !fault.hang {
-            return finish(&self.shared, &fault, reply);
-        }
-        let shared = Arc::clone(&self.shared);
-        thread::spawn(move || {
-            shared.control.hold(operation, &path, &fault);
-            finish(&shared, &fault, reply);
-        });
-    }
-
-    fn below(&self, inode: INodeNo) -> io::Result<PathBuf> {
-        self.shared.folder.below(inode.0)
-    }
-
-    fn entry(&self, parent: INodeNo, name: &OsStr) -> io::Result<PathBuf> {
-        Ok(self.shared.folder.entry(parent.0, name)?.0)
-    }
-}
-
-impl Shared {
-    /// Says what a name stands for after an operation made it.
-    fn reply_entry(&self, parent: u64, name: &OsStr, ttl: Duration, skew: i64, reply: ReplyEntry) {
-        let found = self.folder.entry(parent, name);
-        match found.and_then(|(_, path)| path.symlink_metadata()) {
-            Ok(metadata) => {
-                let inode = self.folder.remember(parent, name, &metadata);
-                let attributes = attributes(inode, &metadata, skew);
-                reply.entry(&ttl, &attributes, generation(&metadata));
-            }
-            Err(error) => reply.error(errno(&error)),
-        }
-    }
-
-    fn lookup(&self, parent: u64, name: &OsStr, effect: Option<Effect>, reply: ReplyEntry) {
-        let ttl = match effect {
-            Some(Effect::Stale(ttl)) => ttl,
-            _ => NOT_AT_ALL,
-        };
-        let found = self.folder.entry(parent, name);
-        match found.and_then(|(_, path)| path.symlink_metadata()) {
-            Ok(metadata) if is_hidden(&metadata, effect) => reply.error(Errno::ENOENT),
-            Ok(_) => self.reply_entry(parent, name, ttl, skew(effect), reply),
-            Err(error) if error.kind() == io::ErrorKind::NotFound && !ttl.is_zero() => {
-                // Inode 0 tells the kernel that there is nothing, and for how long that holds.
-                let nothing = nothing();
-                reply.entry(&ttl, &nothing, Generation(0));
-            }
-            Err(error) => reply.error(errno(&error)),
-        }
-    }
-
-    fn metadata(&self, inode: u64, handle: Option<FileHandle>) -> io::Result<Metadata> {
-        match handle.map(|handle| self.folder.file(handle.0)) {
-            Some(Ok(file)) => file.metadata(),
-            _ => self.folder.metadata(inode),
-        }
-    }
-
-    fn make(
-        &self,
-        parent: u64,
-        name: &OsStr,
-        reply: ReplyEntry,
-        make: impl FnOnce(&Path) -> io::Result<()>,
-    ) {
-        let made = self.folder.entry(parent, name);
-        match made.and_then(|(_, path)| make(&path)) {
-            Ok(()) => self.reply_entry(parent, name, NOT_AT_ALL, 0, reply),
-            Err(error) => reply.error(errno(&error)),
-        }
-    }
-
-    /// Returns how many bytes of a transfer are moved.
-    fn moved(bytes: usize, fault: &Fault) -> usize {
-        match fault.effect {
-            Some(Effect::Short) if bytes > 1 => bytes / 2,
-            _ => bytes,
-        }
-    }
-}
-
-/// Attributes of nothing.
-fn nothing() -> fuser::FileAttr {
-    fuser::FileAttr {
-        ino: INodeNo(0),
-        size: 0,
-        blocks: 0,
-        atime: UNIX_EPOCH,
-        mtime: UNIX_EPOCH,
-        ctime: UNIX_EPOCH,
-        crtime: UNIX_EPOCH,
-        kind: fuser::FileType::RegularFile,
-        perm: 0,
-        nlink: 0,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        blksize: 4096,
-        flags: 0,
-    }
-}
-
-fn timespec(time: Option<TimeOrNow>) -> Timespec {
-    let (seconds, nanoseconds) = match time {
-        None => (0, rustix::fs::UTIME_OMIT),
-        Some(TimeOrNow::Now) => (0, rustix::fs::UTIME_NOW),
-        Some(TimeOrNow::SpecificTime(time)) => {
-            let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
-            (since.as_secs() as i64, i64::from(since.subsec_nanos()))
-        }
-    };
-    Timespec {
-        tv_sec: seconds,
-        tv_nsec: nanoseconds,
-    }
-}
-
-/// What `setattr` shall change.
-struct Changes {
-    mode: Option<u32>,
-    owner: Option<u32>,
-    group: Option<u32>,
-    bytes: Option<u64>,
-    times: Option<Timestamps>,
-}
-
-impl Changes {
-    fn apply(&self, path: &Path) -> io::Result<()> {
-        if let Some(mode) = self.mode {
-            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
-        }
-        if self.owner.is_some() || self.group.is_some() {
-            std::os::unix::fs::lchown(path, self.owner, self.group)?;
-        }
-        if let Some(bytes) = self.bytes {
-            std::fs::OpenOptions::new()
-                .write(true)
-                .open(path)?
-                .set_len(bytes)?;
-        }
-        if let Some(times) = &self.times {
-            rustix::fs::utimensat(CWD, path, times, rustix::fs::AtFlags::SYMLINK_NOFOLLOW)?;
-        }
-        Ok(())
-    }
-}
 
 impl Filesystem for FaultFileSystem {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
@@ -452,34 +221,21 @@ impl Filesystem for FaultFileSystem {
         // Known by its new name: what a rule is about is the chunk, not the temp file.
         let path = self.entry(newparent, newname);
         self.serve("rename", path, reply, move |shared, _, reply| {
-            let rename = || -> io::Result<()> {
-                let (_, source) = shared.folder.entry(parent.0, &name)?;
-                let (_, target) = shared.folder.entry(newparent.0, &new_name)?;
-                let flags = rustix::fs::RenameFlags::from_bits_retain(flags.bits());
-                rustix::fs::renameat_with(CWD, &source, CWD, &target, flags)?;
-                shared
-                    .folder
-                    .remember(newparent.0, &new_name, &target.symlink_metadata()?);
-                Ok(())
-            };
-            done(reply, rename());
+            let renamed = shared.rename((parent.0, &name), (newparent.0, &new_name), flags);
+            done(reply, renamed);
         });
     }
 
     fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        self.serve("open", self.below(ino), reply, move |shared, _, reply| {
-            let open = || -> io::Result<u64> {
-                shared.folder.metadata(ino.0)?;
-                let path = shared.folder.whole(ino.0)?;
-                Ok(shared
-                    .folder
-                    .keep(shared.folder.open_path(&path, flags.0, 0)?))
-            };
-            match open() {
+        self.serve(
+            "open",
+            self.below(ino),
+            reply,
+            move |shared, _, reply| match shared.open(ino.0, flags.0) {
                 Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO),
                 Err(error) => reply.error(errno(&error)),
-            }
-        });
+            },
+        );
     }
 
     fn create(
@@ -497,33 +253,22 @@ impl Filesystem for FaultFileSystem {
             "create",
             self.entry(parent, name),
             reply,
-            move |shared, fault, reply| {
-                let create = || -> io::Result<(u64, Metadata)> {
-                    let (_, path) = shared.folder.entry(parent.0, &owned)?;
-                    // O_CREAT, which the kernel does not pass on.
-                    let file = shared
-                        .folder
-                        .open_path(&path, flags | 0o100, mode & !umask)?;
-                    let metadata = file.metadata()?;
-                    shared.folder.remember(parent.0, &owned, &metadata);
-                    Ok((shared.folder.keep(file), metadata))
-                };
-                match create() {
-                    Ok((handle, metadata)) => {
-                        let inode = std::os::unix::fs::MetadataExt::ino(&metadata);
-                        let attributes = attributes(inode, &metadata, skew(fault.effect));
-                        let flags = FopenFlags::FOPEN_DIRECT_IO;
-                        let handle = FileHandle(handle);
-                        reply.created(
-                            &NOT_AT_ALL,
-                            &attributes,
-                            generation(&metadata),
-                            handle,
-                            flags,
-                        );
-                    }
-                    Err(error) => reply.error(errno(&error)),
+            move |shared, fault, reply| match shared.create(parent.0, &owned, flags, mode & !umask)
+            {
+                Ok((handle, metadata)) => {
+                    let inode = std::os::unix::fs::MetadataExt::ino(&metadata);
+                    let attributes = attributes(inode, &metadata, skew(fault.effect));
+                    let flags = FopenFlags::FOPEN_DIRECT_IO;
+                    let handle = FileHandle(handle);
+                    reply.created(
+                        &NOT_AT_ALL,
+                        &attributes,
+                        generation(&metadata),
+                        handle,
+                        flags,
+                    );
                 }
+                Err(error) => reply.error(errno(&error)),
             },
         );
     }
@@ -543,28 +288,9 @@ impl Filesystem for FaultFileSystem {
             "read",
             self.below(ino),
             reply,
-            move |shared, fault, reply| {
-                let read = || -> io::Result<Vec<u8>> {
-                    let file = shared.folder.file(fh.0)?;
-                    let mut bytes = vec![0; Shared::moved(size as usize, fault)];
-                    let mut filled = 0;
-                    while filled < bytes.len() {
-                        let count = file.read_at(&mut bytes[filled..], offset + filled as u64)?;
-                        if count == 0 {
-                            break;
-                        }
-                        filled += count;
-                    }
-                    bytes.truncate(filled);
-                    if let Some(Effect::Damage(damage)) = fault.effect {
-                        damage.apply(&mut bytes, fault.choice);
-                    }
-                    Ok(bytes)
-                };
-                match read() {
-                    Ok(bytes) => reply.data(&bytes),
-                    Err(error) => reply.error(errno(&error)),
-                }
+            move |shared, fault, reply| match shared.read(fh.0, offset, size as usize, fault) {
+                Ok(bytes) => reply.data(&bytes),
+                Err(error) => reply.error(errno(&error)),
             },
         );
     }
@@ -586,16 +312,9 @@ impl Filesystem for FaultFileSystem {
             "write",
             self.below(ino),
             reply,
-            move |shared, fault, reply| {
-                if let Some(Effect::Damage(damage)) = fault.effect {
-                    damage.apply(&mut data, fault.choice);
-                }
-                let count = Shared::moved(data.len(), fault);
-                let written = shared.folder.file(fh.0);
-                match written.and_then(|file| file.write_all_at(&data[..count], offset)) {
-                    Ok(()) => reply.written(count as u32),
-                    Err(error) => reply.error(errno(&error)),
-                }
+            move |shared, fault, reply| match shared.write(fh.0, offset, &mut data, fault) {
+                Ok(count) => reply.written(count as u32),
+                Err(error) => reply.error(errno(&error)),
             },
         );
     }

@@ -442,6 +442,11 @@ impl Driver {
     /// Compares all chunks that nobody works on with what is known of them.
     pub(super) fn audit(&mut self) {
         self.report.audits += 1;
+        // What is there now may be evicted, and the log say so, before the log is read again.
+        self.trail.follow();
+        let before: Vec<u64> = (0..CHUNKS)
+            .map(|index| self.trail.count(&key(index).to_string()))
+            .collect();
         let quiet = (0..CHUNKS).filter(|index| self.model.is_quiet(*index));
         let there: Vec<(u64, bool)> = quiet
             .map(|index| (index, self.outside.chunk_path(index).exists()))
@@ -459,7 +464,11 @@ impl Driver {
             std::thread::sleep(Duration::from_millis(20));
         }
         for (index, is_there) in there {
-            let evictions = self.trail.count(&key(index).to_string());
+            let evictions = if is_there {
+                before[index as usize]
+            } else {
+                self.trail.count(&key(index).to_string())
+            };
             match self.model.audit(index, is_there, evictions) {
                 Finding::Fine => {}
                 Finding::LostToFault => self.report.lost_to_faults += 1,

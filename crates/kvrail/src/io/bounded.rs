@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// # Errors
 /// [`ErrorKind::TimedOut`] at the limit; [`ErrorKind::Closed`] when the work panicked or there was
 /// no thread for it.
-pub(crate) fn within<T: Send + 'static>(
+pub fn within<T: Send + 'static>(
     limit: Duration,
     what: &str,
     work: impl FnOnce() -> T + Send + 'static,

@@ -21,7 +21,7 @@ mod posix;
 mod probe;
 mod small;
 
-pub(crate) use bounded::within;
+pub use bounded::within;
 pub use cufile::CufileEngine;
 pub use file::{IoFile, OpenMode};
 pub use folder::{FileStatus, Folder, FolderRules, make_path};

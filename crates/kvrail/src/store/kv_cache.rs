@@ -164,6 +164,17 @@ impl KvCache {
         self.shared.staging
     }
 
+    /// Returns the way that chunks go now, for each path in the order of the configuration.
+    ///
+    /// It changes while a store runs: what cuFile fails at too often goes on by POSIX.
+    pub fn routes(&self) -> Vec<Route> {
+        let gpu = self.shared.gpu.as_ref();
+        let mounts = self.running.shared.mounts.iter();
+        mounts
+            .map(|mount| gpu.map_or(Route::Posix, |gpu| gpu.route(mount)))
+            .collect()
+    }
+
     /// Stores chunks: gathers them into staging buffers before it returns, writes them later.
     ///
     /// The blocks may be reused as soon as it returns. Never waits: a chunk for which no buffer
@@ -239,7 +250,7 @@ impl KvCache {
         }
         plan_use(store, &self.shared, &chunk.chunk, true);
         let gpu = self.shared.gpu.as_ref();
-        let route = gpu.map_or(Route::Pinned, |gpu| gpu.route(mount));
+        let route = gpu.map_or(Route::Posix, |gpu| gpu.route(mount));
         match self.stage_by(route, &chunk.blocks, stream) {
             Ok(Some(staged)) => Ok(Ok(staged)),
             Ok(None) => {
@@ -399,7 +410,7 @@ impl KvCache {
     fn route(&self, key: &ChunkKey) -> Route {
         let mount = self.running.shared.mount(self.shared.rank, key);
         let gpu = self.shared.gpu.as_ref();
-        gpu.map_or(Route::Pinned, |gpu| gpu.route(mount))
+        gpu.map_or(Route::Posix, |gpu| gpu.route(mount))
     }
 
     /// Checks the number of a chunk's blocks, and that they lie in the KV cache.

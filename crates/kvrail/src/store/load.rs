@@ -62,8 +62,8 @@ pub(super) fn run(
     if is_too_late {
         return refuse(store, queue, *job, waited);
     }
-    if job.route != Route::Pinned && !mount.cufile.is_on() {
-        job.route = Route::Pinned;
+    if job.route != Route::Posix && !mount.cufile.is_on() {
+        job.route = Route::Posix;
         return put_back(queue, job);
     }
     let outcome = match load_from_memory(store, &job, deadline) {
@@ -85,12 +85,12 @@ pub(super) fn run(
         Outcome::FromMemory => Ok(false),
         Outcome::Failed(error) => Err(error),
         Outcome::Again(error) => {
-            job.route = Route::Pinned;
+            job.route = Route::Posix;
             job.cufile_error = Some(error);
             return put_back(queue, job);
         }
         Outcome::Hangs(error, parked) => {
-            job.route = Route::Pinned;
+            job.route = Route::Posix;
             store.cufile_failed(mount, &error, true);
             // Claimed since before cuFile began, so the watch has not ended it.
             if job.watched.end() {
@@ -168,13 +168,13 @@ fn note_route(store: &StoreShared, mount: &Mount, job: &LoadJob) {
             store.metrics.cufile_chunks_loaded.add(1);
             mount.cufile.succeeded();
         }
-        (None, Route::Pinned) => {}
+        (None, Route::Posix) => {}
     }
 }
 
 /// Loads one chunk that the DRAM tier has. `None` when it has not, or what it has went bad.
 fn load_from_memory(store: &StoreShared, job: &LoadJob, deadline: Instant) -> Option<Outcome> {
-    if job.route != Route::Pinned {
+    if job.route != Route::Posix {
         return None;
     }
     let place = job.cache.place(&job.chunk.key);

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::directory::{Location, MANIFEST_NAME, NamespaceDirectory};
-use super::namespace::{IDENTITY_BYTES_MAX, Namespace, parse_directory_name};
+use super::namespace::{IDENTITY_BYTES_MAX, Namespace};
 use super::publish::{is_missing, publish_bytes};
 use super::writer::Writer;
 use crate::error::{Error, ErrorKind, Result};
@@ -66,27 +66,6 @@ pub(super) fn check_manifest(path: &Path, found: &Value, namespace: &Namespace) 
     }
     let message = format!("manifest of another namespace ({})", differences.join("; "));
     Err(Error::new(ErrorKind::Mismatch, message).with_path(path))
-}
-
-/// Returns the difference to the nearest other namespace of the same model name on `root`.
-///
-/// So that a user who expects hits learns at once why there are none. Looks at 64 directories at
-/// most.
-pub(super) fn nearest_other(root: &Folder, namespace: &Namespace) -> Option<(String, Vec<String>)> {
-    const DIRECTORIES_MAX: usize = 64;
-    let own = namespace.directory_name();
-    root.names()
-        .ok()?
-        .flatten()
-        .filter_map(|name| name.into_string().ok())
-        .filter(|name| parse_directory_name(name).is_some_and(|(slug, _)| slug == namespace.slug()))
-        .filter(|name| *name != own)
-        .take(DIRECTORIES_MAX)
-        .filter_map(|name| {
-            let found = read_manifest(&root.folder(&name).ok()?);
-            Some((name, namespace.differences(&found.ok()?)))
-        })
-        .min_by_key(|(_, differences)| differences.len())
 }
 
 #[cfg(test)]

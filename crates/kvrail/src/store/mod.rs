@@ -31,6 +31,7 @@ mod manifest;
 mod metrics;
 mod mount;
 mod namespace;
+mod nearest;
 mod notice;
 mod open;
 mod options;
@@ -53,6 +54,7 @@ mod writer;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use gpu::Route;
 pub use kv_cache::{KvCache, LoadChunk, StoreChunk};
 pub use kvrail_cuda::probe::ProbeProgram;
 pub use metrics::MetricsSnapshot;

@@ -119,6 +119,18 @@ pub fn differences(ours: &Value, theirs: &Value) -> Vec<String> {
     lines
 }
 
+/// Characters of a value in a line: enough to tell two hashes of 64 digits apart.
+const VALUE_CHARACTERS_MAX: usize = 80;
+
+/// Returns a value as JSON, cut where it is long.
+fn short(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(VALUE_CHARACTERS_MAX) {
+        Some((end, _)) => format!("{}...", text.get(..end).unwrap_or_default()),
+        None => text,
+    }
+}
+
 /// Walks two documents and notes what is different, by path.
 fn compare(path: &str, ours: &Value, theirs: &Value, lines: &mut Vec<String>) {
     match (ours, theirs) {
@@ -136,8 +148,21 @@ fn compare(path: &str, ours: &Value, theirs: &Value, lines: &mut Vec<String>) {
                 compare(&below, &side(left), &side(right), lines);
             }
         }
+        // Lists of the same length are compared entry by entry; in others entries have no partner.
+        (Value::Array(left), Value::Array(right)) if left.len() == right.len() => {
+            for (index, (ours, theirs)) in left.iter().zip(right).enumerate() {
+                compare(&format!("{path}[{index}]"), ours, theirs, lines);
+            }
+        }
+        (Value::Array(left), Value::Array(right)) => {
+            let (ours, theirs) = (left.len(), right.len());
+            lines.push(format!("{path}: {ours} entries here, {theirs} there"));
+        }
         _ if ours == theirs => {}
-        _ => lines.push(format!("{path}: {ours} here, {theirs} there")),
+        _ => {
+            let (ours, theirs) = (short(ours), short(theirs));
+            lines.push(format!("{path}: {ours} here, {theirs} there"));
+        }
     }
 }
 
@@ -226,5 +251,22 @@ mod tests {
             ]
         );
         assert!(ours.differences(ours.document()).is_empty());
+    }
+
+    #[test]
+    fn lists_are_compared_entry_by_entry_and_long_values_are_cut() {
+        let with = |layers: Value, text: &str| namespace("m", json!({"l": layers, "t": text}));
+        let ours = with(json!([["a", 1], ["b", 1]]), "x");
+        let lines = |other: &Namespace| ours.differences(other.document());
+        let other = with(json!([["a", 1], ["b", 2]]), "x");
+        assert_eq!(lines(&other), ["identity.l[1][1]: 1 here, 2 there"]);
+        let other = with(json!([["a", 1]]), "x");
+        assert_eq!(lines(&other), ["identity.l: 2 entries here, 1 there"]);
+        let other = with(json!([["a", 1], ["b", 1]]), &"\u{e9}".repeat(1000));
+        let line = lines(&other).join("");
+        assert!(
+            line.ends_with("\u{e9}... there") && line.chars().count() < 120,
+            "{line}"
+        );
     }
 }

@@ -12,10 +12,11 @@ use super::directory::{NamespaceDirectory, TEMPORARY_NAME};
 use super::gpu::{CufileWish, Gpus};
 use super::health::Health;
 use super::lookup::LookupQueue;
-use super::manifest::{check_manifest, ensure_manifest, nearest_other, read_manifest};
+use super::manifest::{check_manifest, ensure_manifest, read_manifest};
 use super::metrics::Metrics;
 use super::mount::Mount;
 use super::namespace::Namespace;
+use super::nearest::Nearest;
 use super::notice::{Notices, Topic};
 use super::options::{Access, OpenOptions};
 use super::present::PresentChunks;
@@ -32,12 +33,16 @@ use crate::io::{
     probe_folder, within,
 };
 
+/// How long other namespaces are compared with at start, at most.
+const NEAREST_LIMIT: Duration = Duration::from_secs(2);
+
 /// What opening needs at hand.
 #[derive(Clone)]
 struct Opening {
     config: StoreConfig,
     namespace: Namespace,
     access: Access,
+    quiet: bool,
     rules: FolderRules,
     engine: Arc<dyn IoEngine>,
     writer: Arc<Writer>,
@@ -66,6 +71,7 @@ pub(super) fn open(
         config: config.clone(),
         namespace: namespace.clone(),
         access: options.access,
+        quiet: options.quiet,
         rules: FolderRules {
             permissions: Permissions::of_files(config.file_mode.bits()),
             observer: options.observer.clone(),
@@ -169,6 +175,7 @@ impl Opening {
     fn mount(&self, root: &Path) -> Result<Mount> {
         let rules = self.rules.clone();
         let directory = NamespaceDirectory::new(root, &self.namespace).with_rules(rules);
+        let is_new = directory.open().is_err();
         let report = match self.access {
             Access::ReadOnly => self.open_for_reading(root, &directory, "opened read-only")?,
             Access::ReadWrite => match self.prepare(root, &directory) {
@@ -182,6 +189,9 @@ impl Opening {
                 Err(error) => return Err(self.explain(root, error)),
             },
         };
+        if !self.quiet {
+            self.tell_nearest(root, is_new);
+        }
         let slow_limit = Duration::from_secs_f64(self.config.slow_limit_seconds);
         let health = Health::new(
             slow_limit,
@@ -200,13 +210,9 @@ impl Opening {
     /// Creates what is missing and finds out what the mount can do.
     fn prepare(&self, root: &Path, directory: &NamespaceDirectory) -> Result<MountReport> {
         let sync = self.config.durability == Durability::Full;
-        let is_new = directory.open().is_err();
         let namespace = directory.make(sync)?;
         let temporary = namespace.make(TEMPORARY_NAME, sync)?;
         ensure_manifest(directory, &self.namespace, &self.writer, sync)?;
-        if is_new {
-            self.tell_nearest(&directory.open_root()?);
-        }
         let removed = remove_leftovers(&temporary)?;
         self.metrics.leftovers_removed.add(removed as u64);
         let limit = Duration::from_secs_f64(self.config.wait_limit_seconds);
@@ -254,15 +260,25 @@ impl Opening {
         })
     }
 
-    /// Says what separates a new namespace from its nearest relative.
-    fn tell_nearest(&self, root: &Folder) {
-        if let Some((name, differences)) = nearest_other(root, &self.namespace) {
+    /// Says what separates the namespace from its nearest relative, so that a user who expects hits
+    /// learns at once why there are none.
+    ///
+    /// Nothing depends on it, so it has a short time of its own and no errors.
+    fn tell_nearest(&self, root: &Path, is_new: bool) {
+        let limit = Duration::from_secs_f64(self.config.wait_limit_seconds / 4.0);
+        let limit = limit.min(NEAREST_LIMIT);
+        let deadline = Instant::now() + limit;
+        let (path, rules, namespace) =
+            (root.to_owned(), self.rules.clone(), self.namespace.clone());
+        let nearest = within(limit, "comparing namespaces", move || {
+            let root = Folder::open(&path, rules).ok()?;
+            Nearest::find(&root, &namespace, deadline)
+        });
+        if let Ok(Some(nearest)) = nearest {
             self.notices.info(Topic::Namespace, || {
-                format!(
-                    "new namespace {} shares nothing with {name}: {}",
-                    self.namespace.directory_name(),
-                    differences.join("; ")
-                )
+                let kind = if is_new { "new namespace" } else { "namespace" };
+                let name = self.namespace.directory_name();
+                format!("{kind} {name} shares nothing with {nearest}")
             });
         }
     }

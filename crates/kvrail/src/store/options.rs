@@ -21,6 +21,9 @@ pub enum Access {
 pub struct OpenOptions {
     /// What the store may do. Default: read and write.
     pub access: Access,
+    /// Whether nothing is said at start of how the namespace differs from the nearest other one: one
+    /// of the processes that open the same says it for all. Default: it is said.
+    pub quiet: bool,
     /// CPUs for the store's threads. Default: those of the thread that opens it.
     ///
     /// For callers that pin the opening thread, as vLLM's CPU worker does: threads inherit that.

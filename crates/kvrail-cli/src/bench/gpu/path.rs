@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use kvrail::config::{GdsBackend, StoreConfig};
 use kvrail::io::MountReport;
 use kvrail::memory::Gpu;
+use kvrail::store::Route;
 use kvrail::{ComputeStream, KvCache, Namespace, Store, StoreChunk};
 use kvrail_cuda::Event;
 
@@ -16,9 +17,6 @@ use super::super::submission::{self, Submission, WAIT_LIMIT, chunk_ref, slot_of}
 use super::kv_memory::GpuKvMemory;
 use super::rounds::Setting;
 use crate::failure::Failure;
-
-/// What a store says of a KV cache that cuFile reads and writes in place.
-const IN_PLACE: &str = "blocks read and written in place";
 
 /// The ways.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,7 +101,7 @@ impl StorePath {
                 vec![memory.region()],
                 plan.geometry.blocks_per_chunk(),
             )?;
-            match goes(way, &store) {
+            match goes(way, &store, &cache) {
                 Ok(()) => {
                     return Ok(Ok(Self {
                         way,
@@ -222,23 +220,20 @@ impl StorePath {
     }
 }
 
-/// Checks that a store with a KV cache just attached goes a way; the error is the store's reason.
-fn goes(way: Way, store: &Store) -> Result<(), String> {
-    let report = store.describe().into_iter().next();
-    let engine = report.as_ref().map_or("none", |report| report.engine);
-    let notices = store.take_notices();
-    let mut reasons: Vec<String> = notices.into_iter().map(|notice| notice.message).collect();
-    // As the store tells it of each KV cache.
-    let is_in_place = reasons.iter().any(|line| line.contains(IN_PLACE));
+/// Checks that the chunks of a KV cache go a way; the error is the store's reason.
+fn goes(way: Way, store: &Store, cache: &KvCache) -> Result<(), String> {
     let expected = match way {
-        Way::Posix => ("posix", false),
-        Way::Cufile => ("cufile", false),
-        Way::Direct => ("cufile", true),
+        Way::Posix => Route::Posix,
+        Way::Cufile => Route::Slot,
+        Way::Direct => Route::InPlace,
     };
-    if (engine, is_in_place) == expected {
+    if cache.routes() == [expected] {
         return Ok(());
     }
-    reasons.extend(report.map(|report| format!("engine {engine}: {}", report.reason)));
+    let notices = store.take_notices().into_iter();
+    let mut reasons: Vec<String> = notices.map(|notice| notice.message).collect();
+    let reports = store.describe().into_iter();
+    reasons.extend(reports.map(|report| format!("engine {}: {}", report.engine, report.reason)));
     Err(reasons.join("; "))
 }
 

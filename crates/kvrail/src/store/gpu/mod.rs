@@ -21,6 +21,7 @@ mod state;
 pub(super) use choice::CufileWish;
 pub(super) use devices::{Gpus, Opened};
 pub(super) use in_place::{InPlaceFailure, InPlaceImage};
-pub(super) use side::{GpuSide, Route, Shape};
+pub use side::Route;
+pub(super) use side::{GpuSide, Shape};
 pub(super) use slot_image::SlotImage;
 pub(super) use state::CufileState;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvrail_cuda::Event;
+use serde::Serialize;
 
 use super::cufile::Cufile;
 use super::devices::Opened;
@@ -29,14 +30,26 @@ const FALLBACK_BUFFERS: usize = 8;
 const REGISTER_LIMIT: Duration = Duration::from_secs(20);
 
 /// The way of a chunk between KV cache and file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::store) enum Route {
-    /// Through a pinned staging buffer, by POSIX calls.
-    Pinned,
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Route {
+    /// Through a staging buffer, by POSIX calls; from a GPU one of pinned memory, behind a VRAM slot.
+    Posix,
     /// Through a VRAM slot, by cuFile.
     Slot,
     /// Between the blocks themselves and the file, by cuFile.
     InPlace,
+}
+
+impl Route {
+    /// Returns the word for it: `posix`, `slot` or `in_place`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Posix => "posix",
+            Self::Slot => "slot",
+            Self::InPlace => "in_place",
+        }
+    }
 }
 
 /// The GPU's part of an attached KV cache.
@@ -112,7 +125,7 @@ impl GpuSide {
         match (&self.cufile, &self.in_place) {
             (Some(_), Some(_)) if mount.cufile.is_on() => Route::InPlace,
             (Some(_), None) if mount.cufile.is_on() => Route::Slot,
-            _ => Route::Pinned,
+            _ => Route::Posix,
         }
     }
 

@@ -1,0 +1,126 @@
+//! Blocks that cuFile reads and writes in place: who may have them when.
+
+use super::*;
+
+#[test]
+fn blocks_that_cufile_has_not_let_go_of_are_not_given_back() {
+    let mut bench = Bench::start();
+    let kind = Kind::BlocksOutermost;
+    bench.config.wait_limit_seconds = 0.6;
+    let folder = bench.folder();
+    let store = bench.open(folder.path());
+    let cache = Cache::attach(&bench, &store, 0, kind).unwrap();
+    let content = noise(5, cache.bytes());
+    cache.write(&content);
+    for name in 1..=3 {
+        assert_eq!(cache.store(name, [0, 1]).stored, 1);
+    }
+    // Late, it returns: then POSIX reads the chunk again.
+    bench
+        .mocks
+        .script_cufile("cuFileReadv nth=1 delay_ms=2000\ncuFileReadv nth=2 hang");
+    let calls = bench.mocks.cufile_calls("cuFileReadv");
+    let slow = cache.start_load(1, 0, &[4, 5]);
+    while bench.mocks.cufile_calls("cuFileReadv") == calls {
+        std::thread::yield_now();
+    }
+    let hung = cache.start_load(2, 0, &[6, 7]);
+    assert_eq!(slow.wait(LIMIT).unwrap().loaded, 1);
+    let found = cache.read();
+    assert!(block(kind, &found, 4) == block(kind, &content, 0));
+    assert!(block(kind, &found, 5) == block(kind, &content, 1));
+    // For ever: the load does not end, as its blocks may still be written to. Others go on.
+    assert_eq!(cache.load(3, 0, &[8, 9]).loaded, 1);
+    assert!(
+        hung.wait(Duration::from_millis(1500)).is_err(),
+        "ended while cuFile has the blocks"
+    );
+    assert_eq!(store.metrics().cufile_mounts_downgraded, 1);
+    let closed = Instant::now();
+    drop(cache);
+    store.close(LIMIT).unwrap();
+    assert!(
+        closed.elapsed() < Duration::from_secs(5),
+        "closing waited for the call that hangs"
+    );
+}
+
+#[test]
+fn blocks_that_change_while_they_are_written_in_place_are_not_published() {
+    let bench = Bench::start();
+    let folder = bench.folder();
+    let store = bench.open(folder.path());
+    let cache = Cache::attach(&bench, &store, 0, Kind::BlocksOutermost).unwrap();
+    let content = noise(5, cache.bytes());
+    cache.write(&content);
+    let compute = cache.context.stream(Priority::Low).unwrap();
+    // SAFETY: the stream lives until the end of the test.
+    let stream = unsafe { ComputeStream::from_raw(compute.raw()) };
+    for (script, name) in [
+        // Before cuFile reads them, and before POSIX reads them instead of it.
+        ("cuFileHandleRegister delay_ms=500", 1),
+        (
+            "cuFileHandleRegister delay_ms=500\ncuFileWritev error=5030",
+            2,
+        ),
+    ] {
+        cache.write(&content);
+        bench.mocks.script_cufile(script);
+        let wanted = StoreChunk {
+            chunk: chunk(name),
+            blocks: vec![3, 4],
+        };
+        let ticket = cache.kv_cache.store_after(&[wanted], stream).unwrap();
+        // The next forward, behind the store on the compute stream, writes to the blocks.
+        let late = noise(99, content.len());
+        // SAFETY: as long as the allocation; waited for here.
+        unsafe { compute.copy_to_device(cache.address(), late.as_ptr(), late.len()) }.unwrap();
+        compute.synchronize().unwrap();
+        let report = ticket.wait(LIMIT).unwrap();
+        assert_eq!((report.stored, report.dropped), (0, 1), "{script}");
+        assert!(!chunk_path(folder.path(), 0, name).exists(), "{script}");
+        assert_eq!(store.metrics().stores_dropped_blocks_reused, name);
+    }
+    bench.mocks.script_cufile("");
+    cache.write(&content);
+    assert_eq!(
+        cache.store(1, [3, 4]).stored,
+        1,
+        "the chunk can be stored later"
+    );
+}
+
+#[test]
+fn a_load_in_place_comes_after_what_the_compute_stream_still_does_to_its_blocks() {
+    let bench = Bench::start();
+    let folder = bench.folder();
+    let store = bench.open(folder.path());
+    let kind = Kind::BlocksOutermost;
+    let cache = Cache::attach(&bench, &store, 0, kind).unwrap();
+    let content = noise(1, cache.bytes());
+    cache.write(&content);
+    assert_eq!(cache.store(1, [0, 1]).stored, 1);
+    let compute = cache.context.stream(Priority::Low).unwrap();
+    let late = noise(99, content.len());
+    // SAFETY: as long as the allocation; waited for below.
+    unsafe { compute.copy_to_device(cache.address(), late.as_ptr(), late.len()) }.unwrap();
+    // SAFETY: the stream lives until the end of the test.
+    let stream = unsafe { ComputeStream::from_raw(compute.raw()) };
+    let wanted = LoadChunk {
+        chunk: chunk(1),
+        first_block: 0,
+        blocks: vec![4, 5],
+    };
+    let ticket = cache.kv_cache.load_after(vec![wanted], stream).unwrap();
+    assert_eq!(ticket.wait(LIMIT).unwrap().loaded, 1);
+    compute.synchronize().unwrap();
+    let found = cache.read();
+    assert!(
+        block(kind, &found, 4) == block(kind, &content, 0),
+        "overwritten by the forward"
+    );
+    assert!(
+        block(kind, &found, 5) == block(kind, &content, 1),
+        "overwritten by the forward"
+    );
+}
