@@ -28,6 +28,8 @@ mod load;
 mod lookup;
 mod manifest;
 mod metrics;
+#[cfg(all(test, feature = "shuttle"))]
+mod models;
 mod mount;
 mod namespace;
 mod notice;
