@@ -17,7 +17,7 @@ PYTEST := python -m pytest -ra --durations=5 --timeout=600
 
 .PHONY: help environment model build demo test bench bench-overhead soak fmt clean clean-cache requirements \
   tools kernels-check fmt-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test \
-  fuzz
+  fuzz concurrency-test sanitize sanitize-all
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' Makefile
@@ -25,7 +25,7 @@ help: ## List the commands.
 demo: build model ## Show kvrail at work: a real vLLM, restarted, takes a long prompt from disk.
 	@$(STEP) 'demo: a long document, read once, then taken from disk' $(WITHIN) python scripts/demo.py
 
-test: fmt-check kernels-check clippy rust-test fuzz doc-test doc python-lint stub-test python-test e2e-test ## Run all checks and tests.
+test: fmt-check kernels-check clippy rust-test concurrency-test sanitize fuzz doc-test doc python-lint stub-test python-test e2e-test ## Run all checks and tests.
 	@printf '\nall checks and tests passed\n'
 
 environment: ## Make the virtual environment with vLLM in the cache folder.
@@ -53,6 +53,18 @@ clippy: tools ## Lint the Rust code.
 rust-test: tools ## Run the Rust tests.
 	@$(STEP) 'rust-test: cargo nextest' env PATH="$$(scripts/rust_tools):$$PATH" \
 	  $(WITHIN) cargo nextest run --workspace --locked --no-fail-fast
+
+# The models print a schedule that fails; the feature is for them alone.
+concurrency-test: tools ## Run the store's code through interleavings that shuttle chooses.
+	@$(STEP) 'concurrency-test: models of threads' $(WITHIN) \
+	  cargo test --package kvrail --lib --locked --features shuttle --quiet -- models::
+
+sanitize: tools ## Drop handles in flight under AddressSanitizer.
+	@$(STEP) 'sanitize: AddressSanitizer, handles dropped in flight' $(WITHIN) scripts/sanitize address
+
+sanitize-all: tools ## Run all unit tests of the library under AddressSanitizer and ThreadSanitizer.
+	@$(STEP) 'sanitize-all: AddressSanitizer' $(WITHIN) scripts/sanitize address --all
+	@$(STEP) 'sanitize-all: ThreadSanitizer' $(WITHIN) scripts/sanitize thread --all
 
 # Seconds for all targets together; the first build takes about a minute more.
 FUZZ_SECONDS ?= 60

@@ -52,6 +52,7 @@ pub mod io;
 pub mod layout;
 pub mod memory;
 pub mod store;
+mod sync;
 
 pub use chunk::{ChunkKey, ChunkRef};
 pub use error::{Error, ErrorKind, Result};

@@ -1,10 +1,10 @@
 //! A wait with an end for work that may have none.
 
-use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::thread;
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::mpsc::{RecvTimeoutError, channel};
+use crate::sync::thread;
 
 /// Runs `work` on a thread of its own and waits for it until `limit`.
 ///

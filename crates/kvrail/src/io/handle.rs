@@ -1,13 +1,12 @@
 //! The two ends of a request in flight.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
-
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::{Arena, HostArena, StagingRange};
+use crate::sync::Arc;
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 /// The caller's end: gives the buffer back when the request is done.
 ///

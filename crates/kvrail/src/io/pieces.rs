@@ -1,14 +1,13 @@
 //! Transfers between a file and pieces of registered GPU memory, in place.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::time::Instant;
-
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::{IoFile, Operation};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::RegisteredRegion;
+use crate::sync::Arc;
+use crate::sync::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 /// One transfer: pieces of memory, one behind the other in the file. It owns file and registration
 /// until it is done; the contents of the pieces are the caller's to keep.

@@ -1,15 +1,14 @@
 //! The `posix` engine: a pool of threads with pread and pwrite.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
-
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 
 use super::{Completion, GivenUp, IoEngine, IoFile, IoHandle, IoRequest, Operation};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::StagingRange;
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::channel::{Receiver, Sender, TrySendError, bounded};
+use crate::sync::thread;
+use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Requests that may wait. The staging pool bounds them far below this: a request owns a part of
 /// a slot, and a slot is split into few parts.

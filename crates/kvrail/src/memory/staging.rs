@@ -4,7 +4,6 @@
     reason = "hands out disjoint parts of host memory as slices"
 )]
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvrail_cuda::DevicePointer;
@@ -12,6 +11,7 @@ use kvrail_cuda::DevicePointer;
 use super::arena::{Arena, DeviceArena, HostArena};
 use crate::chunk::PAGE_BYTES;
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// A fixed number of equal slots in one arena, allocated once.
 ///

@@ -3,10 +3,9 @@
 //! Every chunk ends exactly once; one whose job is dropped (store closed, worker panicked) ends
 //! as failed, so no ticket stays open.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-
 use super::ticket::{Issuer, LoadReport, LoadTicket, StoreReport, StoreTicket, Ticket};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Arc, Mutex, PoisonError};
 
 /// How a chunk of a call ended.
 #[derive(Debug)]
@@ -128,7 +127,7 @@ impl<R: Report> Chunk<R> {
 impl<R: Report> Drop for Chunk<R> {
     fn drop(&mut self) {
         self.finish(Ending::Failed(
-            "the store was closed before this chunk was done".into(),
+            "the store was closed or lost its threads before this chunk was done".into(),
         ));
     }
 }

@@ -4,8 +4,8 @@
 //! in a row. While it is out nothing is asked of it but the probe, one at a time, and ever more
 //! rarely. A probe that goes well brings the path back.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Errors in a row that take a path out; one alone may be about a single file.

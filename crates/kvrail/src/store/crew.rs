@@ -1,11 +1,12 @@
 //! Threads that do the same work, and that are replaced when the file system does not let them go.
 
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 
+use super::watch::Watched;
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::Arc;
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::thread;
 
 /// Lost threads for each that was asked for; beyond that they are not replaced any more.
 const LOST_MAX: usize = 4;
@@ -18,8 +19,12 @@ pub(super) struct Crew {
     name: &'static str,
     on_start: Arc<dyn Fn() + Send + Sync>,
     body: Body,
+    threads: usize,
     lost_max: usize,
+    /// Threads that were given up and replaced.
     lost: AtomicUsize,
+    /// Threads that take work; `threads` but for those that were given up and not replaced.
+    serving: AtomicUsize,
     started: AtomicUsize,
 }
 
@@ -43,13 +48,15 @@ impl Crew {
         threads: usize,
         on_start: &Arc<dyn Fn() + Send + Sync>,
         body: Body,
-    ) -> Result<()> {
+    ) -> Result<Arc<Self>> {
         let crew = Arc::new(Self {
             name,
             on_start: Arc::clone(on_start),
             body,
+            threads,
             lost_max: threads * LOST_MAX,
             lost: AtomicUsize::new(0),
+            serving: AtomicUsize::new(threads),
             started: AtomicUsize::new(0),
         });
         for _ in 0..threads {
@@ -57,7 +64,7 @@ impl Crew {
                 Error::new(ErrorKind::Io, format!("start a {name} thread")).with_source(source)
             })?;
         }
-        Ok(())
+        Ok(crew)
     }
 
     fn add(self: &Arc<Self>) -> std::io::Result<()> {
@@ -72,25 +79,42 @@ impl Crew {
             .map(drop)
     }
 
-    /// Starts a thread for one that is lost; `false` when there are too many of them.
+    /// Starts a thread for one that is given up; `false` when there are too many of them, and the
+    /// crew has a thread less.
     pub(super) fn replace(self: &Arc<Self>) -> bool {
         let more = |lost| (lost < self.lost_max).then_some(lost + 1);
         let counted = self
             .lost
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, more);
-        if counted.is_err() {
-            return false;
+        if counted.is_ok() {
+            if self.add().is_ok() {
+                return true;
+            }
+            self.lost.fetch_sub(1, Ordering::AcqRel);
         }
-        let is_there = self.add().is_ok();
-        if !is_there {
-            self.came_back();
-        }
-        is_there
+        self.serving.fetch_sub(1, Ordering::AcqRel);
+        false
     }
 
-    /// Notes that a thread which was replaced ends.
-    pub(super) fn came_back(&self) {
-        self.lost.fetch_sub(1, Ordering::AcqRel);
+    /// Returns whether every thread was given up and none could be started in its place. Work that
+    /// waits then has nobody to do it until a thread comes back.
+    pub(super) fn is_gone(&self) -> bool {
+        self.serving.load(Ordering::Acquire) == 0
+    }
+
+    /// Returns whether the thread that is through with a job takes another one. When it was given
+    /// up meanwhile, it does only if the crew has too few threads.
+    pub(super) fn goes_on(&self, watched: &Watched) -> bool {
+        let Some(is_replaced) = watched.given_up() else {
+            return true;
+        };
+        if is_replaced {
+            self.lost.fetch_sub(1, Ordering::AcqRel);
+        }
+        let more = |serving| (serving < self.threads).then_some(serving + 1);
+        self.serving
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
+            .is_ok()
     }
 }
 
@@ -114,8 +138,14 @@ mod tests {
         for _ in 0..LOST_MAX {
             assert!(crew.replace());
         }
+        assert!(!crew.is_gone());
         assert!(!crew.replace());
-        crew.came_back();
+        assert!(crew.is_gone(), "the last one was not replaced");
+        // One comes back and takes the place that is empty; the next finds it taken.
+        assert!(crew.goes_on(&Watched::replaced()));
+        assert!(!crew.is_gone());
+        assert!(!crew.goes_on(&Watched::replaced()));
+        assert!(crew.goes_on(&Watched::default()), "it was not given up");
         assert!(crew.replace());
         (0..LOST_MAX + 2).for_each(|_| starts.recv().unwrap());
     }

@@ -65,6 +65,28 @@ pub(super) struct CacheShared {
 }
 
 impl CacheShared {
+    /// A KV cache in host memory that belongs to no store, for tests of parts.
+    #[cfg(all(test, feature = "shuttle"))]
+    pub(super) fn on_host(
+        layout: KvLayout,
+        regions: Vec<Region>,
+        pool: StagingPool,
+        blocks_per_chunk: usize,
+    ) -> Result<Self> {
+        Ok(Self {
+            group: 0,
+            rank: 0,
+            format: ChunkFormat::new(layout.payload_shape(blocks_per_chunk))?,
+            regions,
+            pool,
+            layout,
+            gpu: None,
+            blocks_per_chunk,
+            namespace: "model".to_owned(),
+            tokens: 16,
+        })
+    }
+
     /// Returns what a head of this KV cache's chunks says.
     pub(super) fn head_fields(&self, chunk: ChunkRef) -> HeadFields {
         HeadFields {
@@ -212,10 +234,9 @@ impl KvCache {
                         watched: Arc::default(),
                     };
                     if !self.running.queue.push_store(job) {
-                        self.running
-                            .shared
-                            .present
-                            .remove(&self.shared.place(&chunk.chunk.key));
+                        let store = &self.running.shared;
+                        store.metrics.stores_failed.add(1);
+                        store.present.remove(&self.shared.place(&chunk.chunk.key));
                     }
                 }
             }
@@ -400,7 +421,7 @@ impl KvCache {
             .add(refused.len() as u64);
         for job in refused {
             job.member.end(Ending::Failed(
-                "the queue of loads is full or closed".into(),
+                "the queue of loads is full or closed, or no thread is left to work on it".into(),
             ));
         }
         Ok(ticket)

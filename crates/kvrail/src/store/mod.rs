@@ -29,6 +29,8 @@ mod load_job;
 mod lookup;
 mod manifest;
 mod metrics;
+#[cfg(all(test, feature = "shuttle"))]
+mod models;
 mod mount;
 mod namespace;
 mod nearest;

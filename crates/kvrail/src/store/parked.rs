@@ -1,12 +1,12 @@
 //! Loads that must not end yet: cuFile has not let go of their blocks.
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::load_job::LoadJob;
 use super::queue::TransferQueue;
 use crate::io::PieceHandle;
+use crate::sync::thread;
+use crate::sync::{Arc, Mutex, PoisonError};
 
 /// How long one wait lasts; there is no limit to all of them together.
 const WAIT: Duration = Duration::from_secs(3600);

@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::chunk::ChunkKey;
+use crate::sync::{Mutex, PoisonError};
 
 /// How long knowledge holds. Others may remove chunks, and until then they are not stored again;
 /// gathering a chunk once in this time for nothing costs little.

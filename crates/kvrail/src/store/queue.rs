@@ -1,11 +1,11 @@
 //! The queue of chunk transfers: loads before stores, both bounded.
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::load_job::{LoadBuffer, LoadJob};
 use super::save::StoreJob;
+use crate::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Loads that may wait; a request of a million tokens has 4,000 chunks of 256.
 const LOADS_MAX: usize = 65_536;
@@ -23,7 +23,11 @@ pub(super) enum Job {
 #[derive(Debug, Default)]
 pub(super) struct TransferQueue {
     state: Mutex<State>,
-    changed: Condvar,
+    /// A job came, or none comes any more. Only workers wait for it: one that is told alone must
+    /// not be somebody who waits for an end.
+    came: Condvar,
+    /// A store ended.
+    ended: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -33,6 +37,8 @@ struct State {
     loads_running: usize,
     stores_running: usize,
     closed: bool,
+    /// Whether there is no thread to do anything; see [`TransferQueue::strand_if`].
+    stranded: bool,
 }
 
 impl TransferQueue {
@@ -41,23 +47,23 @@ impl TransferQueue {
         let mut refused = Vec::new();
         let mut state = self.lock();
         for job in jobs {
-            if state.closed || state.loads.len() >= LOADS_MAX {
+            if state.closed || state.stranded || state.loads.len() >= LOADS_MAX {
                 refused.push(job);
             } else {
                 state.loads.push_back(Box::new(job));
             }
         }
         drop(state);
-        self.changed.notify_all();
+        self.came.notify_all();
         refused
     }
 
     /// Adds a store. Staging buffers bound their number: each waiting store owns one.
     ///
-    /// Returns whether it was taken; a closed queue ends it as failed.
+    /// Returns whether it was taken; a queue that is closed or has no workers ends it as failed.
     pub(super) fn push_store(&self, job: StoreJob) -> bool {
         let mut state = self.lock();
-        if state.closed {
+        if state.closed || state.stranded {
             // Ended without the lock: that completes a ticket.
             drop(state);
             drop(job);
@@ -65,7 +71,7 @@ impl TransferQueue {
         }
         state.stores.push_back(Box::new(job));
         drop(state);
-        self.changed.notify_one();
+        self.came.notify_one();
         true
     }
 
@@ -107,7 +113,7 @@ impl TransferQueue {
                 return None;
             }
             state = self
-                .changed
+                .came
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
@@ -119,23 +125,22 @@ impl TransferQueue {
     pub(super) fn give_back(&self, load: Box<LoadJob>) {
         let mut state = self.lock();
         state.loads_running -= 1;
-        if !state.closed {
+        if !state.closed && !state.stranded {
             state.loads.push_front(load);
         }
         drop(state);
-        self.changed.notify_one();
+        self.came.notify_one();
     }
 
     /// Notes the end of a load.
     pub(super) fn load_ended(&self) {
         self.lock().loads_running -= 1;
-        self.changed.notify_all();
     }
 
     /// Notes the end of a store.
     pub(super) fn store_ended(&self) {
         self.lock().stores_running -= 1;
-        self.changed.notify_all();
+        self.ended.notify_all();
     }
 
     /// Waits until no store waits or is under way. Returns whether that came in time.
@@ -147,7 +152,7 @@ impl TransferQueue {
             if left == Duration::ZERO {
                 return false;
             }
-            let waited = self.changed.wait_timeout(state, left);
+            let waited = self.ended.wait_timeout(state, left);
             (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         }
         true
@@ -162,9 +167,37 @@ impl TransferQueue {
             std::mem::take(&mut state.stores),
         );
         drop(state);
-        self.changed.notify_all();
+        self.came.notify_all();
+        self.ended.notify_all();
         // Dropped without the lock: ending a job completes tickets.
         drop(ended);
+    }
+
+    /// Refuses new jobs from now on if nobody is left to do them. Returns those that waited.
+    ///
+    /// `is_gone` is asked under the lock, so that a thread which comes back at the same moment is
+    /// seen here, or calls [`TransferQueue::resume`] after this.
+    pub(super) fn strand_if(
+        &self,
+        is_gone: impl FnOnce() -> bool,
+    ) -> (VecDeque<Box<LoadJob>>, VecDeque<Box<StoreJob>>) {
+        let mut state = self.lock();
+        if !is_gone() {
+            return Default::default();
+        }
+        state.stranded = true;
+        let waiting = (
+            std::mem::take(&mut state.loads),
+            std::mem::take(&mut state.stores),
+        );
+        drop(state);
+        self.ended.notify_all();
+        waiting
+    }
+
+    /// Takes jobs again: a thread came back.
+    pub(super) fn resume(&self) {
+        self.lock().stranded = false;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

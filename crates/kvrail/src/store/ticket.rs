@@ -1,9 +1,9 @@
 //! Tickets: what a caller holds while the store works.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// The answer to come of a lookup: the number of leading chunks present.
 pub type LookupTicket = Ticket<usize>;

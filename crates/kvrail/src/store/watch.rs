@@ -9,14 +9,14 @@
 //! A load that is about to write to its blocks claims that first: after it was given up they
 //! belong to somebody else.
 
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::mount::Mount;
 use super::shared::StoreShared;
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use crate::sync::thread;
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 /// How often the watch looks: what is overdue ends that much after its deadline at the latest.
 const TICK: Duration = Duration::from_millis(100);
@@ -69,13 +69,27 @@ impl Watched {
         self.mount.store(mount, Ordering::Relaxed);
     }
 
-    /// Returns whether the job's thread has to end, because another one does its work.
-    pub(super) fn is_replaced(&self) -> bool {
+    /// Returns whether another thread was started in the place of the job's; `None` when the job
+    /// was not given up.
+    pub(super) fn given_up(&self) -> Option<bool> {
         // The watch decides right after giving the job up.
         while self.state.load(Ordering::Acquire) == GIVEN_UP {
             thread::yield_now();
         }
-        self.state.load(Ordering::Acquire) == REPLACED
+        match self.state.load(Ordering::Acquire) {
+            REPLACED => Some(true),
+            NOT_REPLACED => Some(false),
+            _ => None,
+        }
+    }
+
+    /// A job that was given up, for tests.
+    #[cfg(test)]
+    pub(super) fn replaced() -> Self {
+        Self {
+            state: AtomicU8::new(REPLACED),
+            mount: AtomicUsize::new(0),
+        }
     }
 }
 
@@ -89,7 +103,7 @@ pub(super) struct Overdue {
     pub(super) replace: Box<dyn FnOnce() -> bool + Send>,
 }
 
-struct Entry {
+pub(super) struct Entry {
     watched: Arc<Watched>,
     began: Instant,
     deadline: Instant,
@@ -107,6 +121,8 @@ pub(super) struct Watch {
 struct State {
     entries: Vec<Entry>,
     is_closed: bool,
+    /// Nobody looks any more.
+    is_over: bool,
 }
 
 impl std::fmt::Debug for Watch {
@@ -125,14 +141,30 @@ impl Watch {
     }
 
     /// Announces a job that its thread begins now and shall be done with at `deadline`.
-    pub(super) fn begin(&self, watched: &Arc<Watched>, deadline: Instant, overdue: Overdue) {
+    ///
+    /// Returns whether it is watched: when the watch has ended, nobody would end a job that hangs.
+    #[must_use]
+    pub(super) fn begin(
+        &self,
+        watched: &Arc<Watched>,
+        deadline: Instant,
+        overdue: Overdue,
+    ) -> bool {
         let entry = Entry {
             watched: Arc::clone(watched),
             began: Instant::now(),
             deadline,
             overdue: Some(overdue),
         };
-        self.lock().entries.push(entry);
+        let mut state = self.lock();
+        if state.is_over {
+            // Dropped without the lock: it may hold the last reference to a ticket.
+            drop(state);
+            drop(entry);
+            return false;
+        }
+        state.entries.push(entry);
+        true
     }
 
     /// Takes a job off the list, however it ended.
@@ -148,14 +180,15 @@ impl Watch {
         drop(entry);
     }
 
-    /// Ends the watch's thread.
+    /// Ends the watch's thread as soon as no job is under way: the tickets of those that are may
+    /// be all that is left of the store, and must end, too.
     pub(super) fn close(&self) {
         self.lock().is_closed = true;
         self.closed.notify_all();
     }
 
     /// Takes what is overdue off the list, given up.
-    fn take_overdue(&self, now: Instant) -> Vec<Entry> {
+    pub(super) fn take_overdue(&self, now: Instant) -> Vec<Entry> {
         let mut state = self.lock();
         let mut overdue = Vec::new();
         let mut index = 0;
@@ -170,14 +203,14 @@ impl Watch {
     }
 
     /// Waits for the next look. Returns whether there is one.
-    fn wait(&self) -> bool {
-        let state = self.lock();
-        if state.is_closed {
-            return false;
+    pub(super) fn wait(&self) -> bool {
+        let mut state = self.lock();
+        if !state.is_closed || !state.entries.is_empty() {
+            let waited = self.closed.wait_timeout(state, TICK);
+            (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         }
-        let waited = self.closed.wait_timeout(state, TICK);
-        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        !state.is_closed
+        state.is_over = state.is_closed && state.entries.is_empty();
+        !state.is_over
     }
 }
 
@@ -266,7 +299,7 @@ mod tests {
         let later = Instant::now() + Duration::from_secs(3600);
         let jobs: Vec<Arc<Watched>> = (0..3).map(|_| Arc::default()).collect();
         for job in &jobs {
-            watch.begin(job, Instant::now(), overdue());
+            assert!(watch.begin(job, Instant::now(), overdue()));
         }
         assert!(jobs[0].claim());
         assert!(jobs[1].end());
@@ -280,13 +313,16 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_given_up_before_its_time_and_closing_is_seen_at_once() {
+    fn nothing_is_given_up_before_its_time_and_closing_waits_for_jobs_under_way() {
         let watch = Watch::default();
         let job = Arc::default();
         let later = Instant::now() + Duration::from_secs(3600);
-        watch.begin(&job, later, overdue());
+        assert!(watch.begin(&job, later, overdue()));
         assert!(watch.take_overdue(Instant::now()).is_empty());
         watch.close();
+        assert!(watch.wait(), "a job is under way");
+        assert_eq!(watch.take_overdue(later).len(), 1);
         assert!(!watch.wait());
+        assert!(!watch.begin(&job, later, overdue()), "nobody looks");
     }
 }

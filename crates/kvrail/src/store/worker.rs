@@ -26,26 +26,31 @@ pub(super) fn start(
     let (shared, queue) = (Arc::clone(shared), Arc::clone(queue));
     let body = move |crew: &Arc<Crew>| {
         while let Some(mut job) = queue.next() {
-            let watched = announce(&shared, &queue, crew, &mut job);
+            let Some(watched) = announce(&shared, &queue, crew, &mut job) else {
+                // The store was dropped and nobody watches any more: the job ends as failed.
+                return;
+            };
             run(&shared, &queue, job, &watched);
             shared.watch.forget(&watched);
-            if watched.is_replaced() {
-                crew.came_back();
+            if !crew.goes_on(&watched) {
                 return;
+            }
+            if watched.given_up().is_some() {
+                queue.resume();
             }
         }
     };
-    Crew::start("transfer", threads, on_start, Box::new(body))
+    Crew::start("transfer", threads, on_start, Box::new(body)).map(drop)
 }
 
-/// Tells the watch about a job, and how to end it.
+/// Tells the watch about a job, and how to end it. `None` when there is no watch any more.
 fn announce(
     shared: &Arc<StoreShared>,
     queue: &Arc<TransferQueue>,
     crew: &Arc<Crew>,
     job: &mut Job,
-) -> Arc<Watched> {
-    let queue = Arc::clone(queue);
+) -> Option<Arc<Watched>> {
+    let (waiting, queue) = (Arc::clone(queue), Arc::clone(queue));
     // A new one each time: a load that found no staging buffer is announced again.
     let watched = Arc::new(Watched::default());
     let (cache, key, limit, end): (_, _, _, End) = match job {
@@ -74,10 +79,11 @@ fn announce(
     };
     let place = cache.place(&key);
     watched.is_at(shared.mount_index(cache.rank, &key));
-    let crew = Arc::clone(crew);
+    let (crew, lost) = (Arc::clone(crew), Arc::clone(crew));
     let end = move |shared: &StoreShared| {
         shared.present.remove(&place);
         end(shared);
+        end_waiting(shared, &waiting, &lost);
     };
     let overdue = Overdue {
         end: Box::new(end),
@@ -85,8 +91,24 @@ fn announce(
     };
     shared
         .watch
-        .begin(&watched, Instant::now() + limit, overdue);
-    watched
+        .begin(&watched, Instant::now() + limit, overdue)
+        .then_some(watched)
+}
+
+/// Ends what waits when the last thread was lost and not replaced: nobody would.
+fn end_waiting(shared: &StoreShared, queue: &TransferQueue, crew: &Crew) {
+    let (loads, stores) = queue.strand_if(|| crew.is_gone());
+    shared.metrics.loads_failed.add(loads.len() as u64);
+    shared.metrics.stores_failed.add(stores.len() as u64);
+    let ended = "all threads are held by the file system";
+    for job in loads {
+        job.member.end(Ending::Failed(ended.to_owned()));
+    }
+    for job in stores {
+        let job = *job;
+        shared.present.remove(&job.cache.place(&job.chunk.key));
+        job.member.end(Ending::Failed(ended.to_owned()));
+    }
 }
 
 fn overdue(limit: Duration) -> String {

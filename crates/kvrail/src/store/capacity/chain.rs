@@ -27,7 +27,15 @@ pub(super) struct Chains {
     links: Mutex<Links>,
 }
 
-type Links = HashMap<Place, Link>;
+/// A link, and when its stamp was decided on. A stamp says an earlier time, the earlier the further
+/// behind in its prompt a chunk is: by it alone the end of a long prompt would never be young.
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    link: Link,
+    decided: i64,
+}
+
+type Links = HashMap<Place, Known>;
 
 impl Chains {
     fn lock(&self) -> MutexGuard<'_, Links> {
@@ -35,11 +43,19 @@ impl Chains {
     }
 
     pub(super) fn insert(&self, place: Place, link: Link) {
-        insert(&mut self.lock(), place, link);
+        let mut links = self.lock();
+        // A file that says what was decided on was decided on then; another one knows better.
+        let decided = match links.get(&place) {
+            Some(known) if link.milliseconds >= known.link.milliseconds => {
+                known.decided.max(link.milliseconds)
+            }
+            _ => link.milliseconds,
+        };
+        insert(&mut links, place, Known { link, decided });
     }
 
     pub(super) fn get(&self, place: &Place) -> Option<Link> {
-        self.lock().get(place).copied()
+        self.lock().get(place).map(|known| known.link)
     }
 
     /// Decides the stamp of a chunk that is about to be stored or used, after those of all known
@@ -51,17 +67,18 @@ impl Chains {
         if let Some(before) = before {
             renew(&mut links, before, now);
         }
-        let is_fresh = links.get(&place).is_some_and(|link| !is_stale(link, now));
+        let is_fresh = links.get(&place).is_some_and(|known| !is_stale(known, now));
         if is_fresh && !is_new {
             return;
         }
-        let of_parent = before.and_then(|before| links.get(&before).map(|link| link.milliseconds));
+        let of_parent =
+            before.and_then(|before| links.get(&before).map(|known| known.link.milliseconds));
         let link = Link {
             parent,
             milliseconds: Stamp::first(now, of_parent).milliseconds(),
             is_pending: false,
         };
-        insert(&mut links, place, link);
+        insert(&mut links, place, Known { link, decided: now });
     }
 
     /// Decides the stamps of `place` and of all known chunks before it that were not used for a
@@ -73,7 +90,8 @@ impl Chains {
         let mut found = Vec::new();
         let mut next = Some(place);
         while let Some(place) = next {
-            let Some(link) = links.get_mut(&place).filter(|link| link.is_pending) else {
+            let known = links.get_mut(&place).map(|known| &mut known.link);
+            let Some(link) = known.filter(|link| link.is_pending) else {
                 break;
             };
             // So that a circle, which no prompt makes, ends.
@@ -86,16 +104,16 @@ impl Chains {
     }
 }
 
-fn is_stale(link: &Link, now: i64) -> bool {
-    link.milliseconds < now.saturating_sub(RENEWED_AFTER_MILLISECONDS)
+fn is_stale(known: &Known, now: i64) -> bool {
+    known.decided < now.saturating_sub(RENEWED_AFTER_MILLISECONDS)
 }
 
-fn insert(links: &mut Links, place: Place, link: Link) {
+fn insert(links: &mut Links, place: Place, known: Known) {
     if links.len() >= CHUNKS_MAX && !links.contains_key(&place) {
         // What is forgotten is read from the files again, one chunk at a time.
         links.clear();
     }
-    links.insert(place, link);
+    links.insert(place, known);
 }
 
 /// Makes `place` and the chunks before it young, up to the first that is or that is not known.
@@ -104,20 +122,21 @@ fn renew(links: &mut Links, place: Place, now: i64) {
     let mut next = Some(place);
     // A chain cannot be longer than all that is known, nor go in circles for ever.
     while let Some(place) = next.filter(|_| stale.len() <= links.len()) {
-        let Some(link) = links.get(&place).filter(|link| is_stale(link, now)) else {
+        let Some(known) = links.get(&place).filter(|known| is_stale(known, now)) else {
             break;
         };
         stale.push(place);
-        next = link.parent.map(|parent| (place.0, place.1, parent));
+        next = known.link.parent.map(|parent| (place.0, place.1, parent));
     }
     let mut of_parent = next
         .and_then(|place| links.get(&place))
-        .map(|link| link.milliseconds);
+        .map(|known| known.link.milliseconds);
     for place in stale.into_iter().rev() {
         let milliseconds = Stamp::first(now, of_parent).milliseconds();
-        if let Some(link) = links.get_mut(&place) {
-            link.milliseconds = milliseconds;
-            link.is_pending = true;
+        if let Some(known) = links.get_mut(&place) {
+            known.link.milliseconds = milliseconds;
+            known.link.is_pending = true;
+            known.decided = now;
         }
         of_parent = Some(milliseconds);
     }
@@ -166,6 +185,23 @@ mod tests {
         chains.insert(place(6), link(Some(7), 0));
         chains.insert(place(7), link(Some(6), 0));
         assert!(chains.take_pending(place(7), NOW).len() < 20);
+    }
+
+    #[test]
+    fn the_end_of_a_long_prompt_is_decided_on_once() {
+        let chains = Chains::default();
+        // Ten times as many as there are steps of 10 ms in the time that a stamp stays young.
+        let last: u64 = 60_000;
+        for index in 0..=last {
+            let parent = index.checked_sub(1).map(|parent| place(parent).2);
+            chains.plan(place(index), parent, NOW, false);
+        }
+        assert!(chains.take_pending(place(last), NOW).is_empty());
+        let later = NOW + 2 * RENEWED_AFTER_MILLISECONDS;
+        assert_eq!(
+            chains.take_pending(place(last), later).len(),
+            last as usize + 1
+        );
     }
 
     #[test]

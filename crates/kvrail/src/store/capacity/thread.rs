@@ -1,18 +1,17 @@
 //! The threads in which a store's janitors run, one for each path that it may write to.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
-
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::janitor::{Janitor, Tick};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::metrics::Counter;
 use crate::store::notice::Topic;
 use crate::store::shared::StoreShared;
+use crate::sync::atomic::Ordering;
+use crate::sync::channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crate::sync::thread;
+use crate::sync::{Arc, Mutex, PoisonError};
 
 /// Longest wait of a closing store for its janitors: one that works ends within a tick, one whose
 /// mount does not answer is left to end when the mount does.
