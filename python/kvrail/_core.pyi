@@ -208,9 +208,9 @@ class Store:
         """
 
     def metrics(self) -> dict[str, float]:
-        """Returns the counters since the store was opened, which only grow, and two gauges.
+        """Returns the counters since the store was opened, which only grow, and the gauges.
 
-        The gauges are ``usage_bytes`` and ``janitor_paths``.
+        The gauges are ``usage_bytes``, ``janitor_paths`` and ``uring_requests_held``.
         """
 
     def take_notices(self) -> list[tuple[str, str]]:

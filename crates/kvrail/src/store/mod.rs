@@ -17,6 +17,7 @@ pub mod capacity;
 mod crew;
 mod directory;
 mod durable;
+mod engine;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod gpu;
@@ -155,6 +156,7 @@ impl Store {
         let (used, janitors) = shared.capacity.gauges();
         shared.metrics.usage_bytes.set(used);
         shared.metrics.janitor_paths.set(janitors);
+        shared.metrics.set_io(&shared.io_counts());
         shared.metrics.snapshot()
     }
 
