@@ -212,9 +212,10 @@ class Store:
         """
 
     def metrics(self) -> dict[str, float]:
-        """Returns the counters since the store was opened, which only grow, and three gauges.
+        """Returns the counters since the store was opened, which only grow, and the gauges.
 
-        The gauges are ``usage_bytes``, ``janitor_paths`` and ``local_cpu_bytes``.
+        The gauges are ``usage_bytes``, ``janitor_paths``, ``local_cpu_bytes`` and
+        ``uring_requests_held``.
         """
 
     def take_notices(self) -> list[tuple[str, str]]:

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use kvrail::config::{
-    Admission, ConfigSources, Durability, EvictionPolicy, GdsBackend, LoadFailurePolicy, MinFree,
-    PathSharding, ResolvedConfig, StoreConfig, resolve,
+    Admission, ConfigSources, Durability, EngineChoice, EvictionPolicy, GdsBackend,
+    LoadFailurePolicy, MinFree, PathSharding, ResolvedConfig, StoreConfig, resolve,
 };
 use kvrail::{Error, Result};
 use pyo3::prelude::*;
@@ -154,6 +154,11 @@ fn values(store: &StoreConfig) -> Value {
         "extra_config.cufile_compat_mode": store.cufile_compat_mode,
         "extra_config.direct": store.direct,
         "extra_config.use_direct_io": store.use_direct_io,
+        "extra_config.io_engine": match store.io_engine {
+            EngineChoice::Auto => "auto",
+            EngineChoice::Posix => "posix",
+            EngineChoice::Uring => "uring",
+        },
         "extra_config.disk_io_threads": store.disk_io_threads,
         "extra_config.load_failure_policy": policy(store.load_failure_policy),
         "extra_config.wait_limit_seconds": store.wait_limit_seconds,

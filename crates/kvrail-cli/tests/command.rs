@@ -222,12 +222,29 @@ fn bench_measures_verifies_and_leaves_nothing_behind() {
         "64",
         "--memory-mib",
         "24",
+        "--engine",
+        "posix,uring",
         "--json",
     ];
     let output = kvrail(&arguments);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let report = json(&output);
+    assert_eq!(
+        report["models"].as_array().unwrap().len(),
+        2,
+        "one for each engine"
+    );
+    let second = &report["models"][1];
+    // Where there is no io_uring, the store has said why and taken posix.
+    let reason = second["engine_reason"].as_str().unwrap();
+    assert!(
+        second["engine"] == "uring" || reason.contains("io_engine is uring, but"),
+        "{reason}"
+    );
+    assert!(second["load"]["ratio_to_first"]["median"].as_f64().unwrap() > 0.0);
     let model = &report["models"][0];
+    assert_eq!(model["engine"], "posix");
+    assert_eq!(model["store"].get("ratio_to_first"), None);
     assert_eq!(model["model"], "smollm2-135m");
     assert_eq!(model["payload_bytes"], 23_040 * 256);
     assert_eq!(

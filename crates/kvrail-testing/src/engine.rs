@@ -6,7 +6,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kvrail::Error;
-use kvrail::io::{Completion, IoEngine, IoHandle, IoRequest, Operation, PosixEngine};
+use kvrail::io::{
+    Completion, IoCounts, IoEngine, IoHandle, IoRequest, Operation, PosixEngine, UringEngine,
+};
+use kvrail::memory::StagingPool;
 
 use crate::rules::{Effect, Fault, Rules};
 
@@ -37,6 +40,17 @@ impl FaultEngine {
     pub fn new(seed: u64) -> Arc<Self> {
         Self::over(
             Arc::new(PosixEngine::new(4, Arc::new(|| ())).unwrap()),
+            seed,
+        )
+    }
+
+    /// Wraps a uring engine of four rings.
+    ///
+    /// # Panics
+    /// Where there can be none.
+    pub fn over_uring(seed: u64) -> Arc<Self> {
+        Self::over(
+            Arc::new(UringEngine::new(4, Arc::new(|| ())).unwrap()),
             seed,
         )
     }
@@ -103,24 +117,32 @@ fn far() -> Instant {
     Instant::now() + Duration::from_secs(3600)
 }
 
-impl IoEngine for FaultEngine {
-    fn name(&self) -> &'static str {
-        "faulty"
-    }
-
-    fn submit(&self, request: IoRequest) -> IoHandle {
+impl FaultEngine {
+    /// Returns what the rules say of a request, `None` for nothing.
+    fn decide(&self, request: &IoRequest) -> Option<Planned> {
         let operation = match request.operation {
             Operation::Read => "read",
             Operation::Write => "write",
         };
         let path = request.file.path().to_string_lossy().into_owned();
         let fault = self.with_rules(|rules| rules.decide(operation, &path));
-        if fault == Fault::default() {
-            return self.inner.submit(request);
-        }
+        (fault != Fault::default()).then_some(Planned {
+            operation,
+            path,
+            fault,
+        })
+    }
+
+    /// Starts a request that a rule is about, on a thread of its own.
+    fn submit_faulty(&self, request: IoRequest, planned: Planned) -> IoHandle {
         let (completion, handle) = IoHandle::pair();
         let engine = self.clone();
         thread::spawn(move || {
+            let Planned {
+                operation,
+                path,
+                fault,
+            } = planned;
             thread::sleep(fault.delay);
             while fault.hang && engine.with_rules(|rules| rules.still_hangs(operation, &path)) {
                 thread::sleep(LOOK_AGAIN);
@@ -128,5 +150,57 @@ impl IoEngine for FaultEngine {
             engine.perform(request, &fault, completion);
         });
         handle
+    }
+}
+
+/// What a rule does to a request.
+struct Planned {
+    operation: &'static str,
+    path: String,
+    fault: Fault,
+}
+
+impl IoEngine for FaultEngine {
+    fn name(&self) -> &'static str {
+        "faulty"
+    }
+
+    fn submit(&self, request: IoRequest) -> IoHandle {
+        match self.decide(&request) {
+            None => self.inner.submit(request),
+            Some(planned) => self.submit_faulty(request, planned),
+        }
+    }
+
+    fn submit_all(&self, requests: Vec<IoRequest>) -> Vec<IoHandle> {
+        let mut clean = Vec::new();
+        // In the order of the requests; `None` for one that is among the clean ones.
+        let mut handles: Vec<Option<IoHandle>> = Vec::new();
+        for request in requests {
+            match self.decide(&request) {
+                None => {
+                    clean.push(request);
+                    handles.push(None);
+                }
+                Some(planned) => handles.push(Some(self.submit_faulty(request, planned))),
+            }
+        }
+        let mut clean = self.inner.submit_all(clean).into_iter();
+        let handles = handles.into_iter();
+        handles
+            .map(|handle| handle.or_else(|| clean.next()).unwrap())
+            .collect()
+    }
+
+    fn request_bytes(&self, operation: Operation) -> usize {
+        self.inner.request_bytes(operation)
+    }
+
+    fn prepare(&self, pool: &StagingPool) -> Result<(), String> {
+        self.inner.prepare(pool)
+    }
+
+    fn counts(&self) -> IoCounts {
+        self.inner.counts()
     }
 }

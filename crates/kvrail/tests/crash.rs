@@ -65,6 +65,14 @@ fn child() {
     }
 }
 
+/// Returns the name of `child` in the binary that it is in.
+fn child_name() -> String {
+    match module_path!().split_once("::") {
+        Some((_, module)) => format!("{module}::child"),
+        None => "child".to_owned(),
+    }
+}
+
 #[test]
 fn killed_writers_leave_whole_chunks() {
     let directory = tempfile::tempdir().unwrap();
@@ -76,7 +84,7 @@ fn killed_writers_leave_whole_chunks() {
         }
         kills += 1;
         let mut writer = Command::new(std::env::current_exe().unwrap())
-            .args(["--ignored", "--exact", "child", "--nocapture"])
+            .args(["--ignored", "--exact", &child_name(), "--nocapture"])
             .env(CHILD_DIRECTORY, directory.path())
             .stdout(Stdio::null())
             .stderr(Stdio::null())

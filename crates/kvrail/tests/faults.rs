@@ -11,10 +11,9 @@ mod common;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{Cache, Geometry, chunk_files, config, names, open_with};
+use common::{Cache, Geometry, chunk_files, config, fault_engine, names, open_with};
 use kvrail::io::{IoEngine, IoHandle, IoRequest};
 use kvrail::{Error, ErrorKind};
-use kvrail_testing::FaultEngine;
 
 /// The writes of chunks, not those of the probe.
 const CHUNK_WRITES: &str = "write */tmp/.chunk.*";
@@ -25,7 +24,7 @@ const CHUNK_READS: &str = "read *.safetensors";
 fn failed_writes_leave_no_file_and_their_keys_free() {
     for fault in ["error=EIO", "lie", "short", "error=ENOSPC", "error=EDQUOT"] {
         let directory = tempfile::tempdir().unwrap();
-        let engine = FaultEngine::new(1);
+        let engine = fault_engine(1);
         engine.set(&format!("{CHUNK_WRITES} {fault} every=3"));
         let store = open_with(&config(directory.path()), engine);
         let cache = Cache::attach(&store, 0, Geometry::default());
@@ -61,7 +60,7 @@ fn failed_writes_leave_no_file_and_their_keys_free() {
 fn failed_and_lying_reads_are_misses() {
     for fault in ["error=EIO", "lie", "short", "flip", "zero", "swap"] {
         let directory = tempfile::tempdir().unwrap();
-        let engine = FaultEngine::new(2);
+        let engine = fault_engine(2);
         engine.set(&format!("{CHUNK_READS} {fault} every=2"));
         let store = open_with(&config(directory.path()), engine);
         let cache = Cache::attach(&store, 0, Geometry::default());
@@ -93,7 +92,7 @@ fn a_request_that_hangs_costs_the_wait_limit_and_keeps_its_memory() {
         let directory = tempfile::tempdir().unwrap();
         let mut config = config(directory.path());
         config.wait_limit_seconds = 0.3;
-        let engine = FaultEngine::new(3);
+        let engine = fault_engine(3);
         engine.set(&format!("{operation} hang"));
         let store = open_with(&config, Arc::clone(&engine) as Arc<dyn IoEngine>);
         let cache = Cache::attach(&store, 0, Geometry::default());

@@ -68,6 +68,10 @@ COUNTERS: dict[str, str] = {
     "chunks_evicted_space": "Chunks removed by this process for min_free.",
     "chunks_evicted_age": "Chunks removed by this process for ttl.",
     "bytes_evicted": "File bytes of the chunks removed by this process.",
+    "uring_requests_continued": "io_uring requests that moved a part first and then the rest.",
+    "uring_requests_handed_over": "io_uring requests that a kernel thread had to do.",
+    "uring_requests_cancelled": "io_uring requests that nobody waited for any more.",
+    "uring_requests_leaked": "io_uring requests whose memory was left to the kernel for good.",
 }
 
 # Gauge -> its documentation. Not increments: the latest value counts, and of several workers the
@@ -78,6 +82,7 @@ GAUGES: dict[str, str] = {
     "load_tokens_per_second": "Tokens loaded per second of a load, over the latest loads.",
     "prefill_tokens_per_second": "Tokens computed per second, over the latest prefill steps.",
     "janitor_paths": "Paths of which a worker of this engine is the janitor.",
+    "uring_requests_held": "io_uring requests that nobody waits for and the kernel still has.",
 }
 
 METRIC_PREFIX = "kvrail:"

@@ -20,7 +20,10 @@ pub(crate) enum Model {
     /// 5.6 MiB per chunk, blocks of the CPU build of vLLM
     #[value(name = "smollm2-135m")]
     Smollm2,
-    /// All of them, one after the other
+    /// 256 KiB per chunk: no model, but the small end of what is stored
+    #[value(name = "synthetic-256k")]
+    Synthetic256k,
+    /// All models, one after the other
     #[value(name = "all")]
     All,
 }
@@ -33,6 +36,7 @@ impl Model {
             Self::Llama70bTp8 => vec![LLAMA_70B_TP8],
             Self::DeepseekV3 => vec![DEEPSEEK_V3],
             Self::Smollm2 => vec![SMOLLM2],
+            Self::Synthetic256k => vec![SYNTHETIC_256K],
             Self::All => vec![LLAMA_8B, LLAMA_70B_TP8, DEEPSEEK_V3, SMOLLM2],
         }
     }
@@ -93,6 +97,14 @@ const SMOLLM2: Geometry = Geometry {
     layers: 30,
     token_bytes: 3 * 64 * KEY_AND_VALUE * BFLOAT16_BYTES,
     block_tokens: 128,
+};
+
+/// Two layers with one KV head of size 128: 1024 B per token.
+const SYNTHETIC_256K: Geometry = Geometry {
+    name: "synthetic-256k",
+    layers: 2,
+    token_bytes: 128 * KEY_AND_VALUE * BFLOAT16_BYTES,
+    block_tokens: 16,
 };
 
 impl Geometry {

@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
+use kvrail::config::EngineChoice;
 use serde::Serialize;
 
 use self::geometry::{Geometry, Model};
@@ -58,9 +59,10 @@ pub(crate) struct Arguments {
     /// The library of cuFile to use on a GPU [default: as `kvrail doctor` finds it]
     #[arg(long, value_name = "PATH", env = "KVRAIL_CUFILE_LIBRARY")]
     cufile_library: Option<PathBuf>,
-    /// How bytes move from and to the memory of the host
-    #[arg(long, value_enum, default_value = "posix")]
-    engine: Engine,
+    /// How bytes move from and to the memory of the host; several engines, separated by commas, are
+    /// measured in turn in the same rounds
+    #[arg(long, value_enum, default_value = "auto", value_delimiter = ',')]
+    engine: Vec<Engine>,
     /// Threads that do file I/O, of kvrail and of the raw limit alike
     #[arg(long, default_value = "4", value_parser = clap::value_parser!(u64).range(1..=256))]
     threads: u64,
@@ -89,8 +91,22 @@ pub(crate) struct Arguments {
 /// The I/O engines that can be measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Engine {
+    /// What the store takes by itself
+    Auto,
     /// A pool of threads with pread and pwrite
     Posix,
+    /// io_uring
+    Uring,
+}
+
+impl Engine {
+    fn choice(self) -> EngineChoice {
+        match self {
+            Self::Auto => EngineChoice::Auto,
+            Self::Posix => EngineChoice::Posix,
+            Self::Uring => EngineChoice::Uring,
+        }
+    }
 }
 
 /// Measures and prints.
@@ -98,11 +114,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     if let Device::Cuda(ordinal) = arguments.device {
         return gpu::run(arguments, ordinal);
     }
-    let Engine::Posix = arguments.engine;
     let geometries = arguments.model.geometries();
     let scratch = Scratch::new(&arguments.path)?;
-    // Both sides' files of one round.
-    let files = 2 * arguments.chunks.get() as u64;
+    // All sides' files of one round.
+    let sides = arguments.engine.len() as u64 + 1;
+    let files = sides * arguments.chunks.get() as u64;
     check_space(scratch.path(), &geometries, files)?;
     let mut models = Vec::new();
     for geometry in geometries {
@@ -118,7 +134,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
             .map_err(|error| Failure::io("create", &directory, &error))?;
         let measurement = run::measure(plan, &directory, &bar)?;
         bar.finish_and_clear();
-        models.push(ModelReport::new(measurement));
+        models.extend(ModelReport::all(&measurement));
     }
     let lookup = lookup::measure(scratch.path(), arguments.threads as usize)?;
     let report = Report {
@@ -164,6 +180,7 @@ fn plan(arguments: &Arguments, geometry: Geometry) -> Plan {
         chunks: arguments.chunks.get(),
         rounds: arguments.rounds as usize,
         threads,
+        engines: arguments.engine.iter().map(|one| one.choice()).collect(),
         in_flight: in_flight.unwrap_or_else(|| fitting.min(2 * threads)),
         buffer_mib: arguments.buffer_mib as usize,
         memory_bytes: (arguments.memory_mib as usize) << 20,

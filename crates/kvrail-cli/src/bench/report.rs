@@ -6,11 +6,13 @@
 use std::io::{self, Write};
 use std::time::Duration;
 
+use kvrail::io::MountReport;
 use serde::Serialize;
 
+use super::clients::Sample;
 use super::geometry::CHUNK_TOKENS;
 use super::lookup::LookupTimes;
-use super::run::{Measurement, Pair, Round};
+use super::run::{Measurement, Round, Sides};
 use super::statistics::{Spread, percentile};
 use crate::output::{Align, Table, human_bytes};
 
@@ -22,7 +24,7 @@ pub(crate) struct Report {
     pub(crate) lookup: LookupTimes,
 }
 
-/// The figures of one geometry.
+/// The figures of one geometry with one engine.
 #[derive(Debug, Serialize)]
 pub(crate) struct ModelReport {
     model: &'static str,
@@ -37,6 +39,7 @@ pub(crate) struct ModelReport {
     threads: usize,
     in_flight: usize,
     engine: &'static str,
+    engine_reason: String,
     file_system: String,
     direct: bool,
     raw_direct: bool,
@@ -53,6 +56,9 @@ struct OperationReport {
     raw: SideReport,
     /// kvrail's rate over the raw rate, per round.
     ratio: Spread,
+    /// The rate over that with the first engine, per round; nothing for the first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ratio_to_first: Option<Spread>,
 }
 
 /// One side at one operation.
@@ -68,10 +74,18 @@ struct SideReport {
 }
 
 impl ModelReport {
-    /// Works the figures out.
-    pub(crate) fn new(measurement: Measurement) -> Self {
+    /// Works the figures out, one report for each engine.
+    pub(crate) fn all(measurement: &Measurement) -> Vec<Self> {
+        let mounts = measurement.mounts.iter().enumerate();
+        mounts
+            .map(|(index, mount)| Self::new(measurement, index, mount))
+            .collect()
+    }
+
+    fn new(measurement: &Measurement, index: usize, mount: &MountReport) -> Self {
         let plan = &measurement.plan;
         let bytes = plan.geometry.payload_bytes() * plan.chunks;
+        let rounds = &measurement.rounds;
         Self {
             model: plan.geometry.name,
             chunk_tokens: CHUNK_TOKENS,
@@ -84,24 +98,34 @@ impl ModelReport {
             rounds: plan.rounds,
             threads: plan.threads,
             in_flight: plan.in_flight,
-            engine: measurement.engine,
-            direct: measurement.kvrail_direct,
+            engine: mount.engine,
+            engine_reason: mount.engine_reason.clone(),
+            direct: mount.direct,
             raw_direct: measurement.raw_direct,
-            store: OperationReport::new(&measurement.rounds, bytes, |round| &round.store),
-            load: OperationReport::new(&measurement.rounds, bytes, |round| &round.load),
-            retries: measurement.retries,
+            store: OperationReport::new(rounds, bytes, index, |round| &round.store),
+            load: OperationReport::new(rounds, bytes, index, |round| &round.load),
+            retries: measurement.retries.get(index).copied().unwrap_or_default(),
             verified_chunks: measurement.verified,
-            file_system: measurement.file_system,
+            file_system: mount.file_system.clone(),
         }
     }
 }
 
 impl OperationReport {
-    fn new(rounds: &[Round], bytes: usize, operation: impl Fn(&Round) -> &Pair) -> Self {
+    fn new(
+        rounds: &[Round],
+        bytes: usize,
+        index: usize,
+        operation: impl Fn(&Round) -> &Sides,
+    ) -> Self {
         let gigabytes = bytes as f64 / 1e9;
-        let pairs: Vec<&Pair> = rounds.iter().map(operation).collect();
-        let side = |sample: fn(&Pair) -> &super::clients::Sample| {
-            let samples: Vec<_> = pairs.iter().map(|pair| sample(pair)).collect();
+        let of = |engine: usize| -> Vec<&Sample> {
+            let sides = rounds.iter().map(&operation);
+            sides.filter_map(|sides| sides.kvrail.get(engine)).collect()
+        };
+        let (kvrail, first) = (of(index), of(0));
+        let raw: Vec<&Sample> = rounds.iter().map(|round| &operation(round).raw).collect();
+        let side = |samples: &[&Sample]| {
             let latencies = || {
                 let each = samples.iter().flat_map(|sample| &sample.latencies);
                 each.map(Duration::as_secs_f64).map(|seconds| seconds * 1e3)
@@ -115,14 +139,15 @@ impl OperationReport {
                 chunk_p99_ms: percentile(latencies(), 99),
             }
         };
+        let ratio = |to: &[&Sample]| {
+            let pairs = to.iter().zip(&kvrail);
+            Spread::of(pairs.map(|(other, kvrail)| other.seconds / kvrail.seconds))
+        };
         Self {
-            kvrail: side(|pair| &pair.kvrail),
-            raw: side(|pair| &pair.raw),
-            ratio: Spread::of(
-                pairs
-                    .iter()
-                    .map(|pair| pair.raw.seconds / pair.kvrail.seconds),
-            ),
+            ratio: ratio(&raw),
+            ratio_to_first: (index > 0).then(|| ratio(&first)),
+            kvrail: side(&kvrail),
+            raw: side(&raw),
         }
     }
 }
@@ -144,8 +169,9 @@ impl Report {
             )?;
             writeln!(
                 out,
-                "  {} on {}: kvrail {}, raw {}; {} chunks verified, {} submitted again",
+                "  {} ({}) on {}: kvrail {}, raw {}; {} chunks verified, {} submitted again",
                 model.engine,
+                model.engine_reason,
                 model.file_system,
                 direct(model.direct),
                 direct(model.raw_direct),
@@ -171,10 +197,12 @@ impl Report {
     fn table(&self) -> Table {
         let mut table = Table::new(&[
             ("MODEL", Align::Left),
+            ("ENGINE", Align::Left),
             ("OPERATION", Align::Left),
             ("GB/s", Align::Right),
             ("RAW GB/s", Align::Right),
             ("RATIO (min-max)", Align::Right),
+            ("TO FIRST (min-max)", Align::Right),
             ("CPU s/GB", Align::Right),
             ("RAW CPU s/GB", Align::Right),
             ("p50 ms", Align::Right),
@@ -187,10 +215,15 @@ impl Report {
                 let (kvrail, raw, ratio) = (&operation.kvrail, &operation.raw, &operation.ratio);
                 table.row(vec![
                     model.model.to_owned(),
+                    model.engine.to_owned(),
                     name.to_owned(),
                     format!("{:.2}", kvrail.gb_per_second.median),
                     format!("{:.2}", raw.gb_per_second.median),
-                    format!("{:.2} ({:.2}-{:.2})", ratio.median, ratio.min, ratio.max),
+                    spread(ratio),
+                    operation
+                        .ratio_to_first
+                        .as_ref()
+                        .map_or_else(String::new, spread),
                     format!("{:.2}", kvrail.cpu_seconds_per_gb.median),
                     format!("{:.2}", raw.cpu_seconds_per_gb.median),
                     format!("{:.1}", kvrail.chunk_p50_ms),
@@ -202,6 +235,10 @@ impl Report {
         }
         table
     }
+}
+
+fn spread(ratio: &Spread) -> String {
+    format!("{:.2} ({:.2}-{:.2})", ratio.median, ratio.min, ratio.max)
 }
 
 fn direct(direct: bool) -> &'static str {

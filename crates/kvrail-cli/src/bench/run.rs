@@ -1,7 +1,7 @@
-//! The measurement of one geometry: kvrail and the raw limit, interleaved.
+//! The measurement of one geometry: kvrail, with each engine, and the raw limit, interleaved.
 //!
 //! A round stores and then loads all chunks, in waves of as many as KV memory holds. Each wave runs
-//! once through kvrail and once raw, and which goes first alternates. Only that is timed; outside
+//! once through kvrail with each engine and once raw, and which goes first alternates. Only that is timed; outside
 //! stand: marking the source, syncing, dropping files from the page cache, poisoning the target,
 //! comparing what was loaded, removing the files of the round. The first round warms up (staging
 //! buffers get their pages) and is not counted.
@@ -9,7 +9,8 @@
 use std::path::{Path, PathBuf};
 
 use indicatif::ProgressBar;
-use kvrail::config::{GdsBackend, StoreConfig};
+use kvrail::config::{EngineChoice, GdsBackend, StoreConfig};
+use kvrail::io::MountReport;
 use kvrail::{KvCache, Namespace, OpenOptions, Store, StoreChunk};
 
 use super::clients::{self, Sample};
@@ -27,24 +28,43 @@ pub(crate) struct Plan {
     pub(crate) chunks: usize,
     pub(crate) rounds: usize,
     pub(crate) threads: usize,
+    /// One store for each, in the order of the report.
+    pub(crate) engines: Vec<EngineChoice>,
     pub(crate) in_flight: usize,
     pub(crate) buffer_mib: usize,
     /// Bound of the source and the target together.
     pub(crate) memory_bytes: usize,
 }
 
-/// Both sides of one operation in one round.
+/// All sides of one operation in one round: kvrail with each engine, and raw.
 #[derive(Debug, Default)]
-pub(crate) struct Pair {
-    pub(crate) kvrail: Sample,
+pub(crate) struct Sides {
+    pub(crate) kvrail: Vec<Sample>,
     pub(crate) raw: Sample,
+}
+
+impl Sides {
+    fn new(engines: usize) -> Self {
+        Self {
+            kvrail: vec![Sample::default(); engines],
+            raw: Sample::default(),
+        }
+    }
+
+    /// Adds what a side took.
+    fn add(&mut self, side: usize, sample: Sample) {
+        match self.kvrail.get_mut(side) {
+            Some(kvrail) => kvrail.add(sample),
+            None => self.raw.add(sample),
+        }
+    }
 }
 
 /// One counted round.
 #[derive(Debug, Default)]
 pub(crate) struct Round {
-    pub(crate) store: Pair,
-    pub(crate) load: Pair,
+    pub(crate) store: Sides,
+    pub(crate) load: Sides,
 }
 
 /// All that was measured of one geometry.
@@ -53,37 +73,43 @@ pub(crate) struct Measurement {
     pub(crate) plan: Plan,
     pub(crate) file_bytes: usize,
     pub(crate) slots: usize,
-    pub(crate) engine: &'static str,
-    pub(crate) file_system: String,
-    pub(crate) kvrail_direct: bool,
+    /// What each store says of its path, in the order of the engines.
+    pub(crate) mounts: Vec<MountReport>,
     pub(crate) raw_direct: bool,
     pub(crate) rounds: Vec<Round>,
-    /// Chunks whose bytes were compared, all of them equal.
+    /// Chunks whose bytes were compared, all of them equal, of each store.
     pub(crate) verified: u64,
-    /// Submissions that the store had no staging buffer for, and that were repeated.
-    pub(crate) retries: u64,
+    /// Submissions that a store had no staging buffer for, and that were repeated.
+    pub(crate) retries: Vec<u64>,
 }
 
-/// The store under test with its two KV memories.
+/// The stores under test with their two KV memories.
 struct Bench {
-    store: Store,
-    directory: PathBuf,
+    subjects: Vec<Subject>,
     source: KvMemory,
     target: KvMemory,
+    in_flight: usize,
+}
+
+/// A store under test.
+struct Subject {
+    store: Store,
+    directory: PathBuf,
     source_cache: KvCache,
     target_cache: KvCache,
-    in_flight: usize,
     submission: Submission,
 }
 
-/// Measures one geometry below `directory`, which is left with the store's empty folders.
+/// Measures one geometry below `directory`, which is left with the stores' empty folders.
 pub(crate) fn measure(
     plan: Plan,
     directory: &Path,
     bar: &ProgressBar,
 ) -> Result<Measurement, Failure> {
     let mut bench = Bench::open(&plan, directory)?;
-    let file_bytes = bench.source_cache.chunk_file_bytes();
+    let first = bench.subjects.first();
+    let first = first.ok_or_else(|| Failure::new("there is no engine to measure"))?;
+    let file_bytes = first.source_cache.chunk_file_bytes();
     let mut raw = Raw::new(directory.join("raw"), file_bytes, plan.threads)?;
     let mut rounds = Vec::new();
     for number in 0..=plan.rounds {
@@ -92,37 +118,89 @@ pub(crate) fn measure(
             rounds.push(round);
         }
     }
-    let report = bench.store.describe().into_iter().next();
-    let report = report.ok_or_else(|| Failure::new("the store reports no mount"))?;
-    bench.store.close(WAIT_LIMIT)?;
+    let mut mounts = Vec::new();
+    for subject in &bench.subjects {
+        let report = subject.store.describe().into_iter().next();
+        mounts.push(report.ok_or_else(|| Failure::new("the store reports no mount"))?);
+        subject.store.close(WAIT_LIMIT)?;
+    }
+    let retries = bench.subjects.iter();
     Ok(Measurement {
         file_bytes,
         slots: bench.source.slots(),
-        engine: report.engine,
-        file_system: report.file_system,
-        kvrail_direct: report.direct,
+        mounts,
         raw_direct: raw.is_direct(),
         rounds,
         verified: ((plan.rounds + 1) * plan.chunks) as u64,
-        retries: bench.submission.retries(),
+        retries: retries
+            .map(|subject| subject.submission.retries())
+            .collect(),
         plan,
     })
+}
+
+impl Subject {
+    fn open(
+        plan: &Plan,
+        engine: EngineChoice,
+        path: &Path,
+        memories: [&KvMemory; 2],
+    ) -> Result<Self, Failure> {
+        let geometry = plan.geometry;
+        let config = StoreConfig {
+            chunk_size: CHUNK_TOKENS,
+            gds_backend: GdsBackend::Posix,
+            io_engine: engine,
+            disk_io_threads: plan.threads,
+            buffer_mib: plan.buffer_mib,
+            ..StoreConfig::with_path(path)
+        };
+        let namespace = Namespace::new(geometry.name, serde_json::Map::new())?;
+        let directory = path.join(namespace.directory_name());
+        let store = Store::open(&config, namespace, OpenOptions::default())?;
+        let attach = |memory: &KvMemory| -> Result<KvCache, Failure> {
+            let regions = vec![memory.region()];
+            Ok(store.attach(0, 0, memory.layout()?, regions, geometry.blocks_per_chunk())?)
+        };
+        let [source, target] = memories;
+        Ok(Self {
+            source_cache: attach(source)?,
+            target_cache: attach(target)?,
+            store,
+            directory,
+            submission: Submission::default(),
+        })
+    }
+
+    fn store(&self, bench: &Bench, wave: &[u64]) -> Result<Sample, Failure> {
+        clients::run(&mut vec![(); bench.in_flight], wave, |(), item| {
+            let chunk = StoreChunk {
+                chunk: chunk_ref(item, wave)?,
+                blocks: bench.source.blocks(slot_of(wave, item)),
+            };
+            let submit = || Ok(self.source_cache.store(std::slice::from_ref(&chunk))?);
+            self.submission.store(&self.store, item, submit)
+        })
+    }
+
+    fn load(&self, bench: &Bench, wave: &[u64]) -> Result<Sample, Failure> {
+        clients::run(&mut vec![(); bench.in_flight], wave, |(), item| {
+            let blocks = bench.target.blocks(slot_of(wave, item));
+            submission::load(&self.target_cache, wave, item, blocks)
+        })
+    }
+
+    fn chunk_files(&self) -> Result<Vec<PathBuf>, Failure> {
+        let files = kvrail::store::inspect::chunks(&self.directory);
+        Ok(files
+            .map(|file| file.map(|file| file.path))
+            .collect::<kvrail::Result<_>>()?)
+    }
 }
 
 impl Bench {
     fn open(plan: &Plan, directory: &Path) -> Result<Self, Failure> {
         let geometry = plan.geometry;
-        let path = directory.join("store");
-        let config = StoreConfig {
-            chunk_size: CHUNK_TOKENS,
-            gds_backend: GdsBackend::Posix,
-            disk_io_threads: plan.threads,
-            buffer_mib: plan.buffer_mib,
-            ..StoreConfig::with_path(&path)
-        };
-        let namespace = Namespace::new(geometry.name, serde_json::Map::new())?;
-        let directory = path.join(namespace.directory_name());
-        let store = Store::open(&config, namespace, OpenOptions::default())?;
         // Half for what is stored, half for what is loaded.
         let fitting = plan.memory_bytes / 2 / geometry.payload_bytes();
         let slots = fitting.min(plan.chunks);
@@ -133,20 +211,32 @@ impl Bench {
         let source = KvMemory::new(geometry, slots)?;
         let target = KvMemory::new(geometry, slots)?;
         source.fill(&mut Random::new(0x6b76_7261_696c))?;
-        let attach = |memory: &KvMemory| -> Result<KvCache, Failure> {
-            let regions = vec![memory.region()];
-            Ok(store.attach(0, 0, memory.layout()?, regions, geometry.blocks_per_chunk())?)
-        };
+        let engines = plan.engines.iter().enumerate();
+        let subjects = engines
+            .map(|(index, engine)| {
+                let path = directory.join(format!("store-{index}"));
+                Subject::open(plan, *engine, &path, [&source, &target])
+            })
+            .collect::<Result<_, Failure>>()?;
         Ok(Self {
-            source_cache: attach(&source)?,
-            target_cache: attach(&target)?,
-            store,
-            directory,
+            subjects,
             source,
             target,
             in_flight: plan.in_flight,
-            submission: Submission::default(),
         })
+    }
+
+    /// Returns who goes when in a wave, by number, the raw side last: each side first in its turn,
+    /// so that none always finds the disk as the same other one left it.
+    fn order(&self, index: usize) -> Vec<usize> {
+        let sides = self.subjects.len() + 1;
+        let mut order: Vec<usize> = (0..sides).collect();
+        order.rotate_left(index % sides);
+        // Forwards and backwards: neighbours change places as well.
+        if (index / sides) % 2 == 1 {
+            order.reverse();
+        }
+        order
     }
 
     fn round(
@@ -160,46 +250,52 @@ impl Bench {
         let first = (number * chunks) as u64;
         let items: Vec<u64> = (first..first + chunks as u64).collect();
         let waves: Vec<&[u64]> = items.chunks(self.source.slots()).collect();
-        let mut round = Round::default();
+        let mut round = Round {
+            store: Sides::new(self.subjects.len()),
+            load: Sides::new(self.subjects.len()),
+        };
         for (index, wave) in waves.iter().enumerate() {
             self.mark_source(wave)?;
-            for side in order(number + index) {
-                match side {
-                    Side::Kvrail => round.store.kvrail.add(self.store_wave(wave)?),
-                    Side::Raw => round.store.raw.add(raw.store(wave)?),
-                }
-                sync_file_system(&self.directory)?;
+            for side in self.order(number + index) {
+                let sample = match self.subjects.get(side) {
+                    Some(subject) => subject.store(self, wave)?,
+                    None => raw.store(wave)?,
+                };
+                round.store.add(side, sample);
+                self.sync()?;
             }
             bar.inc(wave.len() as u64);
         }
-        let files = self.chunk_files()?;
-        for path in files
+        let mut files: Vec<PathBuf> = items.iter().map(|item| raw.path(*item)).collect();
+        for subject in &self.subjects {
+            files.extend(subject.chunk_files()?);
+        }
+        files
             .iter()
-            .cloned()
-            .chain(items.iter().map(|item| raw.path(*item)))
-        {
-            drop_from_page_cache(&path)?;
-        }
+            .try_for_each(|path| drop_from_page_cache(path))?;
         for (index, wave) in waves.iter().enumerate() {
-            self.target.poison()?;
-            for side in order(number + index) {
-                match side {
-                    Side::Kvrail => round.load.kvrail.add(self.load_wave(wave)?),
-                    Side::Raw => round.load.raw.add(raw.load(wave)?),
-                }
-            }
             self.mark_source(wave)?;
-            self.compare(wave)?;
+            for side in self.order(number + index) {
+                let Some(subject) = self.subjects.get(side) else {
+                    round.load.add(side, raw.load(wave)?);
+                    continue;
+                };
+                self.target.poison()?;
+                round.load.add(side, subject.load(self, wave)?);
+                self.compare(wave)?;
+            }
             bar.inc(wave.len() as u64);
         }
-        for path in files
-            .into_iter()
-            .chain(items.iter().map(|item| raw.path(*item)))
-        {
+        for path in files {
             std::fs::remove_file(&path).map_err(|error| Failure::io("remove", &path, &error))?;
         }
-        sync_file_system(&self.directory)?;
+        self.sync()?;
         Ok(round)
+    }
+
+    fn sync(&self) -> Result<(), Failure> {
+        let first = self.subjects.first();
+        first.map_or(Ok(()), |subject| sync_file_system(&subject.directory))
     }
 
     /// Makes the source's slots those of the chunks of a wave.
@@ -207,24 +303,6 @@ impl Bench {
         wave.iter()
             .enumerate()
             .try_for_each(|(slot, item)| self.source.stamp(slot, *item))
-    }
-
-    fn store_wave(&self, wave: &[u64]) -> Result<Sample, Failure> {
-        clients::run(&mut vec![(); self.in_flight], wave, |(), item| {
-            let chunk = StoreChunk {
-                chunk: chunk_ref(item, wave)?,
-                blocks: self.source.blocks(slot_of(wave, item)),
-            };
-            let submit = || Ok(self.source_cache.store(std::slice::from_ref(&chunk))?);
-            self.submission.store(&self.store, item, submit)
-        })
-    }
-
-    fn load_wave(&self, wave: &[u64]) -> Result<Sample, Failure> {
-        clients::run(&mut vec![(); self.in_flight], wave, |(), item| {
-            let blocks = self.target.blocks(slot_of(wave, item));
-            submission::load(&self.target_cache, wave, item, blocks)
-        })
     }
 
     fn compare(&self, wave: &[u64]) -> Result<(), Failure> {
@@ -235,30 +313,6 @@ impl Bench {
             }
         }
         Ok(())
-    }
-
-    fn chunk_files(&self) -> Result<Vec<PathBuf>, Failure> {
-        let files = kvrail::store::inspect::chunks(&self.directory);
-        Ok(files
-            .map(|file| file.map(|file| file.path))
-            .collect::<kvrail::Result<_>>()?)
-    }
-}
-
-/// Who is measured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Side {
-    Kvrail,
-    Raw,
-}
-
-/// Returns who goes first in a wave: each side every other time, so that neither always finds the
-/// disk as the other left it.
-fn order(index: usize) -> [Side; 2] {
-    if index.is_multiple_of(2) {
-        [Side::Kvrail, Side::Raw]
-    } else {
-        [Side::Raw, Side::Kvrail]
     }
 }
 

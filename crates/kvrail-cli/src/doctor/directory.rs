@@ -1,17 +1,19 @@
 //! A directory: what lies below it, what it can do, and what kvrail will do with it.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
-use kvrail::io::{IoFile, OpenMode, PosixEngine, file_system_name, probe_mount, within};
+use kvrail::io::{
+    Folder, FolderRules, IoEngine, IoFile, OpenMode, compare_engines, file_system_name,
+    probe_mount, within,
+};
 use kvrail_cuda::system::{BlockDevice, DeviceKind, Mount, SystemView, direct_io_alignment};
 use serde::Serialize;
 
 use super::advice;
 use super::cufile::{self, CufileOutcome};
 use super::machine::Machine;
-use super::measure::{self, FILE_BYTES, Measurement};
+use super::measure::{self, Engine, FILE_BYTES, Measurement};
 use super::scratch_file::ScratchFile;
 use crate::output::human_bytes;
 
@@ -33,6 +35,7 @@ pub(super) struct Directory {
     pub(super) mount: Option<MountInfo>,
     pub(super) space: Option<Space>,
     pub(super) direct_io: Option<DirectIo>,
+    pub(super) uring: Option<Uring>,
     /// The engine that kvrail will use.
     pub(super) engine: Option<Choice>,
     pub(super) cufile: Option<CufileOutcome>,
@@ -93,6 +96,16 @@ pub(super) struct Choice {
     pub(super) name: &'static str,
     pub(super) direct: bool,
     pub(super) reason: String,
+    /// Why this one and not the other that goes through host memory.
+    pub(super) engine_reason: String,
+}
+
+/// What io_uring does here.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Uring {
+    pub(super) works: bool,
+    /// How it compares with posix, or why it does not work or was not compared.
+    pub(super) reason: String,
 }
 
 /// How a directory is examined.
@@ -116,6 +129,7 @@ impl Examination<'_> {
             mount: None,
             space: None,
             direct_io: None,
+            uring: None,
             engine: None,
             cufile: None,
             measurements: Vec::new(),
@@ -145,10 +159,13 @@ impl Examination<'_> {
             let real = real.clone();
             move || space(&real)
         })?;
-        let (file_system, choice, direct_io) = self.choose(&real)?;
-        directory.direct_io = Some(direct_io);
         let available = directory.space.map(|space| space.available_bytes);
         let is_roomy = available.is_none_or(|bytes| bytes >= SPACE_BYTES_MIN);
+        let found = self.choose(&real, self.measure && is_roomy)?;
+        let (file_system, choice) = (found.file_system, found.choice);
+        let has_uring = found.uring.works;
+        directory.direct_io = Some(found.direct_io);
+        directory.uring = Some(found.uring);
         let bytes = match self.measure && is_roomy {
             true => FILE_BYTES,
             false => PROBE_BYTES,
@@ -159,6 +176,7 @@ impl Examination<'_> {
                 name: "cufile",
                 direct: true,
                 reason: found.reason.clone(),
+                engine_reason: choice.engine_reason.clone(),
             },
             false => choice.clone(),
         });
@@ -177,8 +195,12 @@ impl Examination<'_> {
             if direct && !choice.direct {
                 continue;
             }
-            let found = self.run(&real, &file_system, direct)?;
-            directory.measurements.push(found);
+            for engine in [Engine::Posix, Engine::Uring] {
+                if engine == Engine::Posix || has_uring {
+                    let found = self.run(&real, &file_system, engine, direct)?;
+                    directory.measurements.push(found);
+                }
+            }
         }
         Ok(())
     }
@@ -206,19 +228,25 @@ impl Examination<'_> {
     }
 
     /// Finds out what the store will find out when it opens.
-    fn choose(&self, real: &Path) -> Result<(String, Choice, DirectIo), String> {
+    fn choose(&self, real: &Path, compare: bool) -> Result<Found, String> {
         // The probe has a limit of its own; ours comes first, so that there is one message for it.
         let (real, limit) = (real.to_path_buf(), 2 * self.limit);
-        self.bounded(move || choose(&real, limit))?
+        self.bounded(move || choose(&real, compare, limit))?
     }
 
     /// Measures one way of reading and writing.
-    fn run(&self, real: &Path, file_system: &str, direct: bool) -> Result<Measurement, String> {
+    fn run(
+        &self,
+        real: &Path,
+        file_system: &str,
+        engine: Engine,
+        direct: bool,
+    ) -> Result<Measurement, String> {
         let (real, file_system) = (real.to_path_buf(), file_system.to_owned());
         let limit = self.limit;
         // Twice, for what the measurement does beside its requests.
         within(2 * limit, "the directory", move || {
-            measure::measure(&real, &file_system, direct, limit)
+            measure::measure(&real, &file_system, engine, direct, limit)
         })
         .map_err(|error| format!("write and read: {error}"))?
     }
@@ -244,16 +272,25 @@ fn space(path: &Path) -> Option<Space> {
     })
 }
 
-fn choose(real: &Path, limit: Duration) -> Result<(String, Choice, DirectIo), String> {
-    let engine = PosixEngine::new(1, Arc::new(|| ())).map_err(|error| error.to_string())?;
+/// What the store will find out.
+struct Found {
+    file_system: String,
+    choice: Choice,
+    direct_io: DirectIo,
+    uring: Uring,
+}
+
+fn choose(real: &Path, compare: bool, limit: Duration) -> Result<Found, String> {
+    let posix = Engine::Posix.start().map_err(|error| error.to_string())?;
     let scratch = ScratchFile::new(real);
     let name = scratch
         .path()
         .file_name()
         .unwrap_or_default()
         .to_string_lossy();
-    let (direct, reason) = probe_mount(&engine, real, &name, None, limit)
+    let (direct, reason) = probe_mount(&*posix, real, &name, None, limit)
         .map_err(|error| format!("cannot be written: {error}").replace('\n', " "))?;
+    let (name, uring) = try_uring(&*posix, real, &name, direct, compare);
     // The file system's own words; what counts is that it was tried.
     let alignment = IoFile::open(scratch.path(), OpenMode::CreateNew, false)
         .ok()
@@ -264,13 +301,46 @@ fn choose(real: &Path, limit: Duration) -> Result<(String, Choice, DirectIo), St
         memory_alignment_bytes: alignment.map(|alignment| alignment.memory_bytes),
         offset_alignment_bytes: alignment.map(|alignment| alignment.offset_bytes),
     };
-    let choice = Choice {
-        name: "posix",
-        direct,
-        reason,
+    Ok(Found {
+        file_system: file_system_name(real).unwrap_or_else(|_| "unknown".to_owned()),
+        choice: Choice {
+            name,
+            direct,
+            reason,
+            engine_reason: uring.reason.clone(),
+        },
+        direct_io,
+        uring,
+    })
+}
+
+/// Finds out whether io_uring works and which engine the store takes by itself.
+fn try_uring(
+    posix: &dyn IoEngine,
+    real: &Path,
+    file_name: &str,
+    direct: bool,
+    compare: bool,
+) -> (&'static str, Uring) {
+    let outcome = |works, reason: String| Uring {
+        works,
+        reason: reason.replace('\n', " "),
     };
-    let file_system = file_system_name(real).unwrap_or_else(|_| "unknown".to_owned());
-    Ok((file_system, choice, direct_io))
+    let engine = match Engine::Uring.start() {
+        Ok(engine) => engine,
+        Err(error) => return ("posix", outcome(false, error.to_string())),
+    };
+    if !compare {
+        let reason = "not compared with posix now; a store does when it is opened".to_owned();
+        return ("posix", outcome(true, reason));
+    }
+    let compared = Folder::open(real, FolderRules::default())
+        .and_then(|folder| compare_engines(posix, &*engine, &folder, file_name, direct));
+    match compared {
+        Ok(found) if found.second_is_better => ("uring", outcome(true, found.reason)),
+        Ok(found) => ("posix", outcome(true, found.reason)),
+        Err(error) => ("posix", outcome(false, error.to_string())),
+    }
 }
 
 impl From<BlockDevice> for Device {

@@ -1,4 +1,4 @@
-//! A quick write and read of one file through the library's posix engine, with all bytes compared.
+//! A quick write and read of one file through each of the library's engines, all bytes compared.
 //!
 //! Not a benchmark: one file, once, no warm-up. It shows whether a directory is far from what its
 //! device can do; `kvrail bench` measures.
@@ -8,7 +8,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvrail::io::{IoEngine, IoFile, IoHandle, IoRequest, OpenMode, Operation, PosixEngine};
+use kvrail::io::{
+    IoEngine, IoFile, IoHandle, IoRequest, OpenMode, Operation, PosixEngine, UringEngine,
+};
 use kvrail::memory::{StagingPool, StagingRange};
 use kvrail_cuda::probe::Timing;
 use serde::Serialize;
@@ -23,6 +25,24 @@ const PART_BYTES: usize = 4 << 20;
 pub(super) const THREADS: usize = 4;
 /// After this no more requests are started, in each direction.
 const SECONDS_MAX: Duration = Duration::from_secs(2);
+
+/// An engine that goes through host memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Engine {
+    Posix,
+    Uring,
+}
+
+impl Engine {
+    /// Starts it as a store does by default.
+    pub(super) fn start(self) -> kvrail::Result<Box<dyn IoEngine>> {
+        let on_start = Arc::new(|| ());
+        Ok(match self {
+            Self::Posix => Box::new(PosixEngine::new(THREADS, on_start)?),
+            Self::Uring => Box::new(UringEngine::new(THREADS, on_start)?),
+        })
+    }
+}
 
 /// What was measured on one engine.
 #[derive(Debug, Clone, Serialize)]
@@ -58,16 +78,17 @@ impl Measurement {
 pub(super) fn measure(
     directory: &Path,
     file_system: &str,
+    engine: Engine,
     direct: bool,
     limit: Duration,
 ) -> Result<Measurement, String> {
-    let run = Run::new(directory, file_system, direct, limit).map_err(|e| e.to_string())?;
+    let run = Run::new(directory, file_system, engine, direct, limit).map_err(|e| e.to_string())?;
     run.measure()
         .map_err(|error| error.to_string().replace('\n', " "))
 }
 
 struct Run {
-    engine: PosixEngine,
+    engine: Box<dyn IoEngine>,
     pool: StagingPool,
     file: Arc<IoFile>,
     pattern: Vec<u8>,
@@ -80,15 +101,20 @@ impl Run {
     fn new(
         directory: &Path,
         file_system: &str,
+        engine: Engine,
         direct: bool,
         limit: Duration,
     ) -> kvrail::Result<Self> {
+        let engine = engine.start()?;
+        let pool = StagingPool::new(THREADS * PART_BYTES, PART_BYTES)?;
+        // Where it cannot make something of the memory it works as well.
+        drop(engine.prepare(&pool));
         let scratch = ScratchFile::new(directory);
         let file = IoFile::open(scratch.path(), OpenMode::CreateNew, direct)?;
         scratch.hide(file_system);
         Ok(Self {
-            engine: PosixEngine::new(THREADS, Arc::new(|| ()))?,
-            pool: StagingPool::new(THREADS * PART_BYTES, PART_BYTES)?,
+            engine,
+            pool,
             file: Arc::new(file),
             pattern: pattern(),
             deadline: Instant::now() + limit,
@@ -115,16 +141,12 @@ impl Run {
         let read = start.elapsed();
         let bytes = |parts: u64| parts * PART_BYTES as u64;
         Ok(Measurement {
-            engine: self.engine_name(),
+            engine: self.engine.name(),
             direct: self.file.is_direct(),
             bytes: bytes(parts),
             write_gb_per_second: gb_per_second(bytes(parts), write),
             read_gb_per_second: gb_per_second(bytes(read_parts), read),
         })
-    }
-
-    fn engine_name(&self) -> &'static str {
-        IoEngine::name(&self.engine)
     }
 
     /// Moves parts from the first on, at most `parts_max`, and returns how many.
@@ -215,10 +237,19 @@ mod tests {
     #[test]
     fn a_file_is_written_read_and_gone() {
         let directory = tempfile::tempdir().unwrap();
-        for (file_system, direct) in [("ext4", false), ("fuse", false)] {
+        for (file_system, engine) in [
+            ("ext4", Engine::Posix),
+            ("fuse", Engine::Posix),
+            ("ext4", Engine::Uring),
+        ] {
+            if let (Engine::Uring, Err(error)) = (engine, engine.start()) {
+                eprintln!("skipped: {error}");
+                continue;
+            }
             let limit = Duration::from_secs(60);
-            let found = measure(directory.path(), file_system, direct, limit).unwrap();
-            assert_eq!((found.engine, found.direct), ("posix", direct));
+            let found = measure(directory.path(), file_system, engine, false, limit).unwrap();
+            let name = engine.start().unwrap().name();
+            assert_eq!((found.engine, found.direct), (name, false));
             assert!(found.bytes > 0 && found.bytes <= FILE_BYTES);
             assert!(found.write_gb_per_second > 0.0 && found.read_gb_per_second > 0.0);
             assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
@@ -228,7 +259,10 @@ mod tests {
     #[test]
     fn bytes_that_differ_are_an_error() {
         let directory = tempfile::tempdir().unwrap();
-        let run = Run::new(directory.path(), "ext4", false, Duration::from_secs(60)).unwrap();
+        let run = {
+            let limit = Duration::from_secs(60);
+            Run::new(directory.path(), "ext4", Engine::Posix, false, limit).unwrap()
+        };
         let mut part = run.pattern.clone();
         stamp(&mut part, Operation::Write, 3);
         run.compare(3, &part).unwrap();
@@ -241,7 +275,10 @@ mod tests {
 
     #[test]
     fn a_directory_that_is_missing_is_one_line() {
-        let error = measure(Path::new("/nonexistent"), "ext4", false, Duration::ZERO).unwrap_err();
+        let error = {
+            let path = Path::new("/nonexistent");
+            measure(path, "ext4", Engine::Posix, false, Duration::ZERO).unwrap_err()
+        };
         assert!(error.contains("/nonexistent"), "{error}");
     }
 }

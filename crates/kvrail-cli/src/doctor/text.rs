@@ -154,6 +154,10 @@ pub(super) fn write_directory(out: &mut impl Write, directory: &Directory) -> io
     if let Some(direct) = &directory.direct_io {
         line(out, "O_DIRECT", &direct_text(direct))?;
     }
+    if let Some(uring) = &directory.uring {
+        let works = if uring.works { "works" } else { "no" };
+        line(out, "io_uring", &format!("{works}: {}", uring.reason))?;
+    }
     if let Some(cufile) = &directory.cufile {
         line(out, "cuFile", &cufile.reason)?;
         let refusal = cufile.refusal.as_ref();

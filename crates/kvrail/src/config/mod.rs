@@ -41,7 +41,7 @@ pub use file_mode::FileMode;
 pub use resolve::{ResolvedConfig, resolve};
 pub use source::ConfigSources;
 pub use store_config::{
-    Admission, Durability, EvictionPolicy, GdsBackend, LoadFailurePolicy, MinFree, PathSharding,
-    StoreConfig,
+    Admission, Durability, EngineChoice, EvictionPolicy, GdsBackend, LoadFailurePolicy, MinFree,
+    PathSharding, StoreConfig,
 };
 pub use value::{age, size};

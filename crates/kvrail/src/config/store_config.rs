@@ -49,6 +49,18 @@ pub enum GdsBackend {
     Posix,
 }
 
+/// What moves bytes between files and staging memory of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum EngineChoice {
+    /// What measures best on each file system.
+    #[default]
+    Auto,
+    /// System calls on a pool of threads.
+    Posix,
+    /// io_uring, where it can be used.
+    Uring,
+}
+
 /// What a published chunk survives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Durability {
@@ -141,6 +153,9 @@ pub struct StoreConfig {
     /// Whether files are opened with `O_DIRECT`; `None` leaves it to a probe of each mount.
     /// Default: `None`.
     pub use_direct_io: Option<bool>,
+    /// What moves bytes between files and staging memory of the host. Default:
+    /// [`EngineChoice::Auto`].
+    pub io_engine: EngineChoice,
     /// Threads that do file I/O. Default: 4.
     pub disk_io_threads: usize,
     /// Most bytes kept in each directory; `None` is unlimited. Default: `None`.
@@ -200,6 +215,7 @@ impl StoreConfig {
             cufile_compat_mode: false,
             direct: None,
             use_direct_io: None,
+            io_engine: EngineChoice::default(),
             disk_io_threads: 4,
             max_size: None,
             min_free: MinFree::default(),

@@ -1,5 +1,6 @@
 //! The two ends of a request in flight.
 
+use std::fmt;
 use std::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -13,6 +14,26 @@ use crate::sync::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 /// Dropping it leaves the buffer to the engine, which gives it to the pool when it is through.
 #[derive(Debug)]
 pub struct IoHandle<A: Arena = HostArena> {
+    pending: Pending<A>,
+}
+
+/// Who brings the request to its end.
+#[derive(Debug)]
+enum Pending<A: Arena> {
+    /// A thread of the engine.
+    Engine(Waiting<A>),
+    /// The caller itself, while it waits.
+    Caller(Box<dyn Driven<A>>),
+}
+
+/// A request that goes on in the kernel by itself and whose end its caller has to take from there.
+pub(super) trait Driven<A: Arena>: fmt::Debug + Send {
+    /// Waits until the request is done, or until the deadline.
+    fn wait(self: Box<Self>, deadline: Instant) -> Result<StagingRange<A>>;
+}
+
+#[derive(Debug)]
+struct Waiting<A: Arena> {
     receiver: Receiver<Result<StagingRange<A>>>,
     given_up: Arc<AtomicBool>,
 }
@@ -33,7 +54,14 @@ impl<A: Arena> IoHandle<A> {
             sender,
             given_up: Arc::clone(&given_up),
         };
-        (completion, Self { receiver, given_up })
+        let pending = Pending::Engine(Waiting { receiver, given_up });
+        (completion, Self { pending })
+    }
+
+    /// Makes the caller's end of a request that its caller drives.
+    pub(super) fn driven(driven: Box<dyn Driven<A>>) -> Self {
+        let pending = Pending::Caller(driven);
+        Self { pending }
     }
 
     /// Waits until the request is done and returns its buffer.
@@ -42,14 +70,13 @@ impl<A: Arena> IoHandle<A> {
     /// The engine's error, or [`ErrorKind::TimedOut`] at the deadline: the request goes on, and
     /// its memory stays with the engine.
     pub fn wait(self, deadline: Instant) -> Result<StagingRange<A>> {
-        match self.receiver.recv_deadline(deadline) {
+        let waiting = match self.pending {
+            Pending::Engine(waiting) => waiting,
+            Pending::Caller(driven) => return driven.wait(deadline),
+        };
+        match waiting.receiver.recv_deadline(deadline) {
             Ok(result) => result,
-            // The cause tells it from waits for anything but the file system.
-            Err(RecvTimeoutError::Timeout) => Err(Error::new(
-                ErrorKind::TimedOut,
-                "file system did not answer in time",
-            )
-            .with_source(std::io::Error::from(std::io::ErrorKind::TimedOut))),
+            Err(RecvTimeoutError::Timeout) => Err(no_answer()),
             Err(RecvTimeoutError::Disconnected) => {
                 Err(Error::new(ErrorKind::Closed, "I/O engine stopped"))
             }
@@ -57,7 +84,14 @@ impl<A: Arena> IoHandle<A> {
     }
 }
 
-impl<A: Arena> Drop for IoHandle<A> {
+/// The error of a request that is not done at its deadline.
+pub(super) fn no_answer() -> Error {
+    // The cause tells it from waits for anything but the file system.
+    Error::new(ErrorKind::TimedOut, "file system did not answer in time")
+        .with_source(std::io::Error::from(std::io::ErrorKind::TimedOut))
+}
+
+impl<A: Arena> Drop for Waiting<A> {
     fn drop(&mut self) {
         self.given_up.store(true, Ordering::Release);
     }

@@ -10,6 +10,7 @@
 //! symbolic link is followed on the way.
 
 mod bounded;
+mod compare;
 mod cufile;
 mod file;
 mod folder;
@@ -19,9 +20,12 @@ mod permissions;
 mod pieces;
 mod posix;
 mod probe;
+mod progress;
 mod small;
+mod uring;
 
 pub use bounded::within;
+pub use compare::{Comparison, compare_engines};
 pub use cufile::CufileEngine;
 pub use file::{IoFile, OpenMode};
 pub use folder::{FileStatus, Folder, FolderRules, make_path};
@@ -32,11 +36,14 @@ pub use pieces::{PieceHandle, PieceRequest};
 pub use posix::PosixEngine;
 pub use probe::{MountReport, file_system_name, probe_folder, probe_mount};
 pub(crate) use small::SmallMode;
+pub use uring::UringEngine;
 
 use std::fmt;
 use std::sync::Arc;
 
-use crate::memory::{Arena, HostArena, StagingRange};
+use serde::Serialize;
+
+use crate::memory::{Arena, HostArena, StagingPool, StagingRange};
 
 /// The direction of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +67,13 @@ pub struct IoRequest<A: Arena = HostArena> {
     pub buffer: StagingRange<A>,
 }
 
+/// Bytes of one read request: small enough that hashing the first one starts while the others are
+/// read, large enough that a request costs little (see `docs/benchmarks.md`).
+const READ_REQUEST_BYTES: usize = 4 << 20;
+/// Bytes of one write request. File systems extend a file under a lock, so parts of one file do
+/// not gain from being written side by side.
+const WRITE_REQUEST_BYTES: usize = 16 << 20;
+
 /// Moves bytes between staging memory and files.
 pub trait IoEngine<A: Arena = HostArena>: fmt::Debug + Send + Sync {
     /// Returns the engine's name as users see it.
@@ -67,4 +81,51 @@ pub trait IoEngine<A: Arena = HostArena>: fmt::Debug + Send + Sync {
 
     /// Starts a request. Never blocks on I/O; a queue that is full completes it with an error.
     fn submit(&self, request: IoRequest<A>) -> IoHandle<A>;
+
+    /// Starts requests that belong together, such as the parts of a chunk, and returns their
+    /// handles in the same order. They are for one thread: it may be what drives them all.
+    fn submit_all(&self, requests: Vec<IoRequest<A>>) -> Vec<IoHandle<A>> {
+        let requests = requests.into_iter();
+        requests.map(|request| self.submit(request)).collect()
+    }
+
+    /// Returns the bytes of a request that the engine does best with: a range that is longer
+    /// should be given to it in parts.
+    fn request_bytes(&self, operation: Operation) -> usize {
+        match operation {
+            Operation::Read => READ_REQUEST_BYTES,
+            Operation::Write => WRITE_REQUEST_BYTES,
+        }
+    }
+
+    /// Tells the engine of the memory that requests will come from, and gives it the time to make
+    /// something of that: up to as long as it takes to provide every page.
+    ///
+    /// # Errors
+    /// What the engine has to do without, in words; it works all the same.
+    fn prepare(&self, pool: &StagingPool<A>) -> Result<(), String> {
+        let _ = pool;
+        Ok(())
+    }
+
+    /// Returns what the engine has counted, if it counts.
+    fn counts(&self) -> IoCounts {
+        IoCounts::default()
+    }
+}
+
+/// What an engine counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct IoCounts {
+    /// Transfers that were asked to go on, because the system had moved a part only.
+    pub continued: u64,
+    /// Transfers that the file system could not do without waiting, so that a thread of the kernel
+    /// did them.
+    pub handed_over: u64,
+    /// Requests that nobody waited for any more, and that the kernel was asked to end.
+    pub cancelled: u64,
+    /// Requests whose memory was left to the kernel for good.
+    pub leaked: u64,
+    /// Requests that nobody waits for and that the kernel still has, now.
+    pub held: u64,
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::progress::{Progress, Step};
 use super::{Completion, GivenUp, IoEngine, IoFile, IoHandle, IoRequest, Operation};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::StagingRange;
@@ -193,19 +194,14 @@ fn perform(mut request: IoRequest) -> Result<StagingRange> {
 
 /// Reads until the buffer is full; the end of the file before that means a damaged file.
 pub(super) fn read_whole(file: &IoFile, offset: u64, buffer: &mut [u8]) -> Result<()> {
-    let mut done = 0;
-    while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
-        match rustix::io::pread(file, rest, offset + done as u64) {
-            Ok(0) => {
-                let message = format!(
-                    "read at {offset}: expected {} bytes, got {done}",
-                    buffer.len()
-                );
-                return Err(Error::new(ErrorKind::Damaged, message).with_path(file.path()));
-            }
-            Ok(count) => done += count,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(Error::io("read", file.path(), errno.into())),
+    let mut progress = Progress::new(Operation::Read, offset, buffer.len());
+    while let Some(rest) = buffer
+        .get_mut(progress.done()..)
+        .filter(|rest| !rest.is_empty())
+    {
+        let moved = rustix::io::pread(file, rest, progress.rest_offset());
+        if let Step::Failed(error) = progress.advance(moved, file) {
+            return Err(error);
         }
     }
     Ok(())
@@ -213,19 +209,14 @@ pub(super) fn read_whole(file: &IoFile, offset: u64, buffer: &mut [u8]) -> Resul
 
 /// Writes until the buffer is empty.
 fn write_whole(file: &IoFile, offset: u64, buffer: &[u8]) -> Result<()> {
-    let mut done = 0;
-    while let Some(rest) = buffer.get(done..).filter(|rest| !rest.is_empty()) {
-        match rustix::io::pwrite(file, rest, offset + done as u64) {
-            Ok(0) => {
-                let message = format!(
-                    "write at {offset}: expected {} bytes, wrote {done}",
-                    buffer.len()
-                );
-                return Err(Error::new(ErrorKind::Io, message).with_path(file.path()));
-            }
-            Ok(count) => done += count,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(Error::io("write", file.path(), errno.into())),
+    let mut progress = Progress::new(Operation::Write, offset, buffer.len());
+    while let Some(rest) = buffer
+        .get(progress.done()..)
+        .filter(|rest| !rest.is_empty())
+    {
+        let moved = rustix::io::pwrite(file, rest, progress.rest_offset());
+        if let Step::Failed(error) = progress.advance(moved, file) {
+            return Err(error);
         }
     }
     Ok(())

@@ -20,11 +20,13 @@ pub struct MountReport {
     pub file_system: String,
     /// The I/O engine.
     pub engine: &'static str,
+    /// Why that one, in words; with cuFile, why the one that stands in for it.
+    pub engine_reason: String,
     /// Whether files are opened with O_DIRECT.
     pub direct: bool,
     /// Whether chunks can be stored.
     pub writable: bool,
-    /// Why, in words.
+    /// Why with or without O_DIRECT, with cuFile, or only for reading, in words.
     pub reason: String,
 }
 

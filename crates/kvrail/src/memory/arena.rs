@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvrail_cuda::{
     Context, CuFileDriver, DeviceMemory, DevicePointer, PinnedRange, RegisteredBuffer,
@@ -24,6 +25,13 @@ pub struct HostArena {
     // Dropped first: memory is unpinned before it is unmapped.
     pinned: Option<PinnedRange>,
     mapping: Mapping,
+    id: u64,
+}
+
+/// Returns a number that no arena of this process had before.
+fn next_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 impl HostArena {
@@ -36,6 +44,7 @@ impl HostArena {
         Ok(Self {
             pinned: None,
             mapping: Mapping::new(bytes)?,
+            id: next_id(),
         })
     }
 
@@ -50,6 +59,7 @@ impl HostArena {
         Ok(Self {
             pinned: Some(pinned),
             mapping,
+            id: next_id(),
         })
     }
 
@@ -58,8 +68,14 @@ impl HostArena {
         self.pinned.is_some()
     }
 
-    pub(super) fn address(&self) -> NonNull<u8> {
+    pub(crate) fn address(&self) -> NonNull<u8> {
         self.mapping.address()
+    }
+
+    /// Returns what tells this arena from every other one of this process, also from a later one
+    /// at the same address.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 }
 

@@ -12,12 +12,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::{IoEngine, IoFile, IoHandle, IoRequest, Operation};
 use crate::memory::StagingRange;
 
-/// Bytes of one read request: small enough that hashing the first one starts while the others are
-/// read, large enough that a request costs little (see `docs/benchmarks.md`).
-pub(super) const READ_REQUEST_BYTES: usize = 4 << 20;
-/// Bytes of one write request. File systems extend a file under a lock, so parts of one file do
-/// not gain from being written side by side; 16 MiB is the largest transfer of cuFile.
-pub(super) const WRITE_REQUEST_BYTES: usize = 16 << 20;
+/// Bytes of one request of cuFile: its largest transfer.
+pub(super) const CUFILE_REQUEST_BYTES: usize = 16 << 20;
 
 /// A part of a file image in flight.
 #[derive(Debug)]
@@ -34,33 +30,33 @@ impl Part {
     }
 }
 
-/// Submits `image`, which starts at `offset` of the file, in requests of `request_bytes`.
+/// Submits `image`, which is `ranges` of the file one behind the other, all at once and in requests
+/// as large as the engine likes them.
 pub(super) fn submit(
     engine: &dyn IoEngine,
     operation: Operation,
     file: &Arc<IoFile>,
-    offset: usize,
+    ranges: &[Range<usize>],
     mut image: StagingRange,
-    request_bytes: usize,
 ) -> Vec<Part> {
-    let mut parts = Vec::with_capacity(image.len().div_ceil(request_bytes));
-    let mut offset = offset;
-    while !image.is_empty() {
-        let buffer = image.split_to(request_bytes);
-        let bytes = buffer.len();
-        let request = IoRequest {
-            operation,
-            file: Arc::clone(file),
-            offset: offset as u64,
-            buffer,
-        };
-        parts.push(Part {
-            offset,
-            handle: engine.submit(request),
-        });
-        offset += bytes;
+    let most = engine.request_bytes(operation);
+    let (mut offsets, mut requests) = (Vec::new(), Vec::new());
+    for range in ranges {
+        for offset in range.clone().step_by(most) {
+            offsets.push(offset);
+            requests.push(IoRequest {
+                operation,
+                file: Arc::clone(file),
+                offset: offset as u64,
+                buffer: image.split_to(most.min(range.end - offset)),
+            });
+        }
     }
+    let handles = engine.submit_all(requests);
+    let parts = offsets.into_iter().zip(handles);
     parts
+        .map(|(offset, handle)| Part { offset, handle })
+        .collect()
 }
 
 /// Puts the parts of an image together again, in their order.

@@ -7,7 +7,7 @@ use super::batch::Ending;
 use super::capacity::{touch_loaded, touch_present};
 use super::directory::Location;
 use super::gpu::{InPlaceFailure, Route};
-use super::image::{self, Extents, READ_REQUEST_BYTES};
+use super::image::{self, Extents};
 use super::load_job::{LoadBuffer, LoadJob};
 use super::mount::Mount;
 use super::notice::Topic;
@@ -304,7 +304,7 @@ fn move_chunk(
             "a VRAM slot for KV cache in host memory",
         )),
         (LoadBuffer::Host(buffer), gpu) => {
-            let loaded = read(store, job, file, buffer, deadline).and_then(|read| {
+            let loaded = read(mount, job, file, buffer, deadline).and_then(|read| {
                 let bytes = job.payload.len();
                 mount.health.note(&mount.root, began, bytes, None);
                 if !job.watched.claim() {
@@ -400,7 +400,7 @@ fn finish(job: &LoadJob, image: &[u8], extents: &Extents, computed: &[u64]) -> R
 
 /// Reads what the job needs; the CPU hashes pages while later ones are read, unless a GPU does.
 fn read(
-    store: &StoreShared,
+    mount: &Mount,
     job: &LoadJob,
     file: &Arc<IoFile>,
     buffer: StagingRange,
@@ -412,19 +412,8 @@ fn read(
     let hash_here = job.cache.gpu.as_ref().is_none_or(|gpu| !gpu.hashes());
     let mut computed = vec![0_u64; if hash_here { extents.pages.len() } else { 0 }];
     let mut image: Option<StagingRange> = None;
-    let mut buffer = buffer;
-    let mut parts = Vec::new();
-    for range in &extents.ranges {
-        let target = buffer.split_to(range.len());
-        parts.extend(image::submit(
-            &*store.engine,
-            Operation::Read,
-            file,
-            range.start,
-            target,
-            READ_REQUEST_BYTES,
-        ));
-    }
+    let ranges = &extents.ranges;
+    let parts = image::submit(&*mount.engine, Operation::Read, file, ranges, buffer);
     for part in parts {
         let offset = part.offset;
         let bytes = part.wait(deadline)?;

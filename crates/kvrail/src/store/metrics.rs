@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::io::IoCounts;
+
 /// A counter that many threads add to.
 #[derive(Debug, Default)]
 pub(super) struct Counter(AtomicU64);
@@ -141,6 +143,14 @@ metrics! {
         chunks_evicted_age,
         /// File bytes of all those.
         bytes_evicted,
+        /// Requests of io_uring that were asked to go on, because a part only had been moved.
+        uring_requests_continued,
+        /// Requests of io_uring that the file system could not do without waiting.
+        uring_requests_handed_over,
+        /// Requests of io_uring that nobody waited for any more, and that were cancelled.
+        uring_requests_cancelled,
+        /// Requests of io_uring whose memory was left to the kernel for good.
+        uring_requests_leaked,
     }
     seconds {
         /// Time from the first to the last step of each store, summed over chunks.
@@ -157,5 +167,18 @@ metrics! {
         local_cpu_bytes,
         /// Paths of which this process is the janitor.
         janitor_paths,
+        /// Requests of io_uring that nobody waits for and that the kernel still has.
+        uring_requests_held,
+    }
+}
+
+impl Metrics {
+    /// Takes over what the I/O engines have counted.
+    pub(super) fn set_io(&self, counts: &IoCounts) {
+        self.uring_requests_continued.set(counts.continued);
+        self.uring_requests_handed_over.set(counts.handed_over);
+        self.uring_requests_cancelled.set(counts.cancelled);
+        self.uring_requests_leaked.set(counts.leaked);
+        self.uring_requests_held.set(counts.held);
     }
 }

@@ -17,6 +17,7 @@ pub mod capacity;
 mod crew;
 mod directory;
 mod durable;
+mod engine;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod gpu;
@@ -162,6 +163,7 @@ impl Store {
         shared.metrics.usage_bytes.set(used);
         shared.metrics.janitor_paths.set(janitors);
         shared.metrics.local_cpu_bytes.set(shared.tier.bytes());
+        shared.metrics.set_io(&shared.io_counts());
         shared.metrics.snapshot()
     }
 

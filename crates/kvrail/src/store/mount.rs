@@ -13,7 +13,7 @@ use super::health::{Health, tells_of_the_path};
 use crate::chunk::ChunkKey;
 use crate::config::{MinFree, PathSharding};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::MountReport;
+use crate::io::{IoEngine, MountReport};
 
 /// How long stores leave a path alone after it failed.
 const PAUSE: Duration = Duration::from_secs(5);
@@ -32,6 +32,8 @@ pub(super) struct Mount {
     pub(super) root: PathBuf,
     pub(super) directory: NamespaceDirectory,
     pub(super) report: MountReport,
+    /// What moves bytes between files and staging memory of the host.
+    pub(super) engine: Arc<dyn IoEngine>,
     /// Whether cuFile moves the bytes, and how it fares.
     pub(super) cufile: CufileState,
     pub(super) health: Health,
@@ -65,6 +67,7 @@ impl Mount {
         root: PathBuf,
         directory: NamespaceDirectory,
         report: MountReport,
+        engine: Arc<dyn IoEngine>,
         min_free: MinFree,
         health: Health,
     ) -> Self {
@@ -73,6 +76,7 @@ impl Mount {
             root,
             directory,
             report,
+            engine,
             cufile: CufileState::default(),
             health,
             min_free,
@@ -249,6 +253,7 @@ pub(super) fn mount_index(
 mod tests {
     use super::super::Namespace;
     use super::*;
+    use crate::io::PosixEngine;
 
     fn mount(root: &str, min_free: MinFree) -> Arc<Mount> {
         let namespace = Namespace::new("m", serde_json::Map::new()).unwrap();
@@ -256,13 +261,18 @@ mod tests {
             path: root.into(),
             file_system: "ext4".into(),
             engine: "posix",
+            engine_reason: String::new(),
             direct: false,
             writable: true,
             reason: String::new(),
         };
         let directory = NamespaceDirectory::new(root.as_ref(), &namespace);
         let health = Health::new(Duration::from_secs(2), Arc::default(), Arc::default());
-        Arc::new(Mount::new(root.into(), directory, report, min_free, health))
+        let engine = Arc::new(PosixEngine::new(1, Arc::new(|| ())).unwrap());
+        let root = PathBuf::from(root);
+        Arc::new(Mount::new(
+            root, directory, report, engine, min_free, health,
+        ))
     }
 
     #[test]

@@ -31,6 +31,7 @@ pub struct Notice {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Topic {
     Start,
+    Engine,
     Namespace,
     ReadOnly,
     NoSpace,

@@ -9,6 +9,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 use super::bad::BadChunks;
 use super::capacity::{Capacity, JanitorThreads};
 use super::directory::{NamespaceDirectory, TEMPORARY_NAME};
+use super::engine::{Chosen, Engines};
 use super::gpu::{CufileWish, Gpus};
 use super::health::Health;
 use super::lookup::LookupQueue;
@@ -29,8 +30,7 @@ use super::writer::{Writer, remove_leftovers};
 use crate::config::{Durability, StoreConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{
-    Folder, FolderRules, IoEngine, MountReport, Permissions, PosixEngine, file_system_name,
-    probe_folder, within,
+    Folder, FolderRules, IoEngine, MountReport, Permissions, file_system_name, probe_folder, within,
 };
 
 /// How long other namespaces are compared with at start, at most.
@@ -44,11 +44,14 @@ struct Opening {
     access: Access,
     quiet: bool,
     rules: FolderRules,
-    engine: Arc<dyn IoEngine>,
+    engines: Arc<Engines>,
     writer: Arc<Writer>,
     notices: Arc<Notices>,
     metrics: Arc<Metrics>,
 }
+
+/// What was found out about a path, and the engine for it.
+type Prepared = (MountReport, Arc<dyn IoEngine>);
 
 /// Opens a store, over `engine` or the one that the configuration asks for.
 pub(super) fn open(
@@ -61,12 +64,15 @@ pub(super) fn open(
     let tier_bytes = tier_bytes(config)?;
     let on_start = thread_start(options.cpus.as_deref());
     let threads = config.disk_io_threads;
-    let engine = match engine {
-        Some(engine) => engine,
-        None => Arc::new(PosixEngine::new(threads, Arc::clone(&on_start))?),
-    };
     let writer = Arc::new(Writer::new());
     let (notices, metrics) = (Arc::new(Notices::default()), Arc::new(Metrics::default()));
+    let engines = Engines::new(
+        config.io_engine,
+        engine,
+        threads,
+        Arc::clone(&on_start),
+        Arc::clone(&notices),
+    );
     let opening = Opening {
         config: config.clone(),
         namespace: namespace.clone(),
@@ -76,7 +82,7 @@ pub(super) fn open(
             permissions: Permissions::of_files(config.file_mode.bits()),
             observer: options.observer.clone(),
         },
-        engine: Arc::clone(&engine),
+        engines: Arc::new(engines),
         writer: Arc::clone(&writer),
         notices: Arc::clone(&notices),
         metrics: Arc::clone(&metrics),
@@ -95,12 +101,13 @@ pub(super) fn open(
             "one or more directories",
         ));
     }
+    // An engine that no path has chosen goes.
+    drop(opening);
     let capacity = Capacity::open(config, &mounts, &notices)?;
     let shared = Arc::new(StoreShared {
         namespace,
         mounts,
         sharding: config.gds_path_sharding,
-        engine,
         writer,
         metrics,
         notices,
@@ -176,7 +183,7 @@ impl Opening {
         let rules = self.rules.clone();
         let directory = NamespaceDirectory::new(root, &self.namespace).with_rules(rules);
         let is_new = directory.open().is_err();
-        let report = match self.access {
+        let (report, engine) = match self.access {
             Access::ReadOnly => self.open_for_reading(root, &directory, "opened read-only")?,
             Access::ReadWrite => match self.prepare(root, &directory) {
                 Ok(report) => report,
@@ -202,29 +209,55 @@ impl Opening {
             root.to_path_buf(),
             directory,
             report,
+            engine,
             self.config.min_free,
             health,
         ))
     }
 
     /// Creates what is missing and finds out what the mount can do.
-    fn prepare(&self, root: &Path, directory: &NamespaceDirectory) -> Result<MountReport> {
+    fn prepare(&self, root: &Path, directory: &NamespaceDirectory) -> Result<Prepared> {
         let sync = self.config.durability == Durability::Full;
         let namespace = directory.make(sync)?;
         let temporary = namespace.make(TEMPORARY_NAME, sync)?;
         ensure_manifest(directory, &self.namespace, &self.writer, sync)?;
         let removed = remove_leftovers(&temporary)?;
         self.metrics.leftovers_removed.add(removed as u64);
-        let limit = Duration::from_secs_f64(self.config.wait_limit_seconds);
-        let name = self.writer.file_name("probe");
-        let wanted = self.config.use_direct_io;
-        let (direct, reason) = probe_folder(&*self.engine, &temporary, &name, wanted, limit)?;
-        if wanted == Some(true) && !direct {
+        let (first, direct, reason) = self.probe(&temporary)?;
+        if self.config.use_direct_io == Some(true) && !direct {
             self.notices.warn(Topic::Start, || {
                 format!("use_direct_io is set, but {}: {reason}", root.display())
             });
         }
-        self.report(root, direct, true, reason)
+        let name = self.writer.file_name("compare");
+        let chosen = self.engines.choose(first, &temporary, &name, direct);
+        Ok(self.report(root, chosen, (direct, reason), true))
+    }
+
+    /// Finds out whether O_DIRECT works, with the engine that was asked for if that works here.
+    fn probe(&self, temporary: &Folder) -> Result<(Chosen, bool, String)> {
+        let limit = Duration::from_secs_f64(self.config.wait_limit_seconds);
+        let wanted = self.config.use_direct_io;
+        let probe = |engine: &dyn IoEngine| {
+            let name = self.writer.file_name("probe");
+            probe_folder(engine, temporary, &name, wanted, limit)
+        };
+        let first = self.engines.first()?;
+        let (first, (direct, reason)) = match probe(&*first.0) {
+            Ok(found) => (first, found),
+            Err(error)
+                if self.engines.is_wished_uring(&*first.0)
+                    && error.kind() != ErrorKind::TimedOut =>
+            {
+                let other = self
+                    .engines
+                    .instead(&format!("it does not work here: {error}"))?;
+                let found = probe(&*other.0)?;
+                (other, found)
+            }
+            Err(error) => return Err(error),
+        };
+        Ok((first, direct, reason))
     }
 
     /// Describes a path that is only read. Files are read through the page cache there: what
@@ -234,30 +267,37 @@ impl Opening {
         root: &Path,
         directory: &NamespaceDirectory,
         why: &str,
-    ) -> Result<MountReport> {
+    ) -> Result<Prepared> {
         let found = directory.open().and_then(|found| read_manifest(&found));
         if let Ok(found) = found {
             check_manifest(&directory.manifest(), &found, &self.namespace)?;
         }
         let direct = self.config.use_direct_io == Some(true);
-        self.report(root, direct, false, why.to_owned())
+        let folder = directory.open_root().ok();
+        let first = self.engines.first()?;
+        let chosen = self
+            .engines
+            .choose_unmeasured(first, folder.as_ref(), direct);
+        Ok(self.report(root, chosen, (direct, why.to_owned()), false))
     }
 
     fn report(
         &self,
         root: &Path,
-        direct: bool,
+        (engine, engine_reason): Chosen,
+        (direct, reason): (bool, String),
         writable: bool,
-        reason: String,
-    ) -> Result<MountReport> {
-        Ok(MountReport {
+    ) -> Prepared {
+        let report = MountReport {
             path: root.to_path_buf(),
             file_system: file_system_name(root).unwrap_or_else(|_| "not there yet".into()),
-            engine: self.engine.name(),
+            engine: engine.name(),
+            engine_reason,
             direct,
             writable,
             reason,
-        })
+        };
+        (report, engine)
     }
 
     /// Says what separates the namespace from its nearest relative, so that a user who expects hits

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::batch::{Ending, Member};
 use super::capacity::{touch_present, touch_stored};
 use super::directory::{Location, TEMPORARY_NAME};
-use super::image::{self, WRITE_REQUEST_BYTES};
+use super::image;
 use super::kv_cache::CacheShared;
 use super::manifest::ensure_manifest;
 use super::mount::Mount;
@@ -168,16 +168,11 @@ impl Save<'_> {
         let temporary = create_temporary(store, self.mount)?;
         let file = temporary.file()?;
         let bytes = image.len();
-        let engine = &*store.engine;
+        let engine = &*self.mount.engine;
         let deadline = Instant::now() + store.wait_limit;
-        let parts = image::submit(
-            engine,
-            Operation::Write,
-            file,
-            0,
-            image,
-            WRITE_REQUEST_BYTES,
-        );
+        let whole = 0..bytes;
+        let whole = std::slice::from_ref(&whole);
+        let parts = image::submit(engine, Operation::Write, file, whole, image);
         // All parts are waited for, so that no write goes on when the file is given up.
         let results: Vec<Result<StagingRange>> =
             parts.into_iter().map(|part| part.wait(deadline)).collect();

@@ -11,6 +11,7 @@ use super::metrics::Metrics;
 use super::mount::{Mount, mount_index};
 use super::namespace::Namespace;
 use super::notice::{Notices, Topic};
+use super::open::thread_start;
 use super::present::PresentChunks;
 use super::queue::TransferQueue;
 use super::tier::Tier;
@@ -19,7 +20,7 @@ use super::writer::Writer;
 use crate::chunk::ChunkKey;
 use crate::config::{Durability, PathSharding};
 use crate::error::{Error, Result};
-use crate::io::IoEngine;
+use crate::io::{IoCounts, IoEngine};
 use crate::memory::{HostArena, StagingPool};
 
 /// Settings and state of a store, seen by all its threads.
@@ -28,7 +29,6 @@ pub(super) struct StoreShared {
     pub(super) namespace: Namespace,
     pub(super) mounts: Vec<Arc<Mount>>,
     pub(super) sharding: PathSharding,
-    pub(super) engine: Arc<dyn IoEngine>,
     pub(super) writer: Arc<Writer>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) notices: Arc<Notices>,
@@ -72,6 +72,54 @@ impl StoreShared {
     /// Returns the index of the mount that holds a chunk of `rank`.
     pub(super) fn mount_index(&self, rank: u32, key: &ChunkKey) -> usize {
         mount_index(&self.mounts, self.sharding, rank, key)
+    }
+
+    /// Returns the engines that move bytes between files and staging memory, each once.
+    fn engines(&self) -> Vec<Arc<dyn IoEngine>> {
+        let mut engines: Vec<Arc<dyn IoEngine>> = Vec::new();
+        for mount in &self.mounts {
+            if !engines
+                .iter()
+                .any(|known| Arc::ptr_eq(known, &mount.engine))
+            {
+                engines.push(Arc::clone(&mount.engine));
+            }
+        }
+        engines
+    }
+
+    /// Returns what they have counted together.
+    pub(super) fn io_counts(&self) -> IoCounts {
+        let counts = self.engines();
+        counts.iter().fold(IoCounts::default(), |sum, engine| {
+            let one = engine.counts();
+            IoCounts {
+                continued: sum.continued + one.continued,
+                handed_over: sum.handed_over + one.handed_over,
+                cancelled: sum.cancelled + one.cancelled,
+                leaked: sum.leaked + one.leaked,
+                held: sum.held + one.held,
+            }
+        })
+    }
+
+    /// Tells the engines of their memory, on a thread of its own: they may take as long as it takes
+    /// to provide every page of it, and work meanwhile.
+    fn prepare_engines(&self, pool: &StagingPool) {
+        let (engines, pool) = (self.engines(), pool.clone());
+        let notices = Arc::clone(&self.notices);
+        let on_start = thread_start(self.cufile.cpus.as_deref());
+        let work = move || {
+            on_start();
+            for engine in engines {
+                if let Err(reason) = engine.prepare(&pool) {
+                    notices.warn(Topic::Engine, || reason);
+                }
+            }
+        };
+        // Without a thread for it they do without.
+        let thread = std::thread::Builder::new().name("kvrail-prepare".to_owned());
+        drop(thread.spawn(work));
     }
 
     /// Takes note that cuFile failed where POSIX did not, or hung (`at_once`): says so, and leaves
@@ -142,6 +190,7 @@ impl StoreShared {
             }
         };
         self.tier.open(kept, slot_bytes);
+        self.prepare_engines(&buffers);
         let made = Pool {
             buffers,
             staging,

@@ -9,12 +9,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvrail::config::{MinFree, StoreConfig};
+use kvrail::config::{EngineChoice, MinFree, StoreConfig};
 use kvrail::io::IoEngine;
 use kvrail::{
     ChunkKey, ChunkRef, KvCache, KvLayout, LayerSpan, LoadChunk, LoadReport, Namespace,
     OpenOptions, Region, Store, StoreChunk, StoreReport,
 };
+use kvrail_testing::FaultEngine;
 
 /// Far beyond what any step takes, so that a hang fails the test.
 pub const LIMIT: Duration = Duration::from_secs(60);
@@ -52,7 +53,25 @@ pub fn config(path: &Path) -> StoreConfig {
     config.buffer_mib = 1;
     // A build machine may be fuller than a user's disk should be.
     config.min_free = MinFree::Bytes(0);
+    // Not what measures best: a test shall do the same each time.
+    config.io_engine = engine();
     config
+}
+
+/// The engine under test. Binaries whose names begin with `uring` repeat the tests of others.
+pub fn engine() -> EngineChoice {
+    match module_path!().starts_with("uring") {
+        true => EngineChoice::Uring,
+        false => EngineChoice::Posix,
+    }
+}
+
+/// The engine under test, failing as a script says.
+pub fn fault_engine(seed: u64) -> Arc<FaultEngine> {
+    match engine() {
+        EngineChoice::Uring => FaultEngine::over_uring(seed),
+        _ => FaultEngine::new(seed),
+    }
 }
 
 pub fn namespace() -> Namespace {

@@ -169,6 +169,11 @@ fn a_wrong_value_names_key_value_expectation_and_place() {
             "3: expected auto, true or false".to_owned(),
         ),
         (
+            "io_engine",
+            json!("io_uring"),
+            "\"io_uring\": expected auto or posix or uring".to_owned(),
+        ),
+        (
             "disk_io_threads",
             json!(257),
             format!("257: {whole} from 1 to 256 (threads)"),
@@ -314,7 +319,8 @@ fn a_key_like_no_other_gets_the_list() {
         message(&from_file("extra_config: {zzz: 1}").unwrap_err()),
         "`extra_config.zzz` = 1: expected a known key, one of extra_config.use_cufile, \
          extra_config.cufile_compat_mode, extra_config.direct, extra_config.use_direct_io, \
-         extra_config.disk_io_threads, extra_config.load_failure_policy, \
+         extra_config.io_engine, extra_config.disk_io_threads, \
+         extra_config.load_failure_policy, \
          extra_config.wait_limit_seconds, extra_config.lookup_limit_seconds, \
          extra_config.slow_limit_seconds \
          (set by `/etc/gds.yaml`, key `extra_config.zzz`)"

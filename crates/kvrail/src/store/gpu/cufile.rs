@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::{CufileEngine, Folder, IoEngine, IoFile, IoHandle, IoRequest, OpenMode, Operation};
 use crate::memory::{DeviceArena, Gpu, GpuSlot, GpuSlots, StagingRange};
 use crate::store::directory::TEMPORARY_NAME;
-use crate::store::image::WRITE_REQUEST_BYTES;
+use crate::store::image::CUFILE_REQUEST_BYTES;
 use crate::store::mount::Mount;
 use crate::store::writer::Writer;
 
@@ -47,10 +47,10 @@ impl Cufile {
         offset: usize,
         mut image: StagingRange<DeviceArena>,
     ) -> Vec<IoHandle<DeviceArena>> {
-        let mut handles = Vec::with_capacity(image.len().div_ceil(WRITE_REQUEST_BYTES));
+        let mut handles = Vec::with_capacity(image.len().div_ceil(CUFILE_REQUEST_BYTES));
         let mut offset = offset as u64;
         while !image.is_empty() {
-            let buffer = image.split_to(WRITE_REQUEST_BYTES);
+            let buffer = image.split_to(CUFILE_REQUEST_BYTES);
             let bytes = buffer.len() as u64;
             handles.push(self.engine.submit(IoRequest {
                 operation,

@@ -26,7 +26,7 @@ use crate::layout::TransferPlan;
 use crate::memory::{
     ComputeStream, Gpu, GpuSlot, GpuSlots, RegisteredRegion, SlotShape, StagingRange,
 };
-use crate::store::image::WRITE_REQUEST_BYTES;
+use crate::store::image::CUFILE_REQUEST_BYTES;
 use crate::store::kv_cache::CacheShared;
 use crate::store::load_job::LoadJob;
 use crate::store::shared::StoreShared;
@@ -126,7 +126,7 @@ impl InPlace {
             let end = range.offset + range.bytes;
             while at < end {
                 if room == 0 || last_region != Some(range.region) {
-                    room = WRITE_REQUEST_BYTES;
+                    room = CUFILE_REQUEST_BYTES;
                     last_region = Some(range.region);
                     requests.push(PieceRequest {
                         operation,
