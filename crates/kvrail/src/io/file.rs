@@ -23,6 +23,9 @@ pub enum OpenMode {
     CreateNew,
 }
 
+/// File systems that take the kernel's "do not wait" at its word, by `statfs` magic: ext4, xfs, btrfs.
+const PROMPT: [u64; 3] = [0x0000_EF53, 0x5846_5342, 0x9123_683E];
+
 /// An open file and the path it was opened by.
 #[derive(Debug)]
 pub struct IoFile {
@@ -31,6 +34,7 @@ pub struct IoFile {
     file: File,
     path: PathBuf,
     direct: bool,
+    is_prompt: OnceLock<bool>,
 }
 
 impl IoFile {
@@ -80,7 +84,18 @@ impl IoFile {
             file: file.into(),
             path,
             direct,
+            is_prompt: OnceLock::new(),
         }
+    }
+
+    /// Returns whether the file system does a direct read or write without waiting, or says that
+    /// it cannot. Others wait for their device or server whatever they are asked.
+    pub(super) fn is_prompt(&self) -> bool {
+        let is_prompt = || {
+            let found = rustix::fs::fstatfs(&self.file);
+            found.is_ok_and(|found| PROMPT.contains(&(found.f_type as u64 & 0xFFFF_FFFF)))
+        };
+        self.direct && *self.is_prompt.get_or_init(is_prompt)
     }
 
     /// Returns the path that the file was opened by.

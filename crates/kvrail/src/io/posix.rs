@@ -208,7 +208,7 @@ pub(super) fn read_whole(file: &IoFile, offset: u64, buffer: &mut [u8]) -> Resul
 }
 
 /// Writes until the buffer is empty.
-fn write_whole(file: &IoFile, offset: u64, buffer: &[u8]) -> Result<()> {
+pub(super) fn write_whole(file: &IoFile, offset: u64, buffer: &[u8]) -> Result<()> {
     let mut progress = Progress::new(Operation::Write, offset, buffer.len());
     while let Some(rest) = buffer
         .get(progress.done()..)

@@ -24,6 +24,7 @@ use rustix::io::Errno;
 use super::counts::Counters;
 use super::registration::Registration;
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::posix::write_whole;
 use crate::io::progress::{Progress, Step};
 use crate::io::{IoRequest, Operation};
 use crate::memory::StagingRange;
@@ -148,8 +149,9 @@ impl Ring {
         };
         let progress = Progress::new(request.operation, request.offset, request.buffer.len());
         // Through the page cache a request may copy at once, on the thread that submits it, and
-        // the others would wait behind it. Threads of the kernel do them side by side.
-        let is_handed_over = !request.file.is_direct();
+        // on many file systems it waits there; the others would wait behind it. Threads of the
+        // kernel do them side by side.
+        let is_handed_over = !request.file.is_prompt();
         let flight = Flight {
             number,
             request,
@@ -294,16 +296,19 @@ impl Ring {
         let number = flight.number;
         let moved =
             usize::try_from(result).map_err(|_| Errno::from_raw_os_error(result.saturating_neg()));
-        // The file system cannot do it without waiting, and does not let the kernel wait in our
-        // place unless it is asked to: files are opened with O_NONBLOCK.
+        // The file system cannot do it without waiting, and the kernel did not wait in our place.
         let again = moved == Err(Errno::AGAIN) && !flight.is_handed_over;
-        let step = match again {
-            true => {
+        let is_write = flight.request.operation == Operation::Write;
+        let step = match moved {
+            Err(Errno::AGAIN) if again => {
                 flight.is_handed_over = true;
                 self.counters.handed_over.fetch_add(1, Ordering::Relaxed);
                 Step::More
             }
-            false => flight.progress.advance(moved, &flight.request.file),
+            // What a thread of the kernel says of a write that moved a part only; of how much, it
+            // says nothing (Linux 6.18).
+            Err(Errno::AGAIN) if is_write && !flight.is_cancelled => self.write_here(&mut flight),
+            moved => flight.progress.advance(moved, &flight.request.file),
         };
         let error = match step {
             Step::Done => return Some((number, Ok(flight.request.buffer))),
@@ -324,6 +329,18 @@ impl Ring {
             }
         };
         Some((number, Err(error)))
+    }
+
+    /// Writes what is left of a flight on this thread, which is no worse off than one of posix.
+    fn write_here(&self, flight: &mut Flight) -> Step {
+        self.counters.continued.fetch_add(1, Ordering::Relaxed);
+        let (offset, done) = (flight.progress.rest_offset(), flight.progress.done());
+        let request = &flight.request;
+        let rest = request.buffer.as_slice().get(done..).unwrap_or_default();
+        match write_whole(&request.file, offset, rest) {
+            Ok(()) => Step::Done,
+            Err(error) => Step::Failed(error),
+        }
     }
 
     /// Asks the kernel to end everything in flight; what it is at already goes on.
@@ -353,6 +370,9 @@ impl Ring {
 
 impl Drop for Ring {
     fn drop(&mut self) {
+        // Nothing is begun any more for what is found to have ended.
+        let flights = self.flights.iter_mut().flatten();
+        flights.for_each(|flight| flight.is_cancelled = true);
         let mut ended = Vec::new();
         self.take_ended(&mut ended);
         if self.in_flight > 0 {
