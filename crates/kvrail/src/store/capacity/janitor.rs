@@ -250,7 +250,6 @@ impl Janitor {
         let step = self.sweeper.step(&mut self.shelf, &view.situation);
         let pause = self.settings.timing.pass / u32::from(super::SLICES);
         self.slice_due = (self.slice_due + pause).max(Instant::now() - self.settings.timing.tick);
-        let step = step?;
         let removed = step.visit.removed();
         if removed.chunks > 0 {
             self.room.removed(removed.bytes);
@@ -267,7 +266,7 @@ impl Janitor {
         } else if !view.known && count.found.chunks >= ESTIMATE_CHUNKS {
             self.settle(count, 0)?;
         }
-        Ok(())
+        step.error.map_or(Ok(()), Err)
     }
 
     /// Looks for new and vanished folders now and then.
@@ -308,6 +307,7 @@ impl Janitor {
                 self.room.correct(drift);
             } else if drift < -signed(tolerance) - (view.removed - removed).max(0)
                 && pass.unseen == 0
+                && pass.failed == 0
             {
                 // Downwards with care: room that is not there must not be given away. What others
                 // removed may have been missing before they said so, and is taken off twice then.
