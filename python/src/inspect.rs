@@ -7,12 +7,12 @@ use pyo3::prelude::*;
 
 use crate::error::IntoPython;
 
+/// A namespace: its name, its manifest as JSON, why there is none.
+type Described = (String, Option<String>, Option<String>);
+
 /// Lists the namespaces of a directory: name, manifest as JSON or `None`, why it cannot be read.
 #[pyfunction]
-pub(crate) fn namespaces(
-    py: Python<'_>,
-    directory: PathBuf,
-) -> PyResult<Vec<(String, Option<String>, Option<String>)>> {
+pub(crate) fn namespaces(py: Python<'_>, directory: PathBuf) -> PyResult<Vec<Described>> {
     let found = py
         .detach(|| inspect::namespaces(&directory))
         .into_python(py)?;

@@ -13,7 +13,7 @@ use super::stamp::whole_milliseconds;
 use super::sweep::{Reason, SLICES, Situation, SweepRules, Sweeper, Tally, Visit};
 use crate::config::EvictionPolicy;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::Folder;
+use crate::io::{Folder, Observer};
 use crate::store::directory::{MANIFEST_NAME, QUARANTINE_NAME, TEMPORARY_NAME};
 use crate::store::quarantine;
 use crate::store::writer::remove_leftovers;
@@ -29,6 +29,8 @@ pub struct CollectOptions {
     pub older_than: Option<Duration>,
     /// Whether everything is only counted.
     pub dry_run: bool,
+    /// Told of each change of what is on disk; for tests.
+    pub observer: Option<Observer>,
 }
 
 /// What was removed.
@@ -60,8 +62,8 @@ pub struct Collected {
 /// [`ErrorKind::InvalidArgument`] when `root` is no store or has no such namespace, else those of
 /// the file system.
 pub fn collect(root: &Path, options: &CollectOptions) -> Result<Collected> {
-    let place = Root::existing(root);
-    let mut shelf = FileShelf::new(place.clone(), options.namespace.clone(), None);
+    let place = Root::existing(root).observed(options.observer.clone());
+    let mut shelf = FileShelf::new(place.clone(), options.namespace.clone());
     let namespaces = shelf.namespaces()?;
     if namespaces.is_empty() {
         let message = match &options.namespace {
@@ -146,9 +148,7 @@ fn remove_old(
     };
     let mut seen = Visit::default();
     for _ in 0..SLICES {
-        let began = Instant::now();
-        let visit = sweeper.step(shelf, &situation)?.visit;
-        account(room, &visit, began)?;
+        let visit = step(&mut sweeper, shelf, &situation, room)?;
         seen.add_all(&visit);
     }
     collected.removed_for_age = seen.for_age;
@@ -186,9 +186,7 @@ fn remove_beyond(
         if collected.left.bytes <= to_bytes || sweeper.is_stuck() {
             return Ok(());
         }
-        let began = Instant::now();
-        let visit = sweeper.step(shelf, &situation)?.visit;
-        account(room, &visit, began)?;
+        let visit = step(&mut sweeper, shelf, &situation, room)?;
         let removed = visit.for_size;
         collected.removed_for_size.chunks += removed.chunks;
         collected.removed_for_size.bytes += removed.bytes;
@@ -197,16 +195,22 @@ fn remove_beyond(
     }
 }
 
-/// Writes down what was removed, at once: a janitor that counts meanwhile would take it off twice.
-fn account(room: Option<&Room>, visit: &Visit, began: Instant) -> Result<()> {
-    let bytes = visit.removed().bytes;
-    match room {
-        Some(room) if bytes > 0 && is_told_in_time(began) => {
-            room.removed(bytes);
-            room.flush()
-        }
-        _ => Ok(()),
+/// Visits the next slice, and writes down what was removed, at once: a janitor that counts meanwhile
+/// would take it off twice.
+fn step(
+    sweeper: &mut Sweeper,
+    shelf: &mut FileShelf,
+    situation: &Situation,
+    room: Option<&Room>,
+) -> Result<Visit> {
+    let began = Instant::now();
+    let step = sweeper.step(shelf, situation);
+    let bytes = step.visit.removed().bytes;
+    if let Some(room) = room.filter(|_| bytes > 0 && is_told_in_time(began)) {
+        room.removed(bytes);
+        room.flush()?;
     }
+    step.error.map_or(Ok(step.visit), Err)
 }
 
 /// Removes what was set aside long ago; what cannot be removed stays.
