@@ -1,5 +1,5 @@
 //! What a store says at start of the other namespaces on its path.
-#![expect(
+#![allow(
     clippy::unwrap_used,
     clippy::panic,
     reason = "a test fails by panicking; clippy spares only functions marked as tests"

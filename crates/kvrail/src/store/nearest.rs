@@ -104,7 +104,7 @@ mod tests {
     use crate::io::FolderRules;
 
     fn namespace(model: &str, number: usize) -> Namespace {
-        let identity = json!({"number": number, "even": number % 2 == 0});
+        let identity = json!({"number": number, "even": number.is_multiple_of(2)});
         Namespace::new(model, identity.as_object().unwrap().clone()).unwrap()
     }
 
