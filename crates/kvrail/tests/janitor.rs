@@ -7,109 +7,25 @@
 )]
 
 mod common;
+#[path = "common/files.rs"]
+mod files;
 
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use common::{LIMIT, key};
-use kvrail::config::{EvictionPolicy, MinFree, StoreConfig};
+use files::{CHUNK_BYTES, Files, settings};
+use kvrail::config::EvictionPolicy;
 use kvrail::store::capacity::{
-    CollectOptions, EvictionReason, Janitor, JanitorSettings, JanitorTiming, Stamp, Step, StepHook,
-    Tick, collect, evictions, note_removed, usage,
+    EvictionReason, Janitor, JanitorSettings, Step, StepHook, Tick, evictions, note_removed, usage,
 };
 
 /// Names the directory of a janitor that is to be killed, and where.
 const CHILD_DIRECTORY: &str = "KVRAIL_TEST_JANITOR_DIRECTORY";
 const CHILD_STEP: &str = "KVRAIL_TEST_JANITOR_STEP";
-const CHUNK_BYTES: u64 = 10_000;
-
-/// A store of empty chunk files of one size.
-struct Files {
-    root: tempfile::TempDir,
-}
-
-impl Files {
-    fn new() -> Self {
-        let root = tempfile::tempdir().unwrap();
-        let files = Self { root };
-        std::fs::create_dir_all(files.namespace().join("tmp")).unwrap();
-        std::fs::write(files.namespace().join("manifest.json"), "{}").unwrap();
-        files
-    }
-
-    fn root(&self) -> &Path {
-        self.root.path()
-    }
-
-    fn namespace(&self) -> PathBuf {
-        self.root.path().join("m-0123456789abcdef")
-    }
-
-    fn path(&self, index: u64) -> PathBuf {
-        let name = key(index).to_string();
-        let folder = self.namespace().join("g0r0").join(&name[..3]);
-        folder.join(format!("{name}.safetensors"))
-    }
-
-    /// Makes a chunk that was last used `age` ago.
-    fn add(&self, index: u64, age: Duration, uses: u8) {
-        let path = self.path(index);
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        let file = File::create(&path).unwrap();
-        file.set_len(CHUNK_BYTES).unwrap();
-        let at = (SystemTime::now() - age).duration_since(SystemTime::UNIX_EPOCH);
-        let (seconds, nanoseconds) = Stamp::new(at.unwrap().as_millis() as i64, uses).time();
-        let time = Duration::new(seconds as u64, nanoseconds as u32);
-        file.set_modified(SystemTime::UNIX_EPOCH + time).unwrap();
-    }
-
-    fn has(&self, index: u64) -> bool {
-        self.path(index).exists()
-    }
-
-    /// Counts the bytes of all chunk files.
-    fn bytes(&self) -> u64 {
-        walk(&self.namespace())
-    }
-}
-
-/// Returns the bytes of all chunk files below a folder.
-fn walk(folder: &Path) -> u64 {
-    let Ok(entries) = std::fs::read_dir(folder) else {
-        return 0;
-    };
-    entries
-        .flatten()
-        .map(|entry| match entry.file_type() {
-            Ok(kind) if kind.is_dir() => walk(&entry.path()),
-            _ if entry
-                .path()
-                .extension()
-                .is_some_and(|ending| ending == "safetensors") =>
-            {
-                entry.metadata().map_or(0, |metadata| metadata.size())
-            }
-            _ => 0,
-        })
-        .sum()
-}
-
-fn settings(max_size: u64) -> JanitorSettings {
-    JanitorSettings {
-        max_size: Some(max_size),
-        min_free: MinFree::Bytes(0),
-        timing: JanitorTiming {
-            tick: Duration::from_millis(20),
-            lease_limit: Duration::from_secs(30),
-            pass: Duration::from_millis(1),
-        },
-        ..JanitorSettings::new(&StoreConfig::with_path("/"))
-    }
-}
 
 /// Ticks until the condition holds.
 fn run_until(janitor: &mut Janitor, mut done: impl FnMut(&Tick) -> bool) {
@@ -134,10 +50,6 @@ fn settle(files: &Files, settings: JanitorSettings) -> Janitor {
     janitor
 }
 
-fn used(files: &Files) -> u64 {
-    usage(files.root()).unwrap().bytes.unwrap()
-}
-
 #[test]
 fn what_was_there_before_is_counted_and_the_oldest_go_down_to_the_watermark() {
     let files = Files::new();
@@ -145,7 +57,7 @@ fn what_was_there_before_is_counted_and_the_oldest_go_down_to_the_watermark() {
     let limit = 500 * CHUNK_BYTES;
     let janitor = settle(&files, settings(limit));
     assert_eq!(files.bytes(), limit * 9 / 10);
-    assert_eq!(used(&files), files.bytes());
+    assert_eq!(files.used(), files.bytes());
     // The sample is all of them, so the order is exact.
     assert!((0..450).all(|index| files.has(index)));
     assert!((450..1000).all(|index| !files.has(index)));
@@ -192,7 +104,7 @@ fn what_nobody_used_for_the_ttl_goes_whatever_room_there_is() {
     assert!((51..100).all(|index| !files.has(index)));
     let log: Vec<_> = evictions(&files.namespace()).collect();
     assert!(log.len() == 49 && log.iter().all(|line| line.reason == EvictionReason::Age));
-    assert_eq!(used(&files), files.bytes());
+    assert_eq!(files.used(), files.bytes());
 }
 
 #[test]
@@ -246,63 +158,16 @@ fn what_others_remove_and_tools_remove_is_known() {
     let mut janitor = settle(&files, settings(u64::MAX / 2));
     (0..100).for_each(|index| std::fs::remove_file(files.path(index)).unwrap());
     note_removed(files.root(), 100 * CHUNK_BYTES).unwrap();
-    assert_eq!(used(&files), files.bytes(), "told by a tool");
+    assert_eq!(files.used(), files.bytes(), "told by a tool");
     (100..400).for_each(|index| std::fs::remove_file(files.path(index)).unwrap());
     let mut passes = 0;
     run_until(&mut janitor, |tick| {
         passes += tick.passes;
         passes >= 3
     });
-    let off = used(&files).abs_diff(files.bytes());
+    let off = files.used().abs_diff(files.bytes());
     assert!(off <= files.bytes() / 100, "{off} bytes off after a pass");
     janitor.close();
-}
-
-#[test]
-fn a_request_removes_what_it_names_and_says_what() {
-    let files = Files::new();
-    (0..1000).for_each(|index| files.add(index, Duration::from_secs(60 * index), 0));
-    let options = CollectOptions {
-        older_than: Some(Duration::from_secs(60 * 799 + 30)),
-        to_bytes: Some(500 * CHUNK_BYTES),
-        dry_run: true,
-        ..CollectOptions::default()
-    };
-    let before = collect(files.root(), &options).unwrap();
-    assert_eq!(files.bytes(), 1000 * CHUNK_BYTES);
-    assert!(
-        !files.root().join(".kvrail").exists(),
-        "a dry run leaves nothing"
-    );
-    let options = CollectOptions {
-        dry_run: false,
-        ..options
-    };
-    let done = collect(files.root(), &options).unwrap();
-    assert_eq!((done.found.chunks, done.left.chunks), (1000, 500));
-    assert_eq!(
-        (done.removed_for_age.chunks, done.removed_for_size.chunks),
-        (200, 300)
-    );
-    assert_eq!(before.removed_for_age, done.removed_for_age);
-    assert_eq!(before.removed_for_size, done.removed_for_size);
-    assert!((0..500).all(|index| files.has(index)) && files.bytes() == done.left.bytes);
-    assert_eq!(used(&files), files.bytes());
-    assert!(evictions(&files.namespace()).all(|line| line.reason == EvictionReason::Request));
-    let folders = std::fs::read_dir(files.namespace().join("g0r0"))
-        .unwrap()
-        .count();
-    assert!(done.folders_removed > 0 && folders <= 500, "{folders}");
-
-    let only = |namespace: &str| CollectOptions {
-        namespace: Some(namespace.into()),
-        to_bytes: Some(0),
-        ..CollectOptions::default()
-    };
-    assert!(collect(files.root(), &only("n-0123456789abcdef")).is_err());
-    assert!(collect(&files.namespace(), &CollectOptions::default()).is_err());
-    let done = collect(files.root(), &only("m-0123456789abcdef")).unwrap();
-    assert_eq!((done.left.chunks, files.bytes()), (0, 0));
 }
 
 #[test]
@@ -348,7 +213,7 @@ fn two_janitors_whose_clocks_are_two_hours_apart_keep_one_order() {
         passes >= 2
     });
     assert_eq!(files.bytes(), 720 * CHUNK_BYTES);
-    assert_eq!(used(&files), files.bytes());
+    assert_eq!(files.used(), files.bytes());
 }
 
 fn child(files: &Files, step: usize) -> Child {
@@ -447,7 +312,7 @@ fn a_janitor_that_is_killed_at_any_step_is_replaced_and_nothing_is_wrong() {
         let chunks = files.bytes() / CHUNK_BYTES;
         assert!((446..=450).contains(&chunks), "{step:?}: {chunks} chunks");
         assert!((0..chunks).all(|index| files.has(index)), "{step:?}");
-        let off = used(&files).abs_diff(files.bytes());
+        let off = files.used().abs_diff(files.bytes());
         assert!(off <= files.bytes() / 100, "{step:?}: {off} bytes off");
         assert_eq!(
             usage(files.root()).unwrap().stores,
@@ -491,7 +356,7 @@ fn a_janitor_that_stands_still_is_replaced_and_may_come_back() {
         passes >= 3 && !tick.busy
     });
     assert_eq!(files.bytes(), 450 * CHUNK_BYTES);
-    assert!(used(&files).abs_diff(files.bytes()) <= files.bytes() / 100);
+    assert!(files.used().abs_diff(files.bytes()) <= files.bytes() / 100);
     stopped.kill().unwrap();
     stopped.wait().unwrap();
     janitor.close();

@@ -7,7 +7,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvrail::config::{MinFree, StoreConfig};
 use kvrail::io::IoEngine;
@@ -18,6 +18,9 @@ use kvrail::{
 
 /// Far beyond what any step takes, so that a hang fails the test.
 pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// Bytes of a chunk's file in the default geometry: head, three pages of payload, one of table.
+pub const FILE_BYTES: u64 = 20_480;
 
 /// The geometry of a small KV cache: layer outermost, blocks with a gap behind each.
 #[derive(Debug, Clone, Copy)]
@@ -55,12 +58,25 @@ pub fn config(path: &Path) -> StoreConfig {
     config
 }
 
+/// The same with a limit to what is stored.
+pub fn limited(path: &Path, max_size: u64) -> StoreConfig {
+    StoreConfig {
+        max_size: Some(max_size),
+        ..config(path)
+    }
+}
+
 pub fn namespace() -> Namespace {
     Namespace::new("test/model", serde_json::Map::new()).unwrap()
 }
 
 pub fn open(path: &Path) -> Store {
-    Store::open(&config(path), namespace(), OpenOptions::default()).unwrap()
+    open_as(&config(path))
+}
+
+/// Opens a store as a configuration says.
+pub fn open_as(config: &StoreConfig) -> Store {
+    Store::open(config, namespace(), OpenOptions::default()).unwrap()
 }
 
 pub fn open_with(config: &StoreConfig, engine: Arc<dyn IoEngine>) -> Store {
@@ -139,6 +155,18 @@ impl Cache {
         self.kv_cache.store(&chunks).unwrap().wait(LIMIT).unwrap()
     }
 
+    /// Stores a chunk that no other one goes before, from the first two blocks.
+    pub fn store_alone(&self, index: u64) -> StoreReport {
+        let chunk = StoreChunk {
+            chunk: ChunkRef {
+                parent: None,
+                ..chunk(index)
+            },
+            blocks: vec![0, 1],
+        };
+        self.kv_cache.store(&[chunk]).unwrap().wait(LIMIT).unwrap()
+    }
+
     /// Loads chunks, each from its first block that is wanted.
     pub fn load(&self, chunks: &[(u64, usize, Vec<usize>)]) -> LoadReport {
         let chunks = chunks
@@ -189,6 +217,28 @@ pub fn chunk_files(path: &Path) -> Vec<PathBuf> {
         .collect();
     files.sort();
     files
+}
+
+/// Returns the bytes of all chunk files, while others remove and add some.
+pub fn chunk_bytes(path: &Path) -> u64 {
+    if !path.join(namespace().directory_name()).is_dir() {
+        return 0;
+    }
+    chunk_files(path)
+        .iter()
+        .filter_map(|file| std::fs::metadata(file).ok())
+        .map(|metadata| metadata.len())
+        .sum()
+}
+
+/// Waits for a condition that other threads bring about. Returns how long that took.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) -> Duration {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < LIMIT, "{what}: not within {LIMIT:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    start.elapsed()
 }
 
 /// Returns the names in a folder of the namespace, none if it is not there.
