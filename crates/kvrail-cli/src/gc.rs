@@ -64,6 +64,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         to_bytes: arguments.to,
         older_than: arguments.older_than,
         dry_run,
+        ..CollectOptions::default()
     };
     let removes = arguments.to.is_some() || arguments.older_than.is_some();
     if removes && !arguments.dry_run && !arguments.yes {

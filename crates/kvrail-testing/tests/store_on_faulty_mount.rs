@@ -38,10 +38,6 @@ fn limits(path: &Path) -> StoreConfig {
     config
 }
 
-fn open_limited(path: &Path) -> Store {
-    Store::open(&limits(path), namespace(), OpenOptions::default()).unwrap()
-}
-
 /// The blocks of the `index`th chunk of a load of many.
 fn block_pair(index: u64) -> Vec<usize> {
     let first = 10 + 2 * index as usize;

@@ -6,6 +6,7 @@ use std::path::Path;
 use rustix::fs::{Mode, OFlags};
 
 use super::folder::{Folder, set_exact_mode};
+use super::observer::Step;
 use crate::error::{Error, Result};
 
 /// What a small file is opened for.
@@ -42,6 +43,7 @@ impl Folder {
             };
             let file = open(flags, bits)?;
             set_exact_mode(&file, bits)?;
+            self.tell(&Step::CreateFile(&self.path().join(name)));
             Ok(file)
         };
         let append = || open(OFlags::WRONLY | OFlags::APPEND, Mode::empty());

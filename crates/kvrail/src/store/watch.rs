@@ -232,7 +232,7 @@ pub(super) fn start(
         .map_err(|source| Error::new(ErrorKind::Io, "start the watch's thread").with_source(source))
 }
 
-/// Ends what is overdue and begins the probes that are due.
+/// Ends what is overdue, looks after the janitors and begins the probes that are due.
 fn look(shared: &Arc<StoreShared>) {
     for mut entry in shared.watch.take_overdue(Instant::now()) {
         let index = entry.watched.mount.load(Ordering::Relaxed);
@@ -254,6 +254,7 @@ fn look(shared: &Arc<StoreShared>) {
             entry.watched.state.store(decided, Ordering::Release);
         }
     }
+    shared.capacity.watch(&shared.mounts, shared.wait_limit);
     for mount in &shared.mounts {
         probe(shared, mount);
     }

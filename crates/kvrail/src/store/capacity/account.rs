@@ -17,7 +17,7 @@ use std::os::unix::fs::FileExt;
 use twox_hash::XxHash3_64;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Folder, SmallMode};
+use crate::io::{Folder, SmallMode, Step};
 use crate::store::publish::is_missing;
 use crate::store::writer::is_writers_name;
 
@@ -125,8 +125,15 @@ impl Record {
             false => SmallMode::Write,
         };
         let file = folder.small_file(name, mode)?;
-        file.write_all_at(&self.encode(), 0)
-            .map_err(|source| Error::io("write account", &folder.path().join(name), source))
+        let (path, bytes) = (folder.path().join(name), self.encode());
+        file.write_all_at(&bytes, 0)
+            .map_err(|source| Error::io("write account", &path, source))?;
+        folder.tell(&Step::WriteFile {
+            path: &path,
+            offset: 0,
+            bytes: &bytes,
+        });
+        Ok(())
     }
 }
 

@@ -13,7 +13,7 @@ use super::stamp::whole_milliseconds;
 use super::sweep::{Reason, SLICES, Situation, SweepRules, Sweeper, Tally, Visit};
 use crate::config::EvictionPolicy;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::Folder;
+use crate::io::{Folder, Observer};
 use crate::store::directory::{MANIFEST_NAME, QUARANTINE_NAME, TEMPORARY_NAME};
 use crate::store::quarantine;
 use crate::store::writer::remove_leftovers;
@@ -29,6 +29,8 @@ pub struct CollectOptions {
     pub older_than: Option<Duration>,
     /// Whether everything is only counted.
     pub dry_run: bool,
+    /// Told of each change of what is on disk; for tests.
+    pub observer: Option<Observer>,
 }
 
 /// What was removed.
@@ -60,8 +62,8 @@ pub struct Collected {
 /// [`ErrorKind::InvalidArgument`] when `root` is no store or has no such namespace, else those of
 /// the file system.
 pub fn collect(root: &Path, options: &CollectOptions) -> Result<Collected> {
-    let place = Root::existing(root);
-    let mut shelf = FileShelf::new(place.clone(), options.namespace.clone(), None);
+    let place = Root::existing(root).observed(options.observer.clone());
+    let mut shelf = FileShelf::new(place.clone(), options.namespace.clone());
     let namespaces = shelf.namespaces()?;
     if namespaces.is_empty() {
         let message = match &options.namespace {
@@ -73,6 +75,7 @@ pub fn collect(root: &Path, options: &CollectOptions) -> Result<Collected> {
     shelf.refresh()?;
     shelf.dry_run = options.dry_run;
     shelf.by_request = true;
+    // Without an account there would be no file system's clock, and no trace of what is removed.
     // Without an account there would be no file system's clock, and no trace of what is removed.
     let room = match options.dry_run {
         true => None,

@@ -22,7 +22,7 @@ use super::stamp::Stamp;
 use super::sweep::Reason;
 use crate::chunk::ChunkKey;
 use crate::error::{Error, Result};
-use crate::io::{Folder, FolderRules, SmallMode};
+use crate::io::{Folder, FolderRules, SmallMode, Step};
 
 /// The file that is appended to.
 const LOG_NAME: &str = "evictions.log";
@@ -154,6 +154,11 @@ pub(super) fn append(namespace: &Folder, evictions: &[Eviction]) -> Result<()> {
     let mut file = namespace.small_file(LOG_NAME, SmallMode::Append)?;
     let text: String = evictions.iter().map(Eviction::line).collect();
     file.write_all(text.as_bytes()).map_err(failed)?;
+    namespace.tell(&Step::WriteFile {
+        path: &namespace.path().join(LOG_NAME),
+        offset: 0,
+        bytes: text.as_bytes(),
+    });
     if file.metadata().map_err(failed)?.len() >= LOG_BYTES_MAX {
         namespace.rename(LOG_NAME, namespace, FORMER_LOG_NAME)?;
     }

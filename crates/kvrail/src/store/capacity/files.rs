@@ -10,6 +10,7 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, FileType, statat};
 
 use super::eviction_log::{self, Eviction, EvictionReason};
+use super::progress::Progress;
 use super::root::Root;
 use super::stamp::Stamp;
 use super::steps::{Step, StepHook, reach};
@@ -59,10 +60,11 @@ pub(super) struct FileShelf {
     /// What the eviction log says about the time, in milliseconds since 1970.
     pub(super) now_milliseconds: i64,
     hook: Option<Arc<StepHook>>,
+    progress: Arc<Progress>,
 }
 
 impl FileShelf {
-    pub(super) fn new(root: Root, only: Option<String>, hook: Option<Arc<StepHook>>) -> Self {
+    pub(super) fn new(root: Root, only: Option<String>) -> Self {
         Self {
             root,
             only,
@@ -70,7 +72,17 @@ impl FileShelf {
             dry_run: false,
             by_request: false,
             now_milliseconds: 0,
+            hook: None,
+            progress: Arc::default(),
+        }
+    }
+
+    /// Tells others of each step.
+    pub(super) fn observed(self, hook: Option<Arc<StepHook>>, progress: Arc<Progress>) -> Self {
+        Self {
             hook,
+            progress,
+            ..self
         }
     }
 
@@ -81,6 +93,7 @@ impl FileShelf {
     pub(super) fn refresh(&mut self) -> Result<bool> {
         let mut folders = Vec::new();
         for namespace in self.namespaces()? {
+            self.progress.step();
             for name in names(&namespace.folder)? {
                 if let Some((group, rank)) = parse_rank_name(&name) {
                     folders.push(RankFolder {
@@ -113,6 +126,7 @@ impl FileShelf {
             if !is_asked_for || parse_directory_name(&name).is_none() {
                 continue;
             }
+            self.progress.step();
             let Some(folder) = found_or_none(root.folder(&name))? else {
                 continue;
             };
@@ -130,6 +144,7 @@ impl FileShelf {
     pub(super) fn quarantined(&self) -> Result<Tally> {
         let mut tally = Tally::default();
         for namespace in self.namespaces()? {
+            self.progress.step();
             let Some(folder) = found_or_none(namespace.folder.folder(QUARANTINE_NAME))? else {
                 continue;
             };
@@ -180,6 +195,7 @@ impl FileShelf {
             let Some(key) = name.to_str().and_then(|name| key_of(name, slice)) else {
                 continue;
             };
+            self.progress.step();
             let Ok(stat) = statat(&directory, &name, AtFlags::SYMLINK_NOFOLLOW) else {
                 // Removed by somebody else at this very moment, or the file system errs. Not to be
                 // taken for gone: its room would be given away.
@@ -224,6 +240,7 @@ impl FileShelf {
                 bytes,
                 reason,
             } = candidate;
+            self.progress.step();
             reach(self.hook.as_ref(), Step::Removing);
             if !self.dry_run {
                 match directory.remove_file(chunk_name(&key)) {

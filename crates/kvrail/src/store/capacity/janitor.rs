@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use super::account::{Sum, signed};
 use super::files::{FileShelf, found_or_none};
 use super::lease::Lease;
+use super::progress::Progress;
 use super::relief::{Relief, free_space};
 use super::room::Room;
 use super::root::Root;
@@ -90,6 +91,7 @@ pub struct Janitor {
     pass_start: Option<(i64, i64, Instant)>,
     relief: Relief,
     stuck_since: Option<Instant>,
+    progress: Arc<Progress>,
 }
 
 /// Usage and limits at one moment.
@@ -109,14 +111,20 @@ impl Janitor {
     /// # Errors
     /// Those of the file system.
     pub fn open(root: &Path, settings: JanitorSettings) -> Result<Self> {
-        let root = Root::existing(root);
+        let root = Root::existing(root).observed(settings.observer.clone());
         let is_new = super::has_no_chunks(&root);
         let room = Room::open(root.clone(), settings.max_size, settings.clock, is_new)?;
-        Ok(Self::new(root, Arc::new(room), settings))
+        let progress = Arc::default();
+        Ok(Self::new(root, Arc::new(room), settings, progress))
     }
 
     /// Makes the janitor of a store that has an account.
-    pub(super) fn new(root: Root, room: Arc<Room>, settings: JanitorSettings) -> Self {
+    pub(super) fn new(
+        root: Root,
+        room: Arc<Room>,
+        settings: JanitorSettings,
+        progress: Arc<Progress>,
+    ) -> Self {
         let name = room.name();
         let rules = SweepRules {
             policy: settings.policy,
@@ -126,7 +134,8 @@ impl Janitor {
         let seed = twox_hash::XxHash3_64::oneshot(name.as_bytes());
         Self {
             lease: Lease::new(root.clone(), name, settings.timing.lease_limit),
-            shelf: FileShelf::new(root.clone(), None, settings.hook.clone()),
+            shelf: FileShelf::new(root.clone(), None)
+                .observed(settings.hook.clone(), Arc::clone(&progress)),
             sweeper: Sweeper::new(rules, seed),
             root,
             room,
@@ -139,6 +148,7 @@ impl Janitor {
             pass_start: None,
             relief: Relief::default(),
             stuck_since: None,
+            progress,
         }
     }
 
@@ -149,9 +159,21 @@ impl Janitor {
 
     /// Does what is due, for about one tick: the account first, then the lease, then slices.
     ///
+    /// Nothing while the path is left alone; others take the lease over then, if theirs is well.
+    ///
     /// # Errors
     /// Those of the file system; the next call begins anew.
     pub fn tick(&mut self) -> Result<Tick> {
+        if self.progress.is_halted() {
+            return Ok(Tick::default());
+        }
+        self.progress.step();
+        let tick = self.work();
+        self.progress.rest();
+        tick
+    }
+
+    fn work(&mut self) -> Result<Tick> {
         let start = Instant::now();
         self.room.flush()?;
         self.reach(Step::Accounted);
@@ -169,7 +191,7 @@ impl Janitor {
             is_janitor: true,
             ..Tick::default()
         };
-        while start.elapsed() < self.settings.timing.tick {
+        while start.elapsed() < self.settings.timing.tick && !self.progress.is_halted() {
             let view = self.view()?;
             let is_late = Instant::now() >= self.slice_due || !view.known;
             if !is_late && !self.sweeper.is_evicting() && !self.must_evict(&view) {
@@ -192,13 +214,16 @@ impl Janitor {
 
     /// Ends the work: gives back unused claims and the lease.
     pub fn close(mut self) {
+        self.progress.step();
         // Both are found out by others when they cannot be written.
         drop(self.room.retire());
         self.reach(Step::Releasing);
         self.lease.release();
+        self.progress.rest();
     }
 
     fn reach(&self, step: Step) {
+        self.progress.step();
         reach(self.settings.hook.as_ref(), step);
     }
 
@@ -217,6 +242,7 @@ impl Janitor {
 
     /// Visits one slice.
     fn visit(&mut self, view: &View, tick: &mut Tick) -> Result<()> {
+        self.progress.step();
         if self.sweeper.begins_now(&view.situation) {
             // What is to be removed may lie in folders that are new.
             self.refreshed = None;
@@ -301,6 +327,7 @@ impl Janitor {
         }
         self.room.flush()?;
         for namespace in self.shelf.namespaces()? {
+            self.progress.step();
             if let Some(folder) = found_or_none(namespace.folder.folder(TEMPORARY_NAME))? {
                 tick.leftovers_removed += remove_leftovers(&folder)? as u64;
             }

@@ -4,7 +4,8 @@
 //! its name and a counter into it, again and again. Whoever wants to take over watches the content:
 //! if it stays the same for the lease's limit by the watcher's own monotonic clock, or if the
 //! holder's process is known to be gone, the watcher makes the file of the next term. Making it is
-//! exclusive, so of many watchers one succeeds; a holder that finds a higher term has lost.
+//! exclusive, so of many watchers one succeeds; a holder that finds a higher term has lost. A file
+//! that stays empty for half a second is one whose maker died making it.
 //!
 //! No time is written down or compared between hosts. No lock of the file system is used: where
 //! locks are only local to each host (NFS mounted with `nolock`, some FUSE file systems), a lock
@@ -20,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use super::root::Root;
 use crate::error::{Error, Result};
-use crate::io::{Folder, SmallMode};
+use crate::io::{Folder, SmallMode, Step};
 use crate::store::publish::is_missing;
 use crate::store::writer::writer_is_dead;
 
@@ -30,6 +31,8 @@ const PREFIX: &str = "janitor.";
 const CONTENT_BYTES: usize = 192;
 /// Lease files that are looked at; there are two for a moment at most.
 const FILES_MAX: usize = 4096;
+/// How long a lease holds into which nobody wrote: its maker died, or writes at this moment.
+const EMPTY_LIMIT: Duration = Duration::from_millis(500);
 /// Counter of a holder that gave the lease up.
 const RELEASED: &str = "released";
 
@@ -110,9 +113,13 @@ impl Lease {
         if beat.trim_end() == RELEASED || writer_is_dead(holder) == Some(true) {
             return true;
         }
+        let limit = match holder {
+            "" => self.limit.min(EMPTY_LIMIT),
+            _ => self.limit,
+        };
         match &self.seen {
             Some(seen) if seen.term == term && seen.content == content => {
-                seen.since.elapsed() >= self.limit
+                seen.since.elapsed() >= limit
             }
             _ => {
                 self.seen = Some(Seen {
@@ -149,19 +156,21 @@ impl Lease {
     /// Gives the lease up, so that the next one need not wait.
     pub(super) fn release(&mut self) {
         if let Some(term) = self.held.take() {
-            let content = self.content(RELEASED);
-            let opened = self
-                .root
-                .state()
-                .and_then(|folder| folder.small_file(&file_name(term), SmallMode::Write));
+            let folder = self.root.state();
+            let written =
+                folder.and_then(|folder| self.put(&folder, term, SmallMode::Write, RELEASED));
             // A lease that cannot be given up runs out.
-            drop(opened.map(|file| file.write_all_at(content.as_bytes(), 0)));
+            drop(written);
         }
     }
 
-    /// Writes the content. Returns `false` when the file is there already, or gone.
+    /// Writes a sign of life. Returns `false` when the file is there already, or gone.
     fn write(&mut self, folder: &Folder, term: u64, mode: SmallMode) -> Result<bool> {
         self.beat += 1;
+        self.put(folder, term, mode, &self.beat.to_string())
+    }
+
+    fn put(&self, folder: &Folder, term: u64, mode: SmallMode, beat: &str) -> Result<bool> {
         let name = file_name(term);
         let file = match folder.small_file(&name, mode) {
             Ok(file) => file,
@@ -169,9 +178,15 @@ impl Lease {
             Err(error) if mode == SmallMode::Write && is_missing(&error) => return Ok(false),
             Err(error) => return Err(error),
         };
-        let content = self.content(&self.beat.to_string());
+        let content = self.content(beat);
+        let path = folder.path().join(name);
         file.write_all_at(content.as_bytes(), 0)
-            .map_err(|source| Error::io("write lease", &folder.path().join(name), source))?;
+            .map_err(|source| Error::io("write lease", &path, source))?;
+        folder.tell(&Step::WriteFile {
+            path: &path,
+            offset: 0,
+            bytes: content.as_bytes(),
+        });
         Ok(true)
     }
 
@@ -329,6 +344,18 @@ mod tests {
             assert_eq!(held, 1, "round {round}");
         }
         assert_eq!(terms_in(folder.path()), [6]);
+    }
+
+    #[test]
+    fn a_lease_that_its_maker_died_making_is_taken_over_soon() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = root_of(folder.path()).state().unwrap();
+        std::fs::write(state.path().join(file_name(7)), b"").unwrap();
+        let mut lease = contender(folder.path(), "1");
+        lease.limit = Duration::from_secs(3600);
+        let waited = until_held(&mut lease);
+        assert!(waited >= EMPTY_LIMIT, "{waited:?}");
+        assert_eq!(terms_in(folder.path()), [8]);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //!   share with the store ([`Shelf`] is where chunks lie)
 //! - `root`, `account`, `room`: how many bytes there are, as a sum of what each store says, and claims
 //! - `lease`, `janitor`, `files`: who evicts, and the directory as a shelf
+//! - `thread`, `progress`: the janitors of a store, and what happens when one hangs
 //! - `eviction_log`: what was evicted lately
 //! - `touch`, `chain`: what a use does to a chunk's stamp
 //! - `collect`: one pass on request, for tools
@@ -19,6 +20,7 @@ mod files;
 mod janitor;
 mod lease;
 mod policy;
+mod progress;
 mod relief;
 mod room;
 mod root;
@@ -62,6 +64,7 @@ use crate::io::{Folder, Permissions, within};
 use crate::store::directory::parse_rank_name;
 use account::read_all;
 use chain::Chains;
+use progress::Progress;
 use room::Room;
 use root::Root;
 
@@ -81,6 +84,7 @@ pub(super) struct PathCapacity {
     room: Arc<Room>,
     settings: JanitorSettings,
     is_janitor: AtomicBool,
+    progress: Arc<Progress>,
 }
 
 impl Capacity {
@@ -110,6 +114,7 @@ impl Capacity {
                     room: Arc::new(room),
                     settings,
                     is_janitor: AtomicBool::new(false),
+                    progress: Arc::default(),
                 }),
                 Err(error) if config.max_size.is_some() => return Err(error),
                 Err(error) => notices.warn(Topic::Capacity, || {
@@ -127,6 +132,22 @@ impl Capacity {
 
     fn of(&self, root: &Path) -> Option<&PathCapacity> {
         self.paths.iter().find(|path| path.root.path() == root)
+    }
+
+    /// Takes a path out of use when a step of its janitor is not done within `limit`, and halts the
+    /// janitors of paths that are out.
+    pub(super) fn watch(&self, mounts: &[Arc<Mount>], limit: Duration) {
+        for mount in mounts {
+            let Some(path) = self.of(&mount.root) else {
+                continue;
+            };
+            if let Some(took) = path.progress.overdue(limit) {
+                let seconds = took.as_secs_f64();
+                let message = format!("a step of the janitor was not done within {seconds:.3} s");
+                mount.health.note_hung(&mount.root, message);
+            }
+            path.progress.set_halted(mount.health.is_out());
+        }
     }
 
     /// Returns whether a chunk should be stored on a path. Notes that it was asked for.

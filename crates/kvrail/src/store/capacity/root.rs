@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::io::{Folder, FolderRules, Permissions};
+use crate::io::{Folder, FolderRules, Observer, Permissions};
 
 /// Folder below each path for accounts and the janitor's lease.
 const STATE_NAME: &str = ".kvrail";
@@ -43,6 +43,12 @@ impl Root {
             root.rules.permissions = permissions;
         }
         root
+    }
+
+    /// Has changes told to an observer.
+    pub(super) fn observed(mut self, observer: Option<Observer>) -> Self {
+        self.rules.observer = observer;
+        self
     }
 
     pub(super) fn path(&self) -> &Path {

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use super::room::WallClock;
 use super::steps::StepHook;
 use crate::config::{EvictionPolicy, MinFree, StoreConfig};
+use crate::io::Observer;
 
 /// When a janitor does what.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +50,8 @@ pub struct JanitorSettings {
     pub clock: WallClock,
     /// Called at each step.
     pub hook: Option<Arc<StepHook>>,
+    /// Told of each change of what is on disk.
+    pub observer: Option<Observer>,
 }
 
 impl JanitorSettings {
@@ -71,6 +74,7 @@ impl JanitorSettings {
             timing,
             clock: SystemTime::now,
             hook: None,
+            observer: None,
         }
     }
 }

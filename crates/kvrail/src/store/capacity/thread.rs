@@ -74,6 +74,7 @@ fn run(shared: &StoreShared, index: usize, stopped: &Receiver<()>) {
         path.root.clone(),
         Arc::clone(&path.room),
         path.settings.clone(),
+        Arc::clone(&path.progress),
     );
     let mut pause = Duration::ZERO;
     while stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {

@@ -1,0 +1,101 @@
+//! A janitor on a file system that hangs: the path is taken out of use, left alone, and
+//! used again.
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test that meets an error has failed"
+)]
+
+mod common;
+#[path = "../../kvrail/tests/common/mod.rs"]
+mod store;
+
+use std::path::Path;
+use std::time::Duration;
+
+use common::mount;
+use kvrail::Store;
+use kvrail::config::StoreConfig;
+use kvrail::store::capacity::usage;
+use store::{Cache, FILE_BYTES, Geometry, LIMIT, chunk_bytes, limited, open_as, wait_until};
+
+const ROOM_BYTES: u64 = 20 * FILE_BYTES;
+
+fn open(path: &Path) -> Store {
+    open_as(&StoreConfig {
+        wait_limit_seconds: 1.0,
+        ..limited(path, ROOM_BYTES)
+    })
+}
+
+#[test]
+fn a_janitor_that_hangs_takes_the_path_out_and_works_again_when_it_is_well() {
+    let Some((mounted, _folder)) = mount(31) else {
+        return;
+    };
+    let store = open(mounted.path());
+    let cache = Cache::attach(&store, 0, Geometry::default());
+    wait_until("a janitor", || store.metrics().janitor_paths == 1);
+    mounted.set("unlink *.safetensors hang");
+    let mut index = 0;
+    // Nothing but the eviction hangs; that is what takes the path out.
+    let took = wait_until("the path is out", || {
+        index += 1;
+        cache.store(&[(index, vec![0, 1])]);
+        store.metrics().paths_taken_out > 0
+    });
+    println!("out after {took:.2?}, with {index} stores");
+    let said = store.take_notices();
+    let is_said = |part: &str| said.iter().any(|notice| notice.message.contains(part));
+    assert!(is_said("a step of the janitor was not done"), "{said:?}");
+
+    mounted.heal();
+    let took = wait_until("eviction", || {
+        index += 1;
+        cache.store(&[(index, vec![0, 1])]);
+        store.metrics().chunks_evicted_size > 0 && store.metrics().paths_taken_back > 0
+    });
+    println!("evicts again after {took:.2?}");
+    store.close(LIMIT).unwrap();
+    let bytes = chunk_bytes(mounted.source());
+    assert!(bytes <= ROOM_BYTES, "{bytes}");
+    // What was removed while it hung is not told, as somebody may have counted meanwhile: the next
+    // count finds it.
+    let said = usage(mounted.source()).unwrap().bytes.unwrap();
+    let told = bytes..=bytes + FILE_BYTES;
+    assert!(told.contains(&said), "{said} for {bytes}");
+}
+
+#[test]
+fn a_path_that_is_out_is_left_alone_by_the_janitor_too() {
+    let Some((mounted, _folder)) = mount(32) else {
+        return;
+    };
+    let store = open(mounted.path());
+    let cache = Cache::attach(&store, 0, Geometry::default());
+    assert_eq!(cache.store(&[(1, vec![0, 1])]).stored, 1);
+    wait_until("a janitor", || store.metrics().janitor_paths == 1);
+    // Loads hang, and so do probes; the janitor's own files answer, and are counted.
+    mounted.set("open,read *-*/* hang\n* .kvrail* delay=1ms");
+    let before = mounted.hits();
+    std::thread::sleep(Duration::from_secs(2));
+    let touched = mounted.hits() - before;
+    assert!(touched > 10, "{touched} operations of a janitor at work");
+    assert_eq!(cache.load(&[(1, 0, vec![4, 5])]).loaded, 0);
+    wait_until("the path is out", || store.metrics().paths_taken_out > 0);
+    // A tick that was under way ends.
+    std::thread::sleep(Duration::from_secs(1));
+    let before = mounted.hits();
+    std::thread::sleep(Duration::from_secs(2));
+    let touched = mounted.hits() - before;
+    // A probe or two.
+    assert!(touched <= 4, "{touched} operations on a path that is out");
+    assert_eq!(store.metrics().janitor_paths, 0);
+    mounted.heal();
+    let took = wait_until("a janitor again", || {
+        store.metrics().paths_taken_back > 0 && store.metrics().janitor_paths == 1
+    });
+    println!("janitor again {took:.2?} after the mount is well");
+    store.close(LIMIT).unwrap();
+}
