@@ -1,5 +1,5 @@
-//! A janitor on a file system that hangs: the path is taken out of use, left alone, and
-//! used again.
+//! A janitor on a file system that hangs or fails: the path is taken out of use, left alone, and
+//! used again; and what fails for ever stops nothing else.
 #![allow(
     clippy::unwrap_used,
     clippy::indexing_slicing,
@@ -18,7 +18,7 @@ use common::mount;
 use kvrail::Store;
 use kvrail::config::StoreConfig;
 use kvrail::store::capacity::usage;
-use store::{Cache, FILE_BYTES, Geometry, LIMIT, chunk_bytes, limited, open_as, wait_until};
+use store::{Cache, FILE_BYTES, Geometry, LIMIT, chunk_bytes, key, limited, open_as, wait_until};
 
 const ROOM_BYTES: u64 = 20 * FILE_BYTES;
 
@@ -97,5 +97,33 @@ fn a_path_that_is_out_is_left_alone_by_the_janitor_too() {
         store.metrics().paths_taken_back > 0 && store.metrics().janitor_paths == 1
     });
     println!("janitor again {took:.2?} after the mount is well");
+    store.close(LIMIT).unwrap();
+}
+
+#[test]
+fn a_folder_that_always_fails_keeps_no_account_from_being_known() {
+    let Some((mounted, _folder)) = mount(33) else {
+        return;
+    };
+    // Chunks that were there before anybody kept an account.
+    let before = store::open(mounted.source());
+    let cache = Cache::attach(&before, 0, Geometry::default());
+    (0..10).for_each(|index| assert_eq!(cache.store_alone(index).stored, 1));
+    before.close(LIMIT).unwrap();
+    std::fs::remove_dir_all(mounted.source().join(".kvrail")).unwrap();
+    let slice = &key(3).to_string()[..3];
+    mounted.set(&format!(
+        "lookup,getattr,open,opendir,readdir *-*/g0r0/{slice}* error=EIO"
+    ));
+
+    let store = open(mounted.path());
+    let took = wait_until("a count", || store.metrics().usage_bytes > 0);
+    println!("known after {took:.2?}");
+    assert!(mounted.hits() > 0, "nothing failed");
+    // The slice that fails is taken for an average one.
+    let said = usage(mounted.source()).unwrap().bytes.unwrap();
+    assert!(said.abs_diff(9 * FILE_BYTES) <= FILE_BYTES / 100, "{said}");
+    let cache = Cache::attach(&store, 0, Geometry::default());
+    assert_eq!(cache.store_alone(100).stored, 1);
     store.close(LIMIT).unwrap();
 }

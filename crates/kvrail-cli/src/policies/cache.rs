@@ -45,8 +45,8 @@ impl Shelf for Numbers {
         &mut self,
         slice: u16,
         judge: &mut dyn FnMut(Stamp, u64) -> Option<Reason>,
-    ) -> kvrail::Result<Visit> {
-        let mut visit = Visit::default();
+        visit: &mut Visit,
+    ) -> kvrail::Result<()> {
         if let Some(chunks) = self.slices.get_mut(usize::from(slice)) {
             chunks.retain(|_, stamp| match judge(*stamp, 1) {
                 None => {
@@ -59,7 +59,7 @@ impl Shelf for Numbers {
                 }
             });
         }
-        Ok(visit)
+        Ok(())
     }
 }
 
@@ -149,7 +149,7 @@ impl Cache {
             if !self.sweeper.is_evicting() && !self.sweeper.begins_now(&situation) {
                 return Ok(());
             }
-            let step = self.sweeper.step(&mut self.shelf, &situation)?;
+            let step = self.sweeper.step(&mut self.shelf, &situation);
             self.used -= step.visit.removed().chunks;
         }
     }

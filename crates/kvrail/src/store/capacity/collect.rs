@@ -76,7 +76,6 @@ pub fn collect(root: &Path, options: &CollectOptions) -> Result<Collected> {
     shelf.dry_run = options.dry_run;
     shelf.by_request = true;
     // Without an account there would be no file system's clock, and no trace of what is removed.
-    // Without an account there would be no file system's clock, and no trace of what is removed.
     let room = match options.dry_run {
         true => None,
         false => Some(Room::open(place, None, SystemTime::now, false)?),
@@ -149,9 +148,7 @@ fn remove_old(
     };
     let mut seen = Visit::default();
     for _ in 0..SLICES {
-        let began = Instant::now();
-        let visit = sweeper.step(shelf, &situation)?.visit;
-        account(room, &visit, began)?;
+        let visit = step(&mut sweeper, shelf, &situation, room)?;
         seen.add_all(&visit);
     }
     collected.removed_for_age = seen.for_age;
@@ -189,9 +186,7 @@ fn remove_beyond(
         if collected.left.bytes <= to_bytes || sweeper.is_stuck() {
             return Ok(());
         }
-        let began = Instant::now();
-        let visit = sweeper.step(shelf, &situation)?.visit;
-        account(room, &visit, began)?;
+        let visit = step(&mut sweeper, shelf, &situation, room)?;
         let removed = visit.for_size;
         collected.removed_for_size.chunks += removed.chunks;
         collected.removed_for_size.bytes += removed.bytes;
@@ -200,16 +195,22 @@ fn remove_beyond(
     }
 }
 
-/// Writes down what was removed, at once: a janitor that counts meanwhile would take it off twice.
-fn account(room: Option<&Room>, visit: &Visit, began: Instant) -> Result<()> {
-    let bytes = visit.removed().bytes;
-    match room {
-        Some(room) if bytes > 0 && is_told_in_time(began) => {
-            room.removed(bytes);
-            room.flush()
-        }
-        _ => Ok(()),
+/// Visits the next slice, and writes down what was removed, at once: a janitor that counts meanwhile
+/// would take it off twice.
+fn step(
+    sweeper: &mut Sweeper,
+    shelf: &mut FileShelf,
+    situation: &Situation,
+    room: Option<&Room>,
+) -> Result<Visit> {
+    let began = Instant::now();
+    let step = sweeper.step(shelf, situation);
+    let bytes = step.visit.removed().bytes;
+    if let Some(room) = room.filter(|_| bytes > 0 && is_told_in_time(began)) {
+        room.removed(bytes);
+        room.flush()?;
     }
+    step.error.map_or(Ok(step.visit), Err)
 }
 
 /// Removes what was set aside long ago; what cannot be removed stays.

@@ -287,13 +287,15 @@ impl Shelf for FileShelf {
         &mut self,
         slice: u16,
         judge: &mut dyn FnMut(Stamp, u64) -> Option<Reason>,
-    ) -> Result<Visit> {
+        visit: &mut Visit,
+    ) -> Result<()> {
         let slice = format!("{slice:03x}");
-        let mut visit = Visit::default();
+        let mut result = Ok(());
         for folder in &self.folders {
-            self.visit_folder(folder, &slice, judge, &mut visit)?;
+            // One that fails keeps the others from nothing.
+            result = result.and(self.visit_folder(folder, &slice, judge, visit));
         }
-        Ok(visit)
+        result
     }
 }
 

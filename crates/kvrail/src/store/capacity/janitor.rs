@@ -255,7 +255,6 @@ impl Janitor {
         let step = self.sweeper.step(&mut self.shelf, &view.situation);
         let pause = self.settings.timing.pass / u32::from(super::SLICES);
         self.slice_due = (self.slice_due + pause).max(Instant::now() - self.settings.timing.tick);
-        let step = step?;
         let removed = step.visit.removed();
         if removed.chunks > 0 {
             if is_told_in_time(began) {
@@ -274,7 +273,7 @@ impl Janitor {
         } else if !view.known && count.found.chunks >= ESTIMATE_CHUNKS {
             self.settle(count, 0)?;
         }
-        Ok(())
+        step.error.map_or(Ok(()), Err)
     }
 
     /// Looks for new and vanished folders now and then.
@@ -316,7 +315,7 @@ impl Janitor {
                 signed(pass.total_bytes(flow).saturating_add(quarantined)) - signed(view.used);
             if drift > signed(tolerance) {
                 self.room.correct(drift);
-            } else if drift < -signed(tolerance) - others_removed && pass.unseen == 0 {
+            } else if drift < -signed(tolerance) - others_removed && pass.is_complete() {
                 // Downwards with care: room that is not there must not be given away. What others
                 // removed may have been missing before they said so, and is taken off twice then.
                 self.room

@@ -10,10 +10,12 @@
 use super::ages::{AgeSample, SAMPLE_MAX};
 use super::stamp::Stamp;
 use crate::config::EvictionPolicy;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Slices of a store: as many as its folders `000` to `fff`.
 pub const SLICES: u16 = 4096;
+/// Slices of a pass that may fail: the others say how much there is well enough, as keys are hashes.
+const FAILED_MAX: u16 = SLICES / 64;
 
 /// Why a chunk is evicted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -29,16 +31,17 @@ pub enum Reason {
 /// Where chunks lie: files, or a simulation of them.
 pub trait Shelf {
     /// Visits every chunk of a slice with its stamp and bytes, and removes those for which `judge`
-    /// gives a reason.
+    /// gives a reason. What was found and removed is added to `visit`.
     ///
     /// # Errors
-    /// What keeps the whole slice from being visited; a chunk that cannot be removed counts as
+    /// What keeps a part of the slice from being visited; a chunk that cannot be removed counts as
     /// kept.
     fn visit(
         &mut self,
         slice: u16,
         judge: &mut dyn FnMut(Stamp, u64) -> Option<Reason>,
-    ) -> Result<Visit>;
+        visit: &mut Visit,
+    ) -> Result<()>;
 }
 
 /// Number and bytes of chunks.
@@ -151,6 +154,8 @@ pub struct Count {
     pub slices: u16,
     /// What they held when they were left.
     pub found: Tally,
+    /// Slices that could not be visited.
+    pub failed: u16,
     /// Chunks that are missing from this, see [`Visit::unseen`].
     pub unseen: u64,
     flow_first: i64,
@@ -167,6 +172,16 @@ impl Count {
         self.found.add_all(visit.kept);
         self.unseen += visit.unseen;
         self.flow_sum += i128::from(flow_bytes);
+    }
+
+    /// Returns whether everything that has a name was looked at.
+    pub fn is_complete(&self) -> bool {
+        self.unseen == 0 && self.failed == 0
+    }
+
+    /// Returns whether no slice is left, and whether the others can stand for those that failed.
+    fn is_whole(&self) -> bool {
+        self.slices + self.failed == SLICES && self.failed <= FAILED_MAX
     }
 
     /// Returns the bytes of all slices, when `flow_bytes` is the flow now.
@@ -193,12 +208,15 @@ impl Count {
 }
 
 /// What came of one step.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Default)]
+#[must_use]
 pub struct Step {
     /// The visit.
     pub visit: Visit,
     /// The count of a pass that ended with this step.
     pub pass: Option<Count>,
+    /// What kept a part of the slice from being visited; what was removed of the rest is gone.
+    pub error: Option<Error>,
 }
 
 #[derive(Debug)]
@@ -279,9 +297,8 @@ impl Sweeper {
 
     /// Visits the next slice.
     ///
-    /// # Errors
-    /// As [`Shelf::visit`]; the slice is passed over and the pass counts as begun anew.
-    pub fn step(&mut self, shelf: &mut dyn Shelf, situation: &Situation) -> Result<Step> {
+    /// One that fails is passed over; when more than one in 64 do, the count begins anew.
+    pub fn step(&mut self, shelf: &mut dyn Shelf, situation: &Situation) -> Step {
         let goal = self.goal(situation);
         self.turn(goal, situation);
         let slice = self.cursor;
@@ -306,18 +323,20 @@ impl Sweeper {
             }
             None
         };
-        let visit = match shelf.visit(slice, &mut judge) {
-            Ok(visit) => visit,
-            Err(error) => {
-                self.count = Count::default();
-                self.walked(goal, situation, 0);
-                return Err(error);
-            }
-        };
+        let mut visit = Visit::default();
+        let error = shelf.visit(slice, &mut judge, &mut visit).err();
         self.walked(goal, situation, visit.removed().chunks);
-        self.count.add(&visit, situation.flow_bytes);
-        let pass = (self.count.slices == SLICES).then(|| std::mem::take(&mut self.count));
-        Ok(Step { visit, pass })
+        if error.is_none() {
+            self.count.add(&visit, situation.flow_bytes);
+        } else {
+            self.count.failed += 1;
+        }
+        if self.count.failed > FAILED_MAX {
+            self.restart_count();
+        }
+        let whole = self.count.is_whole();
+        let pass = whole.then(|| std::mem::take(&mut self.count));
+        Step { visit, pass, error }
     }
 
     /// Returns the bytes that must go now; nothing between the marks unless eviction is under way.
