@@ -9,9 +9,10 @@
 //! ```
 //!
 //! Times are milliseconds since 1970, the reason is `size`, `space`, `age` or `request` (somebody
-//! ran `kvrail gc`). The first file becomes the second one at 4 MiB, so that the last 32,000
-//! evictions at least are kept, in at most 8 MiB. Lines are appended whole; a line that cannot be
-//! read (a host died while writing it) is passed over. Anybody may remove the files.
+//! ran `kvrail gc`). The first file becomes the second one at 4 MiB, so that the last 31,000
+//! evictions at least are kept, in at most 8 MiB. Whoever appends begins with a line `#`: it ends a
+//! line that somebody who died did not, and makes it one that cannot be read. Such lines are passed
+//! over. Anybody may remove the files.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
@@ -32,6 +33,8 @@ const FORMER_LOG_NAME: &str = "evictions.1.log";
 pub(in crate::store) const LOG_NAMES: [&str; 2] = [FORMER_LOG_NAME, LOG_NAME];
 /// Bytes at which the file is put aside. A line has at most 130 bytes.
 const LOG_BYTES_MAX: u64 = 4 << 20;
+/// What each batch begins with.
+const BATCH_START: &str = "#\n";
 /// Bytes of a line that are looked at; anything longer is none of ours.
 const LINE_BYTES_MAX: u64 = 256;
 
@@ -152,7 +155,10 @@ pub(super) fn append(namespace: &Folder, evictions: &[Eviction]) -> Result<()> {
         )
     };
     let mut file = namespace.small_file(LOG_NAME, SmallMode::Append)?;
-    let text: String = evictions.iter().map(Eviction::line).collect();
+    let lines = evictions.iter().map(Eviction::line);
+    let text: String = std::iter::once(BATCH_START.to_owned())
+        .chain(lines)
+        .collect();
     file.write_all(text.as_bytes()).map_err(failed)?;
     namespace.tell(&Step::WriteFile {
         path: &namespace.path().join(LOG_NAME),
@@ -244,13 +250,24 @@ mod tests {
             .map(|name| std::fs::metadata(folder.path().join(name)).unwrap().len())
             .sum();
         assert!(bytes < 2 * LOG_BYTES_MAX + (1 << 20), "{bytes}");
-        // A line that somebody cut off costs itself only.
-        let mut file = std::fs::File::options()
-            .append(true)
-            .open(folder.path().join(LOG_NAME))
-            .unwrap();
-        file.write_all(b"17640 size 0\n").unwrap();
-        append(&opened, &[eviction(5)]).unwrap();
-        assert_eq!(evictions(folder.path()).last(), Some(eviction(5)));
+    }
+
+    #[test]
+    fn a_line_that_is_cut_off_anywhere_costs_itself_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let opened = Folder::open(folder.path(), FolderRules::default()).unwrap();
+        let line = eviction(7).line();
+        for length in 0..line.len() {
+            append(&opened, &[eviction(5)]).unwrap();
+            let mut log = std::fs::File::options()
+                .append(true)
+                .open(folder.path().join(LOG_NAME))
+                .unwrap();
+            log.write_all(&line.as_bytes()[..length]).unwrap();
+            append(&opened, &[eviction(6)]).unwrap();
+            let read: Vec<_> = evictions(folder.path()).collect();
+            assert_eq!(read, [eviction(5), eviction(6)], "{length} bytes of a line");
+            std::fs::remove_file(folder.path().join(LOG_NAME)).unwrap();
+        }
     }
 }
