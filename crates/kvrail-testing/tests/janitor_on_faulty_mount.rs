@@ -60,7 +60,11 @@ fn a_janitor_that_hangs_takes_the_path_out_and_works_again_when_it_is_well() {
     store.close(LIMIT).unwrap();
     let bytes = chunk_bytes(mounted.source());
     assert!(bytes <= ROOM_BYTES, "{bytes}");
-    assert_eq!(usage(mounted.source()).unwrap().bytes, Some(bytes));
+    // What was removed while it hung is not told, as somebody may have counted meanwhile: the next
+    // count finds it.
+    let said = usage(mounted.source()).unwrap().bytes.unwrap();
+    let told = bytes..=bytes + FILE_BYTES;
+    assert!(told.contains(&said), "{said} for {bytes}");
 }
 
 #[test]

@@ -214,9 +214,6 @@ impl Janitor {
 
     /// Ends the work: gives back unused claims and the lease, unless the path is left alone.
     pub fn close(mut self) {
-        if self.progress.is_halted() {
-            return;
-        }
         self.progress.step();
         // Both are found out by others when they cannot be written.
         drop(self.room.retire());
@@ -318,10 +315,7 @@ impl Janitor {
                 signed(pass.total_bytes(flow).saturating_add(quarantined)) - signed(view.used);
             if drift > signed(tolerance) {
                 self.room.correct(drift);
-            } else if drift < -signed(tolerance) - others_removed
-                && pass.unseen == 0
-                && pass.failed == 0
-            {
+            } else if drift < -signed(tolerance) - others_removed && pass.is_complete() {
                 // Downwards with care: room that is not there must not be given away. What others
                 // removed may have been missing before they said so, and is taken off twice then.
                 self.room
