@@ -79,7 +79,7 @@ fn a_janitor_that_counts_meanwhile_takes_no_removal_off_twice() {
     let observer = Observer::new(move |step| {
         let is_chunk = matches!(step, Step::Remove(path) if path.extension().is_some());
         // Passes begin and end between removals, and removals come in the middle of passes.
-        if is_chunk && removed.fetch_add(1, Ordering::Relaxed) % 4 == 0 {
+        if is_chunk && removed.fetch_add(1, Ordering::Relaxed).is_multiple_of(4) {
             let (janitor, passes) = &mut *janitor.lock().unwrap();
             *passes += janitor.tick().unwrap().passes;
         }

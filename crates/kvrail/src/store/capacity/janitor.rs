@@ -315,7 +315,10 @@ impl Janitor {
                 signed(pass.total_bytes(flow).saturating_add(quarantined)) - signed(view.used);
             if drift > signed(tolerance) {
                 self.room.correct(drift);
-            } else if drift < -signed(tolerance) - others_removed && pass.is_complete() {
+            } else if drift < -signed(tolerance) - others_removed
+                && pass.unseen == 0
+                && pass.failed == 0
+            {
                 // Downwards with care: room that is not there must not be given away. What others
                 // removed may have been missing before they said so, and is taken off twice then.
                 self.room

@@ -174,11 +174,6 @@ impl Count {
         self.flow_sum += i128::from(flow_bytes);
     }
 
-    /// Returns whether everything that has a name was looked at.
-    pub fn is_complete(&self) -> bool {
-        self.unseen == 0 && self.failed == 0
-    }
-
     /// Returns whether no slice is left, and whether the others can stand for those that failed.
     fn is_whole(&self) -> bool {
         self.slices + self.failed == SLICES && self.failed <= FAILED_MAX
