@@ -212,7 +212,7 @@ impl Janitor {
         Ok(tick)
     }
 
-    /// Ends the work: gives back unused claims and the lease, unless the path is left alone.
+    /// Ends the work: gives back unused claims and the lease.
     pub fn close(mut self) {
         self.progress.step();
         // Both are found out by others when they cannot be written.
