@@ -314,7 +314,7 @@ fn a_killed_bench_leaves_nothing_behind() {
     let end = Instant::now() + LIMIT;
     let has_files = || {
         let scratch = std::fs::read_dir(directory.path()).unwrap().next();
-        scratch.is_some_and(|entry| entry.unwrap().path().join("smollm2-135m/store").exists())
+        scratch.is_some_and(|entry| entry.unwrap().path().join("smollm2-135m/store-0").exists())
     };
     while !has_files() {
         assert!(Instant::now() < end, "bench never started");

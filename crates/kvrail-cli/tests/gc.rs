@@ -135,12 +135,12 @@ fn nothing_is_removed_without_a_yes_or_in_a_dry_run() {
     let output = kvrail(&[path, "--to", "0"]);
     assert_eq!(output.status.code(), Some(2));
     assert!(
-        stderr(&output).contains("would remove 200 chunks (195.3 KiB)"),
+        stderr(&output).contains("not confirmed: remove 200 chunks (195.3 KiB)?"),
         "{}",
         stderr(&output)
     );
     assert!(
-        stderr(&output).contains("hint: give --yes"),
+        stderr(&output).contains("give --yes"),
         "{}",
         stderr(&output)
     );

@@ -88,7 +88,13 @@ fn what_is_shared_has_the_bits_that_were_asked_for() {
             accounts >= 1 && all > accounts,
             "{accounts} accounts, {all} files"
         );
-        let used = usage(root.path()).unwrap().bytes.unwrap();
+        // What was stored is in the account after half a second at most.
+        let used = loop {
+            match usage(root.path()).unwrap().bytes {
+                Some(used) if used > 0 => break used,
+                _ => std::thread::sleep(std::time::Duration::from_millis(10)),
+            }
+        };
         // A tool knows no setting: it does as those before it did.
         note_removed(root.path(), 1).unwrap();
         assert!(assert_bits(root.path(), mode) >= all);

@@ -445,10 +445,12 @@ pub fn make_path(path: &Path, rules: &FolderRules, sync: bool) -> Result<()> {
                 set_exact_mode(&folder, mode).map_err(|errno| failed(part, errno.into()))?;
                 folder.tell(&Step::MakeFolder(part));
             }
-            Err(Errno::EXIST) if part.is_dir() => {}
-            Err(Errno::EXIST) => {
-                return Err(failed(part, io::ErrorKind::NotADirectory.into()));
-            }
+            // What cannot be looked at is not said to be a file.
+            Err(Errno::EXIST) => match std::fs::metadata(part) {
+                Ok(found) if found.is_dir() => {}
+                Ok(_) => return Err(failed(part, io::ErrorKind::NotADirectory.into())),
+                Err(source) => return Err(failed(part, source)),
+            },
             Err(errno) => return Err(failed(part, errno.into())),
         }
     }
