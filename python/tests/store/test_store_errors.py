@@ -74,7 +74,12 @@ def test_sources_rank_and_every_key_tells_its_origin() -> None:
     assert entries["extra_config.load_failure_policy"]["value"] == "fail"
     # A key without a value here is one that the binding does not know of.
     unset = {name for name, entry in entries.items() if entry["value"] is None}
-    assert unset == {"extra_config.direct", "extra_config.use_direct_io", "ttl"}
+    assert unset == {
+        "extra_config.direct",
+        "extra_config.use_direct_io",
+        "min_load_tokens",
+        "ttl",
+    }
 
 
 def test_a_known_key_without_effect_is_one_warning() -> None:

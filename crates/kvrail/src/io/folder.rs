@@ -430,6 +430,13 @@ fn kernel_resolves() -> bool {
     })
 }
 
+/// Returns whether that is the error for a link to nothing or to itself.
+fn leads_nowhere(error: &io::Error) -> bool {
+    [Errno::NOENT, Errno::LOOP]
+        .map(|errno| Some(errno.raw_os_error()))
+        .contains(&error.raw_os_error())
+}
+
 /// Makes the directory that a user configured, and its parents; `sync` makes its name durable.
 ///
 /// # Errors
@@ -448,8 +455,8 @@ pub fn make_path(path: &Path, rules: &FolderRules, sync: bool) -> Result<()> {
             // What cannot be looked at is not said to be a file.
             Err(Errno::EXIST) => match std::fs::metadata(part) {
                 Ok(found) if found.is_dir() => {}
-                Ok(_) => return Err(failed(part, io::ErrorKind::NotADirectory.into())),
-                Err(source) => return Err(failed(part, source)),
+                Err(source) if !leads_nowhere(&source) => return Err(failed(part, source)),
+                _ => return Err(failed(part, io::ErrorKind::NotADirectory.into())),
             },
             Err(errno) => return Err(failed(part, errno.into())),
         }

@@ -34,6 +34,8 @@ impl Parked {
             for handle in &self.handles {
                 while handle.wait(Instant::now() + WAIT).is_none() {}
             }
+            // It had its turn already, so the second one does not come too late.
+            job.submitted = Instant::now();
             queue.give_back(job);
         };
         // Without a thread for it the closure, and the job in it, must not be dropped: that would
