@@ -9,7 +9,7 @@ use crate::chunk::{ChunkKey, ChunkRef};
 use crate::store::batch::{Ending, start_load, start_store};
 use crate::store::gpu::Route;
 use crate::store::kv_cache::CacheShared;
-use crate::store::load::LoadJob;
+use crate::store::load_job::LoadJob;
 use crate::store::queue::{Job, TransferQueue};
 use crate::store::save::StoreJob;
 use crate::store::staged::{Staged, StagedImage};
@@ -33,8 +33,9 @@ pub(super) fn load(cache: &Arc<CacheShared>) -> (LoadTicket, LoadJob) {
         blocks: vec![0],
         after: None,
         member: members.pop().unwrap(),
+        submitted: std::time::Instant::now(),
         started: None,
-        route: Route::Pinned,
+        route: Route::Posix,
         cufile_error: None,
         watched: Arc::default(),
     };
