@@ -78,6 +78,7 @@ impl CacheShared {
             rank: 0,
             format: ChunkFormat::new(layout.payload_shape(blocks_per_chunk))?,
             regions,
+            staging: pool.slot_count(),
             pool,
             layout,
             gpu: None,
