@@ -7,7 +7,7 @@ use shuttle::rand::{Rng, thread_rng};
 
 use super::{LONG, explore};
 use crate::chunk::{ChunkKey, ChunkRef, PAGE_BYTES};
-use crate::config::{MinFree, StoreConfig};
+use crate::config::{EngineChoice, MinFree, StoreConfig};
 use crate::io::{Observer, Step};
 use crate::layout::{KvLayout, LayerSpan};
 use crate::memory::Region;
@@ -22,6 +22,8 @@ fn open(
     let mut config = StoreConfig::with_path(path);
     config.buffer_mib = 1;
     config.disk_io_threads = 2;
+    // The rings register memory on a thread that shuttle does not know.
+    config.io_engine = EngineChoice::Posix;
     config.min_free = MinFree::Bytes(0);
     config.use_direct_io = Some(false);
     config.wait_limit_seconds = wait_limit_seconds;
