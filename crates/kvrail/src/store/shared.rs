@@ -106,7 +106,12 @@ impl StoreShared {
     /// Tells the engines of their memory, on a thread of its own: they may take as long as it takes
     /// to provide every page of it, and work meanwhile.
     fn prepare_engines(&self, pool: &StagingPool) {
-        let (engines, pool) = (self.engines(), pool.clone());
+        let (mut engines, pool) = (self.engines(), pool.clone());
+        // That one has nothing to prepare.
+        engines.retain(|engine| engine.name() != "posix");
+        if engines.is_empty() {
+            return;
+        }
         let notices = Arc::clone(&self.notices);
         let on_start = thread_start(self.cufile.cpus.as_deref());
         let work = move || {
