@@ -6,6 +6,7 @@ use kvrail::store::capacity::{Janitor, JanitorSettings, JanitorTiming, usage};
 
 use super::CHUNKS;
 use super::driver::Driver;
+use super::outside::Look;
 use super::worker::{Worker, config, unlimited};
 
 /// Time for a janitor that does not wait between slices to do all there is to do.
@@ -18,7 +19,11 @@ const QUARANTINE_MAX: usize = 100;
 /// Looks whether all is as it must be.
 pub(super) fn check(driver: &mut Driver) {
     let look = driver.outside.look(SystemTime::now());
-    driver.weigh(look.chunks);
+    // Temp files of processes that are gone are looked for below.
+    driver.weigh(Look {
+        temporary: 0,
+        ..look
+    });
     clean(driver);
     driver.audit();
     read(driver);

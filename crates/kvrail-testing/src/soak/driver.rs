@@ -7,7 +7,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::faults::SCRIPTS;
 use super::model::{Finding, Model};
-use super::outside::Outside;
+use super::outside::{Look, Outside};
 use super::process::{COMMAND_LIMIT, Line, Operation, Process};
 use super::report::{Plan, Report};
 use super::trail::Trail;
@@ -409,7 +409,7 @@ impl Driver {
         // store has room for each.
         let look = self.outside.look(self.healthy.unwrap_or(SystemTime::now()));
         self.signal(Signal::CONT);
-        self.weigh(look.chunks + look.temporary);
+        self.weigh(look);
     }
 
     fn signal(&self, signal: Signal) {
@@ -419,8 +419,9 @@ impl Driver {
         }
     }
 
-    /// Compares bytes that were seen with the limit.
-    pub(super) fn weigh(&mut self, bytes: u64) {
+    /// Compares what was seen with the limit.
+    pub(super) fn weigh(&mut self, look: Look) {
+        let bytes = look.chunks + look.temporary;
         self.report.looks += 1;
         self.report.highest = self.report.highest.max(bytes);
         let account = kvrail::store::capacity::usage(self.outside.root());
@@ -434,7 +435,7 @@ impl Driver {
             0
         };
         if bytes > MAX_SIZE + hidden {
-            let over = format!("{bytes} bytes, max_size is {MAX_SIZE}, the account says {said:?}");
+            let over = format!("{look}, max_size is {MAX_SIZE}, the account says {said:?}");
             self.report.over.push(over);
         }
     }

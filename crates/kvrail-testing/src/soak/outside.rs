@@ -1,6 +1,7 @@
 //! The store's directory as somebody sees it who knows nothing of the store's own books.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::fs::{DirEntry, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,13 @@ pub(super) struct Look {
     pub(super) chunks: u64,
     /// Temp files of chunks.
     pub(super) temporary: u64,
+}
+
+impl fmt::Display for Look {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { chunks, temporary } = self;
+        write!(out, "{chunks} bytes of chunks, {temporary} of temp files")
+    }
 }
 
 impl Outside {

@@ -40,12 +40,6 @@ enum Outcome {
     Hangs(Error, Parked),
 }
 
-impl From<Error> for Outcome {
-    fn from(error: Error) -> Self {
-        Self::Failed(error)
-    }
-}
-
 /// Runs a load to its end, or puts it back: when no staging buffer comes free, and when cuFile
 /// failed and POSIX shall do it.
 pub(super) fn run(
