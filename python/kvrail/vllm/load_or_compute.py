@@ -12,6 +12,10 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
 
 # Weight that each sample leaves to the ones before it: the last twenty count for most.
 FORGETTING = 0.95
@@ -80,6 +84,13 @@ class CostLine:
         if fixed < 0.0:
             return 0.0, self._xy / self._xx
         return fixed, per_token
+
+
+def prompt_tokens(output: SchedulerOutput) -> int:
+    """Tokens of a step that belong to prompts: who decodes computes one token and its drafts."""
+    drafts = output.scheduled_spec_decode_tokens
+    scheduled = output.num_scheduled_tokens.items()
+    return sum(count for req_id, count in scheduled if count > 1 + len(drafts.get(req_id, ())))
 
 
 @dataclass(frozen=True, slots=True)

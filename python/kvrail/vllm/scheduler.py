@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvrail._core import KvrailError, WaitTimeoutError
-from kvrail.vllm.load_or_compute import LoadOrCompute
+from kvrail.vllm.bad_keys import BadKeys
+from kvrail.vllm.load_or_compute import LoadOrCompute, prompt_tokens
 from kvrail.vllm.metadata import (
     NO_WORK,
     NO_WORK_NO_FORWARD,
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-# A chunk that failed to load is taken for absent this long, so that requests with the same prompt
-# do not fail on it one after the other while its file is being replaced.
-BAD_KEY_SECONDS = 60.0
-MAX_BAD_KEYS = 65536
 # A request can wait in vLLM's queue for long; what was absent at its arrival may have come since.
 ANSWER_SECONDS = 5.0
 # Requests are looked up at their arrival, but a burst of them must not delay the next one in turn.
@@ -94,7 +90,7 @@ class ConnectorScheduler:
         self._waiting: dict[str, RequestState] = {}
         self._storing: set[str] = set()
         self._loads: list[RequestLoad] = []
-        self._bad_keys: OrderedDict[bytes, float] = OrderedDict()
+        self._bad_keys = BadKeys(clock)
         self._reported: set[str] = set()
         self._counters: dict[str, float] = {}
 
@@ -204,13 +200,8 @@ class ConnectorScheduler:
             failures = worker_metadata.failures
         for request_id in finished_loads:
             self._load_or_compute.load_ended(request_id, failed=request_id in failures)
-        forget_at = self._clock() + BAD_KEY_SECONDS
         for request_id, keys in failures.items():
-            for key in keys:
-                self._bad_keys.pop(key, None)
-                self._bad_keys[key] = forget_at
-            while len(self._bad_keys) > MAX_BAD_KEYS:
-                self._bad_keys.popitem(last=False)
+            self._bad_keys.add(keys)
             state = self._states.get(request_id)
             if state is None:
                 continue
@@ -368,14 +359,7 @@ class ConnectorScheduler:
         """`count`, cut at the first chunk that failed to load a short while ago."""
         if not self._bad_keys:
             return count
-        now = self._clock()
-        # The oldest stand first, and all are kept for the same time.
-        while self._bad_keys and next(iter(self._bad_keys.values())) <= now:
-            self._bad_keys.popitem(last=False)
-        for index, key in enumerate(state.chunk_keys(self._geometry, count)):
-            if key in self._bad_keys:
-                return index
-        return count
+        return self._bad_keys.good_prefix(state.chunk_keys(self._geometry, count))
 
     # Loads and stores.
 
@@ -400,15 +384,8 @@ class ConnectorScheduler:
 
     def _note_step(self, output: SchedulerOutput) -> None:
         tokens = output.total_num_scheduled_tokens
-        prompt_tokens = 0
-        if tokens >= self._geometry.chunk_size:
-            drafts = output.scheduled_spec_decode_tokens
-            scheduled = output.num_scheduled_tokens.items()
-            # Who decodes computes one token and its drafts.
-            prompt_tokens = sum(
-                count for req_id, count in scheduled if count > 1 + len(drafts.get(req_id, ()))
-            )
-        self._load_or_compute.step_began(prompt_tokens, tokens)
+        worth_a_look = tokens >= self._geometry.chunk_size
+        self._load_or_compute.step_began(prompt_tokens(output) if worth_a_look else 0, tokens)
 
     def _load_chunks(
         self, state: RequestState, start: int, end: int, block_ids: Sequence[int]

@@ -9,6 +9,7 @@ import pytest
 from fakes import BLOCK, CHUNK, PER_CHUNK, FakeBlocks, FakeLookup, make_request, step
 
 from kvrail._core import ClosedError
+from kvrail.vllm import bad_keys
 from kvrail.vllm import scheduler as module
 from kvrail.vllm.metadata import (
     NO_WORK,
@@ -249,12 +250,12 @@ def test_a_chunk_that_failed_is_absent_for_others_for_a_while(clock):
     scheduler.on_new_request(first)
     scheduler.update_connector_output(KvrailWorkerMetadata({"a": (keys[1],)}))
     assert scheduler.get_num_new_matched_tokens(second, 0) == (CHUNK, True)
-    clock.now += module.BAD_KEY_SECONDS + 1
+    clock.now += bad_keys.BAD_KEY_SECONDS + 1
     assert scheduler.get_num_new_matched_tokens(make_request("c", 300), 0) == (4 * CHUNK, True)
 
 
 def test_failed_chunks_are_remembered_within_a_bound(clock, monkeypatch):
-    monkeypatch.setattr(module, "MAX_BAD_KEYS", 2)
+    monkeypatch.setattr(bad_keys, "MAX_BAD_KEYS", 2)
     request = make_request("a", 300)
     keys = keys_of(request, 4)
     scheduler = make(FakeLookup(keys), clock)
