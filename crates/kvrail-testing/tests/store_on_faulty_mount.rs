@@ -10,130 +10,23 @@
 mod common;
 #[path = "../../kvrail/tests/common/mod.rs"]
 mod store;
+#[path = "common/subject.rs"]
+mod subject;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::mount;
-use kvrail::config::{Durability, EngineChoice, StoreConfig};
+use kvrail::config::{Durability, EngineChoice};
 use kvrail::{ErrorKind, OpenOptions, Store};
 use kvrail_testing::FaultMount;
-use store::{Cache, Geometry, LIMIT, chunk_files, config, key, namespace, open};
-
-/// The limits of these tests, in seconds.
-const WAIT_LIMIT: f64 = 1.0;
-const LOOKUP_LIMIT: f64 = 0.5;
-const SLOW_LIMIT: f64 = 0.4;
-/// What is added to a limit before the caller hears of it: the watch looks ten times a second, and
-/// these machines are busy.
-const SLACK: Duration = Duration::from_millis(900);
-/// Chunks that every test has on the mount before anything fails.
-const CHUNKS: u64 = 6;
-
-fn limits(path: &Path) -> StoreConfig {
-    let mut config = config(path);
-    config.wait_limit_seconds = WAIT_LIMIT;
-    config.lookup_limit_seconds = LOOKUP_LIMIT;
-    config.slow_limit_seconds = SLOW_LIMIT;
-    config
-}
+use store::{Cache, Geometry, LIMIT, chunk_files, key, namespace, open};
+use subject::{CHUNKS, SLACK, Subject, WAIT_LIMIT, limits};
 
 /// The blocks of the `index`th chunk of a load of many.
 fn block_pair(index: u64) -> Vec<usize> {
     let first = 10 + 2 * index as usize;
     vec![first, first + 1]
-}
-
-/// A store with some chunks on a mount.
-struct Subject {
-    store: Store,
-    cache: Cache,
-    /// Longest load, store and lookup so far.
-    longest: [Duration; 3],
-}
-
-impl Subject {
-    fn new(path: &Path) -> Self {
-        Self::with_limits(&limits(path))
-    }
-
-    fn with_limits(config: &StoreConfig) -> Self {
-        let store = Store::open(config, namespace(), OpenOptions::default()).unwrap();
-        let cache = Cache::attach(&store, 0, Geometry::default());
-        let mut subject = Self {
-            store,
-            cache,
-            longest: [Duration::ZERO; 3],
-        };
-        for index in 0..CHUNKS {
-            subject.store_chunk(index);
-        }
-        assert_eq!(subject.lookup(), CHUNKS as usize);
-        subject
-    }
-
-    /// Stores a chunk of known content. Returns whether it is there now.
-    fn store_chunk(&mut self, index: u64) -> bool {
-        self.cache.fill(0, 2 * index);
-        self.cache.fill(1, 2 * index + 1);
-        let start = Instant::now();
-        let report = self.cache.store(&[(index, vec![0, 1])]);
-        self.longest[1] = self.longest[1].max(start.elapsed());
-        report.stored + report.already_present == 1
-    }
-
-    /// Loads a chunk and checks its bytes. Returns whether it came.
-    fn load_chunk(&mut self, index: u64) -> bool {
-        self.cache.fill(10, u64::MAX);
-        self.cache.fill(11, u64::MAX);
-        let start = Instant::now();
-        let report = self.cache.load(&[(index, 0, vec![10, 11])]);
-        self.longest[0] = self.longest[0].max(start.elapsed());
-        if report.loaded == 1 {
-            self.cache.fill(20, 2 * index);
-            self.cache.fill(21, 2 * index + 1);
-            assert_eq!(self.cache.block(10), self.cache.block(20), "chunk {index}");
-            assert_eq!(self.cache.block(11), self.cache.block(21), "chunk {index}");
-        }
-        report.loaded == 1
-    }
-
-    fn lookup(&mut self) -> usize {
-        let keys = (0..CHUNKS).map(key).collect();
-        let start = Instant::now();
-        let found = self.store.lookup(0, &[0], keys).wait(LIMIT).unwrap();
-        self.longest[2] = self.longest[2].max(start.elapsed());
-        found
-    }
-
-    /// Asserts that nothing took longer than its limit, and prints what it took.
-    fn assert_bounded(&self, what: &str) {
-        let limits = [WAIT_LIMIT, 2.0 * WAIT_LIMIT, LOOKUP_LIMIT];
-        let names = ["load", "store", "lookup"];
-        for ((name, took), limit) in names.iter().zip(self.longest).zip(limits) {
-            let limit = Duration::from_secs_f64(limit);
-            println!("{what}: longest {name} {took:.2?}, limit {limit:?}");
-            assert!(took <= limit + SLACK, "{what}: {name} took {took:?}");
-        }
-    }
-
-    /// Waits until the path is in use again and everything works. Returns how long that took.
-    fn wait_until_well(&mut self) -> Duration {
-        let start = Instant::now();
-        let mut index = 1000;
-        loop {
-            index += 1;
-            let works = self.lookup() == CHUNKS as usize
-                && self.load_chunk(1)
-                && self.store_chunk(index)
-                && self.load_chunk(index);
-            if works {
-                return start.elapsed();
-            }
-            assert!(start.elapsed() < Duration::from_secs(60), "it stayed out");
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
 }
 
 #[test]

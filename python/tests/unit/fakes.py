@@ -18,10 +18,21 @@ from vllm.v1.core.sched.output import (
 from vllm.v1.request import Request
 
 from kvrail._core import KvrailError, WaitTimeoutError
+from kvrail.vllm.request_state import ChunkGeometry
+from kvrail.vllm.scheduler import ConnectorScheduler, SchedulerOptions
 
 BLOCK = 16
 CHUNK = 64
 PER_CHUNK = CHUNK // BLOCK
+GEOMETRY = ChunkGeometry(CHUNK, BLOCK, BLOCK)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def make_request(
@@ -198,3 +209,19 @@ class FakeStore:
 
     def close(self, limit_seconds: float) -> None:
         self.closed.append(limit_seconds)
+
+
+def make(lookup: FakeLookup | None, clock: Clock, **options: object) -> ConnectorScheduler:
+    made = ConnectorScheduler(
+        GEOMETRY,
+        SchedulerOptions(**options),
+        adapter_fingerprint=lambda lora: lora.fingerprint,
+        clock=clock,
+    )
+    if lookup is not None:
+        made.enable(lookup)
+    return made
+
+
+def keys_of(request, count: int) -> list[bytes]:
+    return [bytes(request.block_hashes[(i + 1) * PER_CHUNK - 1]) for i in range(count)]
