@@ -1,6 +1,7 @@
 //! Tests of the whole way from sources to a configuration; `tests/errors.rs` has the messages.
 
 mod errors;
+mod names;
 mod properties;
 
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::key::KEYS;
 use super::*;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 /// The page of LMCache that kvrail implements: its YAML file.
 const SEED_FILE: &str = "\
@@ -59,6 +60,13 @@ fn from_connector(value: &Value) -> Result<ResolvedConfig> {
         connector: Some(value),
         ..ConfigSources::default()
     })
+}
+
+fn message(error: &Error) -> String {
+    assert_eq!(error.kind(), ErrorKind::InvalidConfig, "{error}");
+    let text = error.to_string();
+    assert!(!text.contains('\n'), "one line: {text}");
+    text
 }
 
 #[test]
