@@ -6,11 +6,11 @@ use std::time::{Duration, Instant, SystemTime};
 use serde::Serialize;
 
 use super::files::{FileShelf, found_or_none};
-use super::janitor::is_told_in_time;
 use super::room::Room;
 use super::root::Root;
 use super::stamp::whole_milliseconds;
 use super::sweep::{Reason, SLICES, Situation, SweepRules, Sweeper, Tally, Visit};
+use super::telling;
 use crate::config::EvictionPolicy;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Folder, Observer};
@@ -206,9 +206,8 @@ fn step(
     let began = Instant::now();
     let step = sweeper.step(shelf, situation);
     let bytes = step.visit.removed().bytes;
-    if let Some(room) = room.filter(|_| bytes > 0 && is_told_in_time(began)) {
-        room.removed(bytes);
-        room.flush()?;
+    if let Some(room) = room.filter(|_| bytes > 0) {
+        telling::removed(room, bytes, began)?;
     }
     step.error.map_or(Ok(step.visit), Err)
 }

@@ -20,6 +20,7 @@ use super::settings::JanitorSettings;
 use super::stamp::whole_milliseconds;
 use super::steps::{Step, reach};
 use super::sweep::{Count, Reason, Situation, SweepRules, Sweeper, Visit};
+use super::telling;
 use crate::error::Result;
 use crate::io::Folder;
 use crate::store::directory::TEMPORARY_NAME;
@@ -45,13 +46,6 @@ const ESTIMATE_CHUNKS: u64 = 50_000;
 const DRIFT_PART: u64 = 400;
 /// What a store may have stored before its record says so: the record is written each half second.
 const RECORD_LAG: Duration = Duration::from_secs(2);
-
-/// Returns whether what was removed since `began` can still be told. A janitor that hung meanwhile may
-/// have been replaced by one that counted, and to take it off twice gives room away; what nobody
-/// tells is found by the next count.
-pub(super) fn is_told_in_time(began: Instant) -> bool {
-    began.elapsed() < RECORD_LAG / 2
-}
 
 /// What came of a tick.
 #[derive(Debug, Clone, Copy, Default)]
@@ -257,12 +251,10 @@ impl Janitor {
         self.slice_due = (self.slice_due + pause).max(Instant::now() - self.settings.timing.tick);
         let removed = step.visit.removed();
         if removed.chunks > 0 {
-            if is_told_in_time(began) {
-                self.room.removed(removed.bytes);
+            self.reach(Step::Counted);
+            if telling::removed(&self.room, removed.bytes, began)? {
                 self.evicted += removed.bytes;
             }
-            self.reach(Step::Counted);
-            self.room.flush()?;
             // Usage has changed: what comes next must know.
             self.view = None;
         }
@@ -321,8 +313,8 @@ impl Janitor {
             {
                 // Downwards with care: room that is not there must not be given away. What others
                 // removed may have been missing before they said so, and is taken off twice then.
-                self.room
-                    .correct(drift + signed(tolerance - view.used / DRIFT_PART));
+                let missing = drift + signed(tolerance - view.used / DRIFT_PART);
+                telling::missing(&self.room, missing, view.at)?;
             }
         } else {
             self.settle(pass, quarantined)?;

@@ -29,6 +29,7 @@ mod settings;
 mod stamp;
 mod steps;
 mod sweep;
+mod telling;
 mod thread;
 mod touch;
 

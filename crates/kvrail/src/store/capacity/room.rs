@@ -213,6 +213,12 @@ impl Room {
         self.lock().record.removed += bytes;
     }
 
+    /// Takes that back.
+    pub(super) fn not_removed(&self, bytes: u64) {
+        let mut own = self.lock();
+        own.record.removed = own.record.removed.saturating_sub(bytes);
+    }
+
     /// Adds to the sum what counting has found, which is known from now on.
     pub(super) fn correct(&self, bytes: i64) {
         let mut own = self.lock();
