@@ -183,31 +183,23 @@ class KvrailPromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        counter_class = metric_types[Counter]
         _forget_metrics()
-        self._counters: dict[str, dict[int, Any]] = {
-            name: create_metric_per_engine(
-                counter_class(
-                    name=f"{METRIC_PREFIX}{name}",
-                    documentation=documentation,
-                    labelnames=labelnames,
-                ),
-                per_engine_labelvalues,
-            )
-            for name, documentation in COUNTERS.items()
-        }
-        gauge_class = metric_types[Gauge]
-        self._gauges: dict[str, dict[int, Any]] = {
-            name: create_metric_per_engine(
-                gauge_class(
-                    name=f"{METRIC_PREFIX}{name}",
-                    documentation=documentation,
-                    labelnames=labelnames,
-                ),
-                per_engine_labelvalues,
-            )
-            for name, documentation in GAUGES.items()
-        }
+
+        def of_kind(kind: type, documented: dict[str, str]) -> dict[str, dict[int, Any]]:
+            return {
+                name: create_metric_per_engine(
+                    metric_types[kind](
+                        name=f"{METRIC_PREFIX}{name}",
+                        documentation=documentation,
+                        labelnames=labelnames,
+                    ),
+                    per_engine_labelvalues,
+                )
+                for name, documentation in documented.items()
+            }
+
+        self._counters = of_kind(Counter, COUNTERS)
+        self._gauges = of_kind(Gauge, GAUGES)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Adds the increments of one report, and sets its gauges."""
