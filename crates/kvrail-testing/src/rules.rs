@@ -6,6 +6,7 @@
 //! | effect | what happens |
 //! | --- | --- |
 //! | `error=EIO` | the operation fails with this error; any of the names in [`Rules::parse`] |
+//! | `done=EIO` | what answers with nothing but success (rename, unlink, fsync, ...) is done, then fails |
 //! | `delay=200ms` | it takes so much longer (`s` or `ms`) |
 //! | `hang` | it waits until the rule is gone, then goes on |
 //! | `short` | a read or write moves half of its bytes |
@@ -28,6 +29,8 @@ use crate::random::Random;
 pub enum Effect {
     /// It fails with this error number.
     Error(i32),
+    /// It is done and fails with this error number.
+    Done(i32),
     /// It moves half of its bytes.
     Short,
     /// Bytes are changed on the way.
@@ -224,10 +227,8 @@ fn parse_action(text: &str) -> Option<Action> {
     let effect = match name {
         "hang" => return Some(Action::Hang),
         "delay" => return parse_duration(value).map(Action::Delay),
-        "error" => {
-            let known = ERRORS.iter().find(|(known, _)| *known == value);
-            Effect::Error(known?.1)
-        }
+        "error" => Effect::Error(error_number(value)?),
+        "done" => Effect::Done(error_number(value)?),
         "short" => Effect::Short,
         "flip" => Effect::Damage(Damage::Flip),
         "zero" => Effect::Damage(Damage::Zero),
@@ -239,6 +240,11 @@ fn parse_action(text: &str) -> Option<Action> {
         _ => return None,
     };
     Some(Action::Effect(effect))
+}
+
+fn error_number(name: &str) -> Option<i32> {
+    let known = ERRORS.iter().find(|(known, _)| *known == name);
+    known.map(|(_, number)| *number)
 }
 
 fn parse_duration(text: &str) -> Option<Duration> {

@@ -184,10 +184,11 @@ impl Filesystem for FaultFileSystem {
             "unlink",
             self.entry(parent, name),
             reply,
-            move |shared, _, reply| {
+            move |shared, fault, reply| {
                 let found = shared.folder.entry(parent.0, &owned);
                 done(
                     reply,
+                    fault,
                     found.and_then(|(_, path)| std::fs::remove_file(path)),
                 );
             },
@@ -200,9 +201,13 @@ impl Filesystem for FaultFileSystem {
             "rmdir",
             self.entry(parent, name),
             reply,
-            move |shared, _, reply| {
+            move |shared, fault, reply| {
                 let found = shared.folder.entry(parent.0, &owned);
-                done(reply, found.and_then(|(_, path)| std::fs::remove_dir(path)));
+                done(
+                    reply,
+                    fault,
+                    found.and_then(|(_, path)| std::fs::remove_dir(path)),
+                );
             },
         );
     }
@@ -220,9 +225,9 @@ impl Filesystem for FaultFileSystem {
         let (name, new_name) = (name.to_owned(), newname.to_owned());
         // Known by its new name: what a rule is about is the chunk, not the temp file.
         let path = self.entry(newparent, newname);
-        self.serve("rename", path, reply, move |shared, _, reply| {
+        self.serve("rename", path, reply, move |shared, fault, reply| {
             let renamed = shared.rename((parent.0, &name), (newparent.0, &new_name), flags);
-            done(reply, renamed);
+            done(reply, fault, renamed);
         });
     }
 
@@ -342,12 +347,18 @@ impl Filesystem for FaultFileSystem {
     }
 
     fn fsync(&self, _: &Request, ino: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        self.serve("fsync", self.below(ino), reply, move |shared, _, reply| {
-            done(
-                reply,
-                shared.folder.file(fh.0).and_then(|file| file.sync_all()),
-            );
-        });
+        self.serve(
+            "fsync",
+            self.below(ino),
+            reply,
+            move |shared, fault, reply| {
+                done(
+                    reply,
+                    fault,
+                    shared.folder.file(fh.0).and_then(|file| file.sync_all()),
+                );
+            },
+        );
     }
 
     fn opendir(&self, _: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
@@ -408,9 +419,9 @@ impl Filesystem for FaultFileSystem {
             "fsyncdir",
             self.below(ino),
             reply,
-            move |shared, _, reply| {
+            move |shared, fault, reply| {
                 let synced = shared.folder.whole(ino.0).and_then(std::fs::File::open);
-                done(reply, synced.and_then(|folder| folder.sync_all()));
+                done(reply, fault, synced.and_then(|folder| folder.sync_all()));
             },
         );
     }
@@ -455,12 +466,12 @@ impl Filesystem for FaultFileSystem {
             "fallocate",
             self.below(ino),
             reply,
-            move |shared, _, reply| {
+            move |shared, fault, reply| {
                 let mode = rustix::fs::FallocateFlags::from_bits_retain(mode as u32);
                 let result = shared.folder.file(fh.0).and_then(|file| {
                     rustix::fs::fallocate(&*file, mode, offset, length).map_err(io::Error::from)
                 });
-                done(reply, result);
+                done(reply, fault, result);
             },
         );
     }

@@ -60,11 +60,12 @@ refuse!(
     ReplyWrite
 );
 
-/// Ends an operation that gave nothing but success.
-pub(super) fn done(reply: ReplyEmpty, result: io::Result<()>) {
-    match result {
-        Ok(()) => reply.ok(),
-        Err(error) => reply.error(errno(&error)),
+/// Ends an operation that gave nothing but success, and may say that it did not.
+pub(super) fn done(reply: ReplyEmpty, fault: &Fault, result: io::Result<()>) {
+    match (result, fault.effect) {
+        (Ok(()), Some(Effect::Done(number))) => reply.error(Errno::from_i32(number)),
+        (Ok(()), _) => reply.ok(),
+        (Err(error), _) => reply.error(errno(&error)),
     }
 }
 

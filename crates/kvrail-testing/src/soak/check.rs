@@ -1,6 +1,6 @@
 //! What must hold in the end, when all processes are gone and nothing fails any more.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use kvrail::store::capacity::{Janitor, JanitorSettings, JanitorTiming, usage};
 
@@ -18,7 +18,7 @@ const QUARANTINE_MAX: usize = 100;
 
 /// Looks whether all is as it must be.
 pub(super) fn check(driver: &mut Driver) {
-    let look = driver.outside.look(SystemTime::now());
+    let look = driver.outside.look();
     // Temp files of processes that are gone are looked for below.
     driver.weigh(Look {
         temporary: 0,
@@ -63,7 +63,7 @@ fn clean(driver: &mut Driver) {
             break;
         }
     }
-    let found = driver.outside.look(SystemTime::now()).chunks;
+    let found = driver.outside.look().chunks;
     let said = usage(&root).unwrap();
     let off = said.bytes.map_or(u64::MAX, |said| said.abs_diff(found));
     driver.report.left = (found, off);

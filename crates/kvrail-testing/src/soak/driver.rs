@@ -1,7 +1,7 @@
 //! The process that drives a run.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -36,8 +36,8 @@ pub(super) struct Driver {
     started: u64,
     /// Whether bytes may change on their way to the disk under the rules in force, or did lately.
     is_damaging: bool,
-    /// Since when all goes well, if it does.
-    healthy: Option<SystemTime>,
+    /// Whether all goes well.
+    is_healthy: bool,
     /// Files were said to be missing since the account was last seen to be right.
     is_misled: bool,
 }
@@ -97,7 +97,7 @@ pub fn run(plan: Plan) -> Report {
         lines,
         started: 0,
         is_damaging: false,
-        healthy: Some(SystemTime::now()),
+        is_healthy: true,
         is_misled: false,
     };
     for number in 0..driver.plan.processes {
@@ -176,7 +176,7 @@ impl Driver {
             if exit.is_now(&mut self.random) {
                 self.chore("exit", Operation::Exit);
             }
-            if self.healthy.is_some() && janitor.is_now(&mut self.random) {
+            if self.is_healthy && janitor.is_now(&mut self.random) {
                 self.kill_janitor();
             }
         }
@@ -303,7 +303,7 @@ impl Driver {
 
     /// Puts other faults in force. Returns for how long, in milliseconds.
     fn change_fault(&mut self) -> u64 {
-        if self.healthy.is_some() {
+        if self.is_healthy {
             self.audit();
         }
         // Half of the time all is well, so that paths come back and chunks are stored.
@@ -314,7 +314,7 @@ impl Driver {
         let script = *self.random.pick(&SCRIPTS);
         self.is_damaging |= script.damages;
         self.is_misled |= script.hides;
-        self.healthy = None;
+        self.is_healthy = false;
         self.model.disturb();
         let mounted = self.mounted.as_ref();
         mounted
@@ -329,9 +329,7 @@ impl Driver {
         self.mounted.iter().for_each(FaultMount::heal);
         self.wait_for_commands();
         self.is_damaging = false;
-        if self.healthy.is_none() {
-            self.healthy = Some(SystemTime::now());
-        }
+        self.is_healthy = true;
         self.audit();
     }
 
@@ -350,7 +348,7 @@ impl Driver {
             return;
         }
         self.processes[number].kill();
-        if self.healthy.is_none() {
+        if !self.is_healthy {
             // A call that hangs keeps even a killed process; its end is waited for here.
             self.mounted.iter().for_each(FaultMount::heal);
         }
@@ -405,9 +403,7 @@ impl Driver {
     /// Looks how much there is, while all stand still.
     fn look(&mut self) {
         self.signal(Signal::STOP);
-        // Temp files that a fault has kept from being removed go with their process; a healthy
-        // store has room for each.
-        let look = self.outside.look(self.healthy.unwrap_or(SystemTime::now()));
+        let look = self.outside.look();
         self.signal(Signal::CONT);
         self.weigh(look);
     }
@@ -426,7 +422,7 @@ impl Driver {
         self.report.highest = self.report.highest.max(bytes);
         let account = kvrail::store::capacity::usage(self.outside.root());
         let said = account.ok().and_then(|usage| usage.bytes);
-        if self.healthy.is_some() && said.is_some_and(|said| said >= bytes) {
+        if self.is_healthy && said.is_some_and(|said| said >= bytes) {
             self.is_misled = false;
         }
         let hidden = if self.is_misled {
@@ -474,7 +470,9 @@ impl Driver {
                 Finding::Fine => {}
                 Finding::LostToFault => self.report.lost_to_faults += 1,
                 Finding::Lost => {
-                    let lost = format!("chunk {index} is gone, and nobody evicted it");
+                    let aside = self.outside.set_aside(index);
+                    let lost =
+                        format!("chunk {index} is gone, nobody evicted it; set aside: {aside:?}");
                     self.report.wrong.push(lost);
                 }
                 Finding::Ghost => {

@@ -23,7 +23,7 @@ const fn script(rules: &'static str) -> Script {
 }
 
 /// All of them.
-pub(super) const SCRIPTS: [Script; 18] = [
+pub(super) const SCRIPTS: [Script; 19] = [
     script("read,open,lookup *-* error=EIO probability=0.05"),
     script("write,create,rename *-* error=EIO probability=0.2"),
     script("write,create,mkdir *-* error=ENOSPC probability=0.5"),
@@ -32,6 +32,7 @@ pub(super) const SCRIPTS: [Script; 18] = [
     script("open,create *-* error=EACCES probability=0.1"),
     script("create,write,rename,unlink,mkdir *-* error=EROFS"),
     script("unlink,rmdir * error=EIO probability=0.5"),
+    script("rename,unlink *-* done=EIO probability=0.3"),
     // Lease and accounts.
     script("* .kvrail* error=EIO probability=0.2"),
     Script {

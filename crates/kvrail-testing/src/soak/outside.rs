@@ -5,7 +5,6 @@ use std::fmt;
 use std::fs::{DirEntry, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 use super::worker::{key, namespace};
 
@@ -57,17 +56,16 @@ impl Outside {
             .join(format!("{name}.safetensors"))
     }
 
-    /// Adds up what there is; of temp files, those that are younger than `since`.
+    /// Adds up what there is.
     ///
     /// Files move from `tmp` to their place and from there to `quarantine`: looked at in this
     /// order, none is missed, and by its inode none is counted twice.
-    pub(super) fn look(&self, since: SystemTime) -> Look {
+    pub(super) fn look(&self) -> Look {
         let mut seen = HashSet::new();
         let mut look = Look::default();
         for (entry, metadata) in files(&self.namespace.join("tmp")) {
             let is_chunk = entry.file_name().to_string_lossy().starts_with(".chunk.");
-            let is_young = metadata.modified().is_ok_and(|at| at >= since);
-            if is_chunk && seen.insert(metadata.ino()) && is_young {
+            if is_chunk && seen.insert(metadata.ino()) {
                 look.temporary += metadata.len();
             }
         }
@@ -81,6 +79,19 @@ impl Outside {
             }
         }
         look
+    }
+
+    /// Returns why a chunk was set aside, each time.
+    pub(super) fn set_aside(&self, index: u64) -> Vec<String> {
+        let chunk = format!("{}.safetensors.json", key(index));
+        let folder = self.namespace.join("quarantine");
+        let reasons = files(&folder).filter_map(|(entry, _)| {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let reason = || std::fs::read_to_string(entry.path()).unwrap_or_default();
+            name.ends_with(&chunk)
+                .then(|| format!("{name}: {}", reason()))
+        });
+        reasons.collect()
     }
 
     /// Returns the chunks in quarantine.

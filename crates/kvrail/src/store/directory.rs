@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::durable::SyncedFolders;
+use super::lingering::LingeringFiles;
 use super::namespace::Namespace;
 use crate::chunk::ChunkKey;
 use crate::error::{Error, ErrorKind, Result};
@@ -32,6 +33,7 @@ pub(super) struct NamespaceDirectory {
     path: PathBuf,
     rules: FolderRules,
     pub(super) synced: Arc<SyncedFolders>,
+    pub(super) lingering: Arc<LingeringFiles>,
 }
 
 /// The name of a file in a namespace: a folder, and the name in it.
@@ -51,6 +53,7 @@ impl NamespaceDirectory {
             name,
             rules: FolderRules::default(),
             synced: Arc::default(),
+            lingering: Arc::default(),
         }
     }
 
@@ -77,6 +80,7 @@ impl NamespaceDirectory {
             path: path.to_path_buf(),
             rules: FolderRules::default(),
             synced: Arc::default(),
+            lingering: Arc::default(),
         };
         directory.rules.permissions = directory.open()?.own_permissions()?;
         Ok(directory)
@@ -103,6 +107,17 @@ impl NamespaceDirectory {
     /// Opens the path that holds the namespaces.
     pub(super) fn open_root(&self) -> Result<Folder> {
         Folder::open(&self.root, self.rules.clone())
+    }
+
+    /// Tries again to remove temp files that could not be removed.
+    pub(super) fn remove_lingering(&self) {
+        if self.lingering.is_empty() {
+            return;
+        }
+        // They stay where the folder cannot be opened.
+        if let Ok(folder) = self.open().and_then(|folder| folder.folder(TEMPORARY_NAME)) {
+            self.lingering.remove(&folder);
+        }
     }
 
     #[cfg(test)]

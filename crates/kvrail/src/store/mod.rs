@@ -25,6 +25,7 @@ mod health;
 mod image;
 pub mod inspect;
 mod kv_cache;
+mod lingering;
 mod load;
 mod load_job;
 mod lookup;

@@ -221,8 +221,8 @@ impl Opening {
         let namespace = directory.make(sync)?;
         let temporary = namespace.make(TEMPORARY_NAME, sync)?;
         ensure_manifest(directory, &self.namespace, &self.writer, sync)?;
-        let removed = remove_leftovers(&temporary)?;
-        self.metrics.leftovers_removed.add(removed as u64);
+        let leftovers = remove_leftovers(&temporary)?;
+        self.metrics.leftovers_removed.add(leftovers.removed);
         let (first, direct, reason) = self.probe(&temporary)?;
         if self.config.use_direct_io == Some(true) && !direct {
             self.notices.warn(Topic::Start, || {

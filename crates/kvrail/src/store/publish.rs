@@ -21,25 +21,40 @@ pub(super) struct TemporaryFile {
     /// Empty when the file has another name by now.
     name: String,
     file: Option<Arc<IoFile>>,
+    /// The room that it is to have.
+    bytes: u64,
+    /// Its number, while it is being renamed.
+    renaming: Option<u64>,
 }
 
 impl TemporaryFile {
-    /// Creates the file; it must not exist.
+    /// Creates the file for `bytes`; it must not exist.
     pub(super) fn create(
         directory: &NamespaceDirectory,
         name: String,
         direct: bool,
+        bytes: u64,
     ) -> Result<Self> {
         let namespace = directory.open()?;
         let folder = namespace.folder(TEMPORARY_NAME)?;
-        let file = IoFile::open_in(&folder, &name, OpenMode::CreateNew, direct)?;
-        Ok(Self {
+        // Begun before the file is there: what a file system creates and says it did not, goes, too.
+        let mut temporary = Self {
             directory: directory.clone(),
             namespace,
             folder,
             name,
-            file: Some(Arc::new(file)),
-        })
+            file: None,
+            bytes,
+            renaming: None,
+        };
+        let file = IoFile::open_in(
+            &temporary.folder,
+            &temporary.name,
+            OpenMode::CreateNew,
+            direct,
+        )?;
+        temporary.file = Some(Arc::new(file));
+        Ok(temporary)
     }
 
     /// Returns the open file.
@@ -55,9 +70,10 @@ impl TemporaryFile {
     /// A file that is there already is replaced: its content has the same key.
     pub(super) fn publish(mut self, location: &Location, bytes: u64, sync: bool) -> Result<()> {
         let file = self.file()?;
-        let length = file.regular_bytes()?;
-        if length != Some(bytes) {
-            let message = format!("publish: expected {bytes} bytes, the file has {length:?}");
+        let status = file.status()?;
+        if !status.is_file || status.bytes != bytes {
+            let found = status.bytes;
+            let message = format!("publish: expected {bytes} bytes, the file has {found}");
             return Err(Error::new(ErrorKind::Io, message).with_path(file.path()));
         }
         if sync {
@@ -66,10 +82,10 @@ impl TemporaryFile {
         }
         // Closed before the rename: on network file systems closing is what sends the data.
         self.file = None;
+        self.renaming = Some(status.inode);
         match &location.folder {
             None => {
-                self.folder
-                    .rename(&self.name, &self.namespace, &location.name)?;
+                self.rename_to(&self.namespace, &location.name)?;
                 self.name.clear();
                 if sync {
                     self.namespace.sync()?;
@@ -95,25 +111,46 @@ impl TemporaryFile {
     /// Renames into a folder of the namespace, making it when it is not there yet.
     fn rename_into(&self, below: &str, name: &str, sync: bool) -> Result<Folder> {
         let existing = self.namespace.folder(below).and_then(|folder| {
-            self.folder.rename(&self.name, &folder, name)?;
+            self.rename_to(&folder, name)?;
             Ok(folder)
         });
         match existing {
             Err(error) if is_missing(&error) => {
                 let folder = self.namespace.make(below, sync)?;
-                self.folder.rename(&self.name, &folder, name)?;
+                self.rename_to(&folder, name)?;
                 Ok(folder)
             }
             result => result,
         }
     }
+
+    /// Renames. What a file system did and says it did not, as one that is asked twice by its
+    /// network does, is done.
+    fn rename_to(&self, folder: &Folder, name: &str) -> Result<()> {
+        let error = match self.folder.rename(&self.name, folder, name) {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        let found = folder.status(name).ok().flatten();
+        let is_done = found.is_some_and(|found| Some(found.inode) == self.renaming);
+        if is_done { Ok(()) } else { Err(error) }
+    }
 }
 
 impl Drop for TemporaryFile {
     fn drop(&mut self) {
-        if !self.name.is_empty() {
-            // Failing here (a read-only or vanished mount) leaves a leftover for the next clean-up.
-            drop(self.folder.remove_file(&self.name));
+        if self.name.is_empty() {
+            return;
+        }
+        let lingering = &self.directory.lingering;
+        match self.folder.remove_file(&self.name) {
+            Ok(()) => {}
+            Err(error) if !is_missing(&error) => {
+                lingering.add(std::mem::take(&mut self.name), self.bytes);
+            }
+            // Renamed, perhaps, and nobody could say so.
+            Err(_) if self.renaming.is_some() => lingering.add_unknown(self.bytes),
+            Err(_) => {}
         }
     }
 }
@@ -142,7 +179,7 @@ pub(super) fn publish_bytes(
     bytes: &[u8],
     sync: bool,
 ) -> Result<()> {
-    let temporary = TemporaryFile::create(directory, temporary, false)?;
+    let temporary = TemporaryFile::create(directory, temporary, false, bytes.len() as u64)?;
     let file = temporary.file()?;
     let mut done = 0;
     while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
@@ -188,7 +225,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let directory = directory(root.path());
         let path = directory.path().join("tmp/.t");
-        let create = || TemporaryFile::create(&directory, ".t".into(), false).unwrap();
+        let create = || TemporaryFile::create(&directory, ".t".into(), false, 5).unwrap();
         let file = create();
         assert!(path.exists());
         drop(file);
@@ -218,7 +255,7 @@ mod tests {
         assert!(publish_bytes(&directory, ".t".into(), &location(), b"one", false).is_err());
         std::fs::remove_dir(directory.path().join("tmp")).unwrap();
         std::os::unix::fs::symlink(outside.path(), directory.path().join("tmp")).unwrap();
-        assert!(TemporaryFile::create(&directory, ".t".into(), false).is_err());
+        assert!(TemporaryFile::create(&directory, ".t".into(), false, 5).is_err());
         assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
     }
 }

@@ -142,7 +142,10 @@ fn store_chunk(
     let stored = match image {
         Staged::Host(image) => save.by_posix(image),
         image => save.by_cufile(image),
-    }?;
+    };
+    // Before the claim is given back: a temp file that could not be removed takes its room.
+    store.capacity.keep_lingering(mount);
+    let stored = stored?;
     if matches!(stored, Stored::Written) {
         claim.stored();
     }
@@ -165,7 +168,7 @@ impl Save<'_> {
         let store = self.store;
         let (mut image, hashed) = image.wait(Instant::now() + store.wait_limit)?;
         complete_image(self.cache, self.chunk, image.as_mut_slice(), hashed)?;
-        let temporary = create_temporary(store, self.mount)?;
+        let temporary = self.create_temporary()?;
         let file = temporary.file()?;
         let bytes = image.len();
         let engine = &*self.mount.engine;
@@ -224,7 +227,7 @@ impl Save<'_> {
             return Err(Error::new(ErrorKind::Gpu, message));
         }
         let gpu = self.cache.gpu.as_ref().ok_or_else(no_gpu)?;
-        let temporary = create_temporary(self.store, self.mount)?;
+        let temporary = self.create_temporary()?;
         let file = temporary.file()?;
         let same = match image {
             Staged::Host(_) => return Err(no_gpu()),
@@ -251,6 +254,24 @@ impl Save<'_> {
             self.store.durability == Durability::Full,
         )?;
         Ok(Stored::Written)
+    }
+
+    /// Creates the temp file, and the namespace's directory again when somebody removed it.
+    fn create_temporary(self) -> Result<TemporaryFile> {
+        let (store, mount) = (self.store, self.mount);
+        let directory = &mount.directory;
+        let name = store.writer.file_name("chunk");
+        let (direct, bytes) = (mount.report.direct, self.cache.format.file_bytes() as u64);
+        match TemporaryFile::create(directory, name.clone(), direct, bytes) {
+            Err(error) if is_missing(&error) => {
+                mount.check_device()?;
+                let sync = store.durability == Durability::Full;
+                directory.make(sync)?.make(TEMPORARY_NAME, sync)?;
+                ensure_manifest(directory, &store.namespace, &store.writer, sync)?;
+                TemporaryFile::create(directory, name, direct, bytes)
+            }
+            result => result,
+        }
     }
 }
 
@@ -310,22 +331,5 @@ fn is_present(
             Ok(false)
         }
         _ => Ok(false),
-    }
-}
-
-/// Creates the temp file, and the namespace's directory again when somebody removed it.
-fn create_temporary(store: &StoreShared, mount: &Mount) -> Result<TemporaryFile> {
-    let directory = &mount.directory;
-    let name = store.writer.file_name("chunk");
-    let direct = mount.report.direct;
-    match TemporaryFile::create(directory, name.clone(), direct) {
-        Err(error) if is_missing(&error) => {
-            mount.check_device()?;
-            let sync = store.durability == Durability::Full;
-            directory.make(sync)?.make(TEMPORARY_NAME, sync)?;
-            ensure_manifest(directory, &store.namespace, &store.writer, sync)?;
-            TemporaryFile::create(directory, name, direct)
-        }
-        result => result,
     }
 }

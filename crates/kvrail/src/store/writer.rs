@@ -91,25 +91,47 @@ pub(super) fn is_writers_name(name: &str) -> bool {
         && parts.next().is_none()
 }
 
-/// Removes temp files whose writer is dead or that are old. Returns how many were removed.
+/// What a clean-up of temp files came to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Leftovers {
+    /// Files removed.
+    pub(super) removed: u64,
+    /// Bytes of those that should have gone and could not be removed.
+    pub(super) kept_bytes: u64,
+}
+
+impl Leftovers {
+    /// Adds those of another folder.
+    pub(super) fn add(&mut self, other: Self) {
+        self.removed += other.removed;
+        self.kept_bytes += other.kept_bytes;
+    }
+}
+
+/// Removes temp files whose writer is dead or that are old. Returns how many were removed, and what
+/// could not be.
 ///
 /// # Errors
 /// [`ErrorKind::Io`](crate::ErrorKind::Io) when the folder cannot be read; single files that
 /// cannot be removed (another process was quicker) are passed over.
-pub(super) fn remove_leftovers(folder: &Folder) -> Result<usize> {
+pub(super) fn remove_leftovers(folder: &Folder) -> Result<Leftovers> {
     let now = SystemTime::now();
-    let mut removed = 0;
+    let mut found = Leftovers::default();
     for name in folder.names()?.take(LEFTOVERS_MAX).flatten() {
+        let status = || folder.status(&name).ok().flatten();
         let dead = writer_is_dead(&name.to_string_lossy()).unwrap_or_else(|| {
-            let status = folder.status(&name).ok().flatten();
-            let age = status.and_then(|status| now.duration_since(status.modified).ok());
+            let age = status().and_then(|status| now.duration_since(status.modified).ok());
             age.is_some_and(|age| age > LEFTOVER_AGE)
         });
-        if dead && folder.remove_file(&name).is_ok() {
-            removed += 1;
+        if !dead {
+            continue;
+        }
+        match folder.remove_file(&name) {
+            Ok(()) => found.removed += 1,
+            Err(_) => found.kept_bytes += status().map_or(0, |status| status.bytes),
         }
     }
-    Ok(removed)
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -137,7 +159,8 @@ mod tests {
         touch(".chunk.otherhost-1.5.6.0", 100_000);
         touch(".garbage", 100_000);
         let opened = Folder::open(folder.path(), FolderRules::default()).unwrap();
-        assert_eq!(remove_leftovers(&opened).unwrap(), 3);
+        let found = remove_leftovers(&opened).unwrap();
+        assert_eq!((found.removed, found.kept_bytes), (3, 0));
         let mut left: Vec<String> = std::fs::read_dir(folder.path())
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())

@@ -9,10 +9,17 @@
 //! with the absorbed file's name, in one write, and then removes the file. Whoever reads between
 //! the two sees the name and leaves the file out, so a janitor may die at any point.
 //!
+//! A record has two places in its file, and is written to the one that does not hold the last one
+//! that was written whole. So a write that is cut off, or under way, hides nothing: what it says
+//! does not hold before it is whole.
+//!
 //! What is lost with a process that dies is what it had not written down yet; the janitor's pass
 //! over the directory finds and corrects it.
 
+use std::collections::HashSet;
+use std::io::Read;
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use twox_hash::XxHash3_64;
 
@@ -21,14 +28,21 @@ use crate::io::{Folder, SmallMode, Step};
 use crate::store::publish::is_missing;
 use crate::store::writer::is_writers_name;
 
-/// Bytes of a record's file: far below a sector, so that no half of it is ever written alone.
+/// Bytes of a record.
 const RECORD_BYTES: usize = 96;
+/// Where a file's two records begin: in different sectors.
+const PLACES: [usize; 2] = [0, 512];
+/// Bytes of a file.
+const FILE_BYTES: usize = PLACES[1] + RECORD_BYTES;
 /// First bytes of a record: the format and its version.
 const MAGIC: [u8; 8] = *b"kvracct1";
 /// Records that are read: far above the stores of any one directory.
 const RECORDS_MAX: usize = 65_536;
-/// Attempts to read a record while its owner writes it.
+/// Attempts to read a record while its owner makes it.
 const ATTEMPTS: usize = 8;
+/// Attempts to read all records while some of them are absorbed, and the pause between two.
+const LOOKS: u32 = 50;
+const LOOK_PAUSE: Duration = Duration::from_millis(1);
 
 /// The sum is right: somebody counted, or the directory was new.
 const KNOWN: u64 = 1;
@@ -115,25 +129,57 @@ impl Record {
         })
     }
 
-    /// Writes the record over the one in the file, or makes the file.
+    /// Writes the record to one of the two places of its file, or makes the file.
     ///
     /// Opened for each write: on network file systems closing is what sends the bytes, and opening
     /// is what fetches those of others. A file that should be there and is not is an error.
-    pub(super) fn write(&self, folder: &Folder, name: &str, create: bool) -> Result<()> {
+    pub(super) fn write(
+        &self,
+        folder: &Folder,
+        name: &str,
+        place: Place,
+        create: bool,
+    ) -> Result<()> {
         let mode = match create {
             true => SmallMode::CreateNew,
             false => SmallMode::Write,
         };
         let file = folder.small_file(name, mode)?;
-        let (path, bytes) = (folder.path().join(name), self.encode());
-        file.write_all_at(&bytes, 0)
+        let (path, bytes, offset) = (folder.path().join(name), self.encode(), place.offset());
+        file.write_all_at(&bytes, offset)
             .map_err(|source| Error::io("write account", &path, source))?;
         folder.tell(&Step::WriteFile {
             path: &path,
-            offset: 0,
+            offset,
             bytes: &bytes,
         });
         Ok(())
+    }
+}
+
+/// One of the two places of a record in its file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Place {
+    #[default]
+    First,
+    Second,
+}
+
+impl Place {
+    fn offset(self) -> u64 {
+        let [first, second] = PLACES;
+        match self {
+            Self::First => first as u64,
+            Self::Second => second as u64,
+        }
+    }
+
+    /// Returns the other place.
+    pub(super) fn other(self) -> Self {
+        match self {
+            Self::First => Self::Second,
+            Self::Second => Self::First,
+        }
     }
 }
 
@@ -171,25 +217,46 @@ pub(super) struct Sum {
 /// Reads all records of a folder.
 ///
 /// A file that holds no record (its owner died while making it) counts as nothing. One that is gone
-/// when its turn comes was absorbed, perhaps into a record that was read before: all are read again.
+/// when its turn comes, or soon after it was read, was absorbed, perhaps into a record that was
+/// read before or is read now: it would count not at all, or twice, so all are read again.
 ///
 /// # Errors
 /// [`ErrorKind::Io`] when the folder or a store's file in it cannot be read: to leave it out would
-/// give its room away. Also when there are more than 65,536 files.
+/// give its room away. Also when there are more than 65,536 files, or when files vanish each time.
 pub(super) fn read_all(folder: &Folder) -> Result<Sum> {
-    let mut result = try_read_all(folder);
-    for _ in 1..ATTEMPTS {
-        if !result.as_ref().is_err_and(is_missing) {
-            break;
+    for _ in 0..LOOKS {
+        if let Some(sum) = try_read_all(folder)? {
+            return Ok(sum);
         }
-        result = try_read_all(folder);
+        std::thread::sleep(LOOK_PAUSE);
     }
-    result
+    let message = format!("accounts vanished while they were read, {LOOKS} times");
+    Err(Error::new(ErrorKind::Io, message).with_path(folder.path()))
 }
 
-fn try_read_all(folder: &Folder) -> Result<Sum> {
+/// Returns nothing when a file vanished.
+fn try_read_all(folder: &Folder) -> Result<Option<Sum>> {
     // The names first, all of them: a record that has absorbed one that is not among them says so
     // when it is read.
+    let names = names(folder)?;
+    let (mut records, mut broken) = (Vec::new(), Vec::new());
+    for name in names {
+        match read(folder, &name) {
+            Ok(Some(record)) => records.push(NamedRecord { name, record }),
+            Ok(None) => broken.push(name),
+            // What others keep here is no matter.
+            Err(_) if !is_writers_name(&name) => {}
+            Err(error) if is_missing(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        }
+    }
+    // A record says of the last one only that it was absorbed. One before that is gone by then.
+    let there: HashSet<String> = self::names(folder)?.into_iter().collect();
+    let is_whole = records.iter().all(|named| there.contains(&named.name));
+    Ok(is_whole.then(|| sum(records, broken)))
+}
+
+fn names(folder: &Folder) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for name in folder.names()? {
         if names.len() == RECORDS_MAX {
@@ -198,17 +265,7 @@ fn try_read_all(folder: &Folder) -> Result<Sum> {
         }
         names.extend(name?.into_string());
     }
-    let (mut records, mut broken) = (Vec::new(), Vec::new());
-    for name in names {
-        match read(folder, &name) {
-            Ok(Some(record)) => records.push(NamedRecord { name, record }),
-            Ok(None) => broken.push(name),
-            // What others keep here is no matter.
-            Err(_) if !is_writers_name(&name) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(sum(records, broken))
+    Ok(names)
 }
 
 fn sum(mut records: Vec<NamedRecord>, broken: Vec<String>) -> Sum {
@@ -235,7 +292,10 @@ fn sum(mut records: Vec<NamedRecord>, broken: Vec<String>) -> Sum {
 }
 
 /// Reads a record, `None` for a file that holds none.
-fn read(folder: &Folder, name: &str) -> Result<Option<Record>> {
+///
+/// # Errors
+/// [`ErrorKind::Io`] when the file is gone or cannot be read.
+pub(super) fn read(folder: &Folder, name: &str) -> Result<Option<Record>> {
     let mut found = Ok(None);
     for _ in 0..ATTEMPTS {
         found = read_once(folder, name);
@@ -247,13 +307,18 @@ fn read(folder: &Folder, name: &str) -> Result<Option<Record>> {
 }
 
 fn read_once(folder: &Folder, name: &str) -> Result<Option<Record>> {
-    let mut bytes = [0; RECORD_BYTES];
+    let mut bytes = Vec::with_capacity(FILE_BYTES);
     let file = folder.small_file(name, SmallMode::Read)?;
-    match file.read_exact_at(&mut bytes, 0) {
-        Ok(()) => Ok(Record::decode(&bytes)),
-        Err(source) if source.kind() == std::io::ErrorKind::UnexpectedEof => Ok(None),
-        Err(source) => Err(Error::io("read account", &folder.path().join(name), source)),
-    }
+    let read = file.take(FILE_BYTES as u64).read_to_end(&mut bytes);
+    read.map_err(|source| Error::io("read account", &folder.path().join(name), source))?;
+    Ok(newest(&bytes))
+}
+
+/// Returns the record that a file's bytes hold: of two the one that was written later.
+fn newest(bytes: &[u8]) -> Option<Record> {
+    let at = |from: usize| Record::decode(bytes.get(from..from + RECORD_BYTES)?);
+    let found = PLACES.into_iter().filter_map(at);
+    found.max_by_key(|record| record.beat)
 }
 
 /// Returns a number as a signed one; no store has 2^63 bytes.
@@ -299,7 +364,7 @@ mod tests {
         let opened = Folder::open(folder.path(), FolderRules::default()).unwrap();
         let write = |name: &str, record: Record| {
             let is_new = !folder.path().join(name).exists();
-            record.write(&opened, name, is_new).unwrap();
+            record.write(&opened, name, Place::First, is_new).unwrap();
         };
         let used = || {
             let sum = read_all(&opened).unwrap();
@@ -335,7 +400,35 @@ mod tests {
     fn a_file_that_was_absorbed_is_not_made_again() {
         let folder = tempfile::tempdir().unwrap();
         let opened = Folder::open(folder.path(), FolderRules::default()).unwrap();
-        assert!(Record::default().write(&opened, "gone", false).is_err());
+        let written = Record::default().write(&opened, "gone", Place::First, false);
+        assert!(written.is_err());
         assert!(!folder.path().join("gone").exists());
+    }
+
+    #[test]
+    fn a_write_that_is_cut_off_anywhere_leaves_what_was_said_before() {
+        let before = Record {
+            claimed: 100,
+            beat: 7,
+            ..Record::default()
+        };
+        let next = Record {
+            claimed: 999,
+            beat: 8,
+            ..before
+        };
+        for [place, other] in [[Place::First, Place::Second], [Place::Second, Place::First]] {
+            assert_eq!((place.other(), other.other()), (other, place));
+            for length in 0..=RECORD_BYTES {
+                let mut file = vec![0xff; FILE_BYTES];
+                for (record, at, length) in [(before, place, RECORD_BYTES), (next, other, length)] {
+                    let at = at.offset() as usize;
+                    file[at..at + length].copy_from_slice(&record.encode()[..length]);
+                }
+                let is_whole = length == RECORD_BYTES;
+                let expected = if is_whole { next } else { before };
+                assert_eq!(newest(&file), Some(expected), "{length} bytes");
+            }
+        }
     }
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
 
+use super::account::signed;
 use super::files::{FileShelf, found_or_none};
 use super::room::Room;
 use super::root::Root;
@@ -14,9 +15,8 @@ use super::telling;
 use crate::config::EvictionPolicy;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Folder, Observer};
-use crate::store::directory::{MANIFEST_NAME, QUARANTINE_NAME, TEMPORARY_NAME};
+use crate::store::directory::{MANIFEST_NAME, QUARANTINE_NAME};
 use crate::store::quarantine;
-use crate::store::writer::remove_leftovers;
 
 /// What is to be removed.
 #[derive(Debug, Clone, Default)]
@@ -86,7 +86,7 @@ pub fn collect(root: &Path, options: &CollectOptions) -> Result<Collected> {
     );
     shelf.now_milliseconds = now;
     let mut collected = Collected::default();
-    let pass = remove_old(&mut shelf, options, now, room.as_ref(), &mut collected)?;
+    let seen = remove_old(&mut shelf, options, now, room.as_ref(), &mut collected)?;
     if let Some(to_bytes) = options.to_bytes {
         remove_beyond(&mut shelf, to_bytes, now, room.as_ref(), &mut collected)?;
     }
@@ -95,19 +95,17 @@ pub fn collect(root: &Path, options: &CollectOptions) -> Result<Collected> {
             let removed = &mut collected.quarantined_removed;
             remove_quarantined(&namespace.folder, age, options.dry_run, removed)?;
         }
-        if !options.dry_run {
-            let temporary = found_or_none(namespace.folder.folder(TEMPORARY_NAME))?;
-            let removed = temporary.map_or(Ok(0), |folder| remove_leftovers(&folder))?;
-            collected.leftovers_removed += removed as u64;
-        }
     }
     if let Some(room) = room {
+        let leftovers = shelf.remove_leftovers()?;
+        collected.leftovers_removed = leftovers.removed;
         room.removed(collected.quarantined_removed.bytes);
         collected.folders_removed = shelf.remove_empty_folders()?;
         room.flush()?;
         let sum = room.look()?;
-        let counted =
-            pass + shelf.quarantined()?.bytes as i64 - collected.removed_for_size.bytes as i64;
+        let quarantined = shelf.quarantined()?;
+        let beside = quarantined.kept.bytes + leftovers.kept_bytes;
+        let counted = signed(seen.kept.bytes + beside) - signed(collected.removed_for_size.bytes);
         let drift = counted - sum.said;
         // What others store or remove while this counts would be taken for drift. Too much said is
         // harmless, and small differences are left to the janitor; but room is given back only when
@@ -115,6 +113,7 @@ pub fn collect(root: &Path, options: &CollectOptions) -> Result<Collected> {
         let own = room.name();
         let mut others = sum.records.iter().filter(|named| named.name != own);
         let is_alone = others.all(|named| named.record.retired);
+        let is_alone = is_alone && seen.unseen + quarantined.unseen == 0;
         let is_drift = drift.unsigned_abs() > sum.used / 100 && (drift > 0 || is_alone);
         if options.namespace.is_none() && (is_drift || !sum.known) {
             room.correct(drift);
@@ -125,14 +124,14 @@ pub fn collect(root: &Path, options: &CollectOptions) -> Result<Collected> {
     Ok(collected)
 }
 
-/// Counts everything and removes what is too old. Returns the bytes that are left.
+/// Counts everything and removes what is too old. Returns what was found and removed.
 fn remove_old(
     shelf: &mut FileShelf,
     options: &CollectOptions,
     now: i64,
     room: Option<&Room>,
     collected: &mut Collected,
-) -> Result<i64> {
+) -> Result<Visit> {
     let rules = SweepRules {
         policy: EvictionPolicy::Lru,
         low_watermark: 1.0,
@@ -157,7 +156,7 @@ fn remove_old(
         chunks: seen.kept.chunks + seen.for_age.chunks,
         bytes: seen.kept.bytes + seen.for_age.bytes,
     };
-    Ok(seen.kept.bytes as i64)
+    Ok(seen)
 }
 
 /// Removes the oldest until no more than `to_bytes` are left.

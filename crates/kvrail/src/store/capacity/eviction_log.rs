@@ -15,6 +15,7 @@
 //! over. Anybody may remove the files.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use serde::Serialize;
@@ -165,7 +166,13 @@ pub(super) fn append(namespace: &Folder, evictions: &[Eviction]) -> Result<()> {
         offset: 0,
         bytes: text.as_bytes(),
     });
-    if file.metadata().map_err(failed)?.len() >= LOG_BYTES_MAX {
+    let written = file.metadata().map_err(failed)?;
+    let is_newest = || -> Result<bool> {
+        let newest = namespace.status(LOG_NAME)?;
+        Ok(newest.is_some_and(|newest| newest.inode == written.ino()))
+    };
+    // Somebody else may have put it aside meanwhile: the one that was begun then is not full.
+    if written.len() >= LOG_BYTES_MAX && is_newest()? {
         namespace.rename(LOG_NAME, namespace, FORMER_LOG_NAME)?;
     }
     Ok(())

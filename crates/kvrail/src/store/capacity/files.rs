@@ -14,16 +14,18 @@ use super::progress::Progress;
 use super::root::Root;
 use super::stamp::Stamp;
 use super::steps::{Step, StepHook, reach};
-use super::sweep::{Reason, Shelf, Tally, Visit};
+use super::sweep::{Reason, Shelf, Visit};
 use crate::chunk::ChunkKey;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Folder;
 use crate::store::directory::{
-    MANIFEST_NAME, QUARANTINE_NAME, chunk_name, is_fan_out_name, parse_chunk_name, parse_rank_name,
+    MANIFEST_NAME, QUARANTINE_NAME, TEMPORARY_NAME, chunk_name, is_fan_out_name, parse_chunk_name,
+    parse_rank_name,
 };
 use crate::store::namespace::parse_directory_name;
 use crate::store::publish::is_gone;
 use crate::store::quarantine;
+use crate::store::writer::{Leftovers, remove_leftovers};
 
 /// Folders `g<group>r<rank>` of all namespaces that one janitor looks at.
 const RANK_FOLDERS_MAX: usize = 100_000;
@@ -141,21 +143,34 @@ impl FileShelf {
     }
 
     /// Returns what lies in quarantine, which counts as usage and is bounded on its own.
-    pub(super) fn quarantined(&self) -> Result<Tally> {
-        let mut tally = Tally::default();
+    pub(super) fn quarantined(&self) -> Result<Visit> {
+        let mut visit = Visit::default();
         for namespace in self.namespaces()? {
             self.progress.step();
             let Some(folder) = found_or_none(namespace.folder.folder(QUARANTINE_NAME))? else {
                 continue;
             };
             for name in quarantine::list(&folder)? {
-                let status = folder.status(name.to_string())?;
-                if let Some(status) = status.filter(|status| status.is_file) {
-                    tally.add(status.bytes);
+                match folder.status(name.to_string())? {
+                    Some(status) if status.is_file => visit.kept.add(status.bytes),
+                    Some(_) => {}
+                    None => visit.unseen += 1,
                 }
             }
         }
-        Ok(tally)
+        Ok(visit)
+    }
+
+    /// Removes temp files that dead writers left, in all namespaces.
+    pub(super) fn remove_leftovers(&self) -> Result<Leftovers> {
+        let mut found = Leftovers::default();
+        for namespace in self.namespaces()? {
+            self.progress.step();
+            if let Some(folder) = found_or_none(namespace.folder.folder(TEMPORARY_NAME))? {
+                found.add(remove_leftovers(&folder)?);
+            }
+        }
+        Ok(found)
     }
 
     /// Removes folders of slices that are empty. Returns how many went.
@@ -245,8 +260,11 @@ impl FileShelf {
             if !self.dry_run {
                 match directory.remove_file(chunk_name(&key)) {
                     Ok(()) => {}
-                    // Somebody else removed and counted it.
-                    Err(error) if is_gone(&error) => continue,
+                    // Somebody else removed and counted it, or the file system errs.
+                    Err(error) if is_gone(&error) => {
+                        visit.unseen += 1;
+                        continue;
+                    }
                     Err(_) => {
                         visit.kept.add(bytes);
                         continue;

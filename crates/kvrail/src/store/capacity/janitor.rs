@@ -4,13 +4,13 @@
 //! work goes slice by slice: slowly in a rolling pass that counts everything and removes what is
 //! too old, and without pause while there is too much.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::account::{Sum, signed};
-use super::files::{FileShelf, found_or_none};
+use super::files::FileShelf;
 use super::lease::Lease;
 use super::progress::Progress;
 use super::relief::{Relief, free_space};
@@ -23,9 +23,8 @@ use super::sweep::{Count, Reason, Situation, SweepRules, Sweeper, Visit};
 use super::telling;
 use crate::error::Result;
 use crate::io::Folder;
-use crate::store::directory::TEMPORARY_NAME;
 use crate::store::publish::is_missing;
-use crate::store::writer::{remove_leftovers, writer_is_dead};
+use crate::store::writer::writer_is_dead;
 
 /// A record that does not change for this long belongs to a store that is gone: six of the beats
 /// that each store makes.
@@ -76,6 +75,8 @@ pub struct Janitor {
     sweeper: Sweeper,
     /// Others' records as they were seen to change last.
     watched: HashMap<String, (u64, Instant)>,
+    /// Records of others that this janitor has taken, to absorb them.
+    taken: HashSet<String>,
     view: Option<View>,
     refreshed: Option<Instant>,
     /// Bytes that this janitor has evicted: its own part is no flow, since it knows the slice.
@@ -135,6 +136,7 @@ impl Janitor {
             room,
             settings,
             watched: HashMap::new(),
+            taken: HashSet::new(),
             view: None,
             refreshed: None,
             evicted: 0,
@@ -290,7 +292,11 @@ impl Janitor {
         self.room.flush()?;
         self.view = None;
         let view = self.view()?;
-        let quarantined = self.shelf.quarantined()?.bytes;
+        // What dead writers left goes before its room is given back.
+        let leftovers = self.shelf.remove_leftovers()?;
+        tick.leftovers_removed += leftovers.removed;
+        let aside = self.shelf.quarantined()?;
+        let beside = aside.kept.bytes + leftovers.kept_bytes;
         let flow = view.situation.flow_bytes;
         let start = self.pass_start.take();
         let (start, removed, at) = start.unwrap_or((flow, view.removed, Instant::now()));
@@ -303,12 +309,11 @@ impl Janitor {
         let lag = (rate * RECORD_LAG.as_secs_f64()) as u64;
         let tolerance = lag + pass.error_bytes(flow) + view.used / DRIFT_PART;
         if view.known {
-            let drift =
-                signed(pass.total_bytes(flow).saturating_add(quarantined)) - signed(view.used);
+            let drift = signed(pass.total_bytes(flow).saturating_add(beside)) - signed(view.used);
             if drift > signed(tolerance) {
                 self.room.correct(drift);
             } else if drift < -signed(tolerance) - others_removed
-                && pass.unseen == 0
+                && pass.unseen + aside.unseen == 0
                 && pass.failed == 0
             {
                 // Downwards with care: room that is not there must not be given away. What others
@@ -317,25 +322,16 @@ impl Janitor {
                 telling::missing(&self.room, missing, view.at)?;
             }
         } else {
-            self.settle(pass, quarantined)?;
+            self.settle(pass, beside)?;
         }
-        self.room.flush()?;
-        for namespace in self.shelf.namespaces()? {
-            self.progress.step();
-            if let Some(folder) = found_or_none(namespace.folder.folder(TEMPORARY_NAME))? {
-                tick.leftovers_removed += remove_leftovers(&folder)? as u64;
-            }
-        }
-        Ok(())
+        self.room.flush()
     }
 
-    /// Makes the account known from a count.
-    fn settle(&mut self, count: Count, quarantined: u64) -> Result<()> {
+    /// Makes the account known from a count and the bytes `beside` chunks in their places.
+    fn settle(&mut self, count: Count, beside: u64) -> Result<()> {
         self.room.flush()?;
         let sum = self.room.look()?;
-        let total = count
-            .total_bytes(self.flow(&sum))
-            .saturating_add(quarantined);
+        let total = count.total_bytes(self.flow(&sum)).saturating_add(beside);
         self.room.correct(signed(total) - sum.said);
         self.room.flush()?;
         self.view = None;
@@ -411,8 +407,9 @@ impl Janitor {
         }
         let own = self.room.name();
         let now = Instant::now();
-        self.watched
-            .retain(|name, _| sum.records.iter().any(|named| named.name == *name));
+        let is_there = |name: &String| sum.records.iter().any(|named| named.name == *name);
+        self.watched.retain(|name, _| is_there(name));
+        self.taken.retain(is_there);
         let mut absorbed = 0;
         for named in sum.records.iter().filter(|named| named.name != own) {
             let beat = named.record.beat;
@@ -426,10 +423,16 @@ impl Janitor {
             let is_silent = now.duration_since(*since) > ACCOUNT_LIMIT;
             let is_gone =
                 named.record.retired || is_silent || writer_is_dead(&named.name) == Some(true);
-            if is_gone && absorbed < ABSORBED_MAX {
-                self.room.absorb(&named.name, &named.record)?;
+            if (is_gone || self.taken.contains(&named.name)) && absorbed < ABSORBED_MAX {
+                let Some((name, record)) = self.room.take(&folder, &named.name)? else {
+                    continue;
+                };
+                self.taken.insert(name.clone());
+                self.reach(Step::Taken);
+                self.room.absorb(&name, &record)?;
                 self.reach(Step::Absorbed);
-                remove(&folder, &named.name)?;
+                remove(&folder, &name)?;
+                self.taken.remove(&name);
                 self.reach(Step::AbsorbedRemoved);
                 absorbed += 1;
             }

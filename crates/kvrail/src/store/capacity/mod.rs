@@ -172,6 +172,15 @@ impl Capacity {
         Ok(Claim { room, bytes })
     }
 
+    /// Claims the room of temp files on a path that could not be removed, and gives back that of
+    /// those that are gone since.
+    pub(super) fn keep_lingering(&self, mount: &Mount) {
+        if let Some(path) = self.of(&mount.root) {
+            path.room
+                .set_lingering(|| mount.directory.lingering.bytes());
+        }
+    }
+
     /// Returns the bytes in use on all paths, as far as they are known, and the paths whose
     /// janitor this store is.
     pub(super) fn gauges(&self) -> (u64, u64) {

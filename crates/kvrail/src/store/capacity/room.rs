@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use super::account::{Record, Sum, name_hash, read_all, signed};
+use super::account::{Place, Record, Sum, name_hash, read, read_all, signed};
 use super::root::Root;
 use super::stamp::milliseconds;
 use crate::error::{Error, ErrorKind, Result};
@@ -52,8 +52,12 @@ struct Own {
     /// The record as it is on disk, once it is.
     written: Option<Record>,
     written_at: Option<Instant>,
+    /// Where in its file that is; the next one goes to the other place.
+    place: Place,
     /// Bytes claimed and not given to a chunk yet.
     left: u64,
+    /// Bytes claimed for temp files that could not be removed.
+    lingering: u64,
     /// How much to claim at once.
     portion: u64,
     refused_until: Option<Instant>,
@@ -77,7 +81,9 @@ impl Room {
             },
             written: None,
             written_at: None,
+            place: Place::default(),
             left: 0,
+            lingering: 0,
             portion: 0,
             refused_until: None,
         };
@@ -208,6 +214,16 @@ impl Room {
         }
     }
 
+    /// Claims, whether there is room or not, what lies there and could not be removed; `bytes` says
+    /// how much that is now.
+    pub(super) fn set_lingering(&self, bytes: impl FnOnce() -> u64) {
+        let mut own = self.lock();
+        let bytes = bytes();
+        let claimed = own.record.claimed.saturating_add(bytes);
+        own.record.claimed = claimed.saturating_sub(own.lingering);
+        own.lingering = bytes;
+    }
+
     /// Notes that chunks were removed.
     pub(super) fn removed(&self, bytes: u64) {
         self.lock().record.removed += bytes;
@@ -226,18 +242,31 @@ impl Room {
         own.record.known = true;
     }
 
+    /// Takes another record to absorb it: gives its file a name of this store's, which only one can
+    /// do. Returns the name and what the record says; nothing when somebody else was quicker.
+    ///
+    /// It goes on to count under that name until it is absorbed. Should this store die meanwhile,
+    /// the next janitor takes it as it takes the others of this store.
+    pub(super) fn take(&self, folder: &Folder, name: &str) -> Result<Option<(String, Record)>> {
+        let taken = self.writer.file_name("taken");
+        match folder.rename(name, folder, &taken) {
+            Ok(()) => {}
+            Err(error) if is_missing(&error) => return Ok(None),
+            Err(error) => return Err(error),
+        }
+        // Read again: its owner may have written to it until now.
+        Ok(read(folder, &taken)?.map(|record| (taken, record)))
+    }
+
     /// Takes over another record's amounts; its file is left out of sums from then on.
     pub(super) fn absorb(&self, name: &str, other: &Record) -> Result<()> {
         let mut own = self.lock();
         let before = own.record;
         let record = &mut own.record;
-        // Claims that were not used when the owner ended: there may be a chunk behind them.
+        // Claims that were not used when the owner ended: there may be a chunk behind them, or a
+        // temp file. Taken for stored, they are found out by a count.
         record.claimed = record.claimed.saturating_add(other.claimed);
-        record.stored = record.stored.saturating_add(if other.retired {
-            other.stored
-        } else {
-            other.claimed
-        });
+        record.stored = record.stored.saturating_add(other.claimed);
         record.removed = record.removed.saturating_add(other.removed);
         record.correction = record.correction.saturating_add(other.correction);
         record.known |= other.known;
@@ -279,8 +308,9 @@ impl Room {
     fn write(&self, own: &mut Own) -> Result<()> {
         own.record.beat += 1;
         let create = own.written.is_none();
+        let place = own.place.other();
         let written = self.root.accounts().and_then(|folder| {
-            own.record.write(&folder, &own.name, create)?;
+            own.record.write(&folder, &own.name, place, create)?;
             Ok(folder)
         });
         let folder = match written {
@@ -288,11 +318,12 @@ impl Room {
             Err(error) if is_missing(&error) && !create => self.begin_again(own)?,
             Err(error) if is_missing(&error) => {
                 let folder = self.root.make_accounts()?;
-                own.record.write(&folder, &own.name, true)?;
+                own.record.write(&folder, &own.name, place, true)?;
                 folder
             }
             Err(error) => return Err(error),
         };
+        own.place = place;
         own.written = Some(own.record);
         own.written_at = Some(Instant::now());
         self.set_clock(&folder, &own.name);
@@ -312,9 +343,11 @@ impl Room {
         record.absorbed = 0;
         record.known = false;
         own.left = 0;
+        own.lingering = 0;
         own.name = self.writer.file_name("account");
         let folder = self.root.make_accounts()?;
-        own.record.write(&folder, &own.name, true)?;
+        own.record
+            .write(&folder, &own.name, own.place.other(), true)?;
         Ok(folder)
     }
 
@@ -427,6 +460,47 @@ mod tests {
             }
         });
         assert_eq!(looker.look().unwrap().used, 300 * 100);
+    }
+
+    #[test]
+    fn a_sum_takes_off_nothing_twice_while_records_are_absorbed() {
+        let root = tempfile::tempdir().unwrap();
+        let janitor = room(root.path(), u64::MAX / 2);
+        let looker = room(root.path(), u64::MAX / 2);
+        let there = 1 << 40;
+        janitor.claim(there).unwrap();
+        janitor.stored(there);
+        janitor.flush().unwrap();
+        let ended = AtomicBool::new(false);
+        let removed = AtomicI64::new(0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..300 {
+                    // Two at once: the janitor's record names the last one only.
+                    let others = [(); 2].map(|()| {
+                        let other = room(root.path(), u64::MAX / 2);
+                        removed.fetch_add(100, Ordering::SeqCst);
+                        other.removed(100);
+                        other.retire().unwrap();
+                        other.name()
+                    });
+                    let sum = janitor.look().unwrap();
+                    let accounts = root_of(root.path()).accounts().unwrap();
+                    for name in others {
+                        let named = sum.records.iter().find(|named| named.name == name);
+                        janitor.absorb(&name, &named.unwrap().record).unwrap();
+                        accounts.remove_file(&name).unwrap();
+                    }
+                }
+                ended.store(true, Ordering::Relaxed);
+            });
+            while !ended.load(Ordering::Relaxed) {
+                let used = signed(looker.look().unwrap().used);
+                let least = signed(there) - removed.load(Ordering::SeqCst);
+                assert!(used >= least, "{used}, but {least} at least are there");
+            }
+        });
+        assert_eq!(looker.look().unwrap().used, there - 600 * 100);
     }
 
     #[test]

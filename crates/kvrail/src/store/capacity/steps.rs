@@ -10,6 +10,8 @@ pub enum Step {
     Accounted,
     /// The lease is held; nothing was done with it yet.
     Elected,
+    /// Another account was taken: it has another name, and nobody else can take it any more.
+    Taken,
     /// Another account was added to the own one; its file is still there.
     Absorbed,
     /// That file is removed.
@@ -30,9 +32,10 @@ pub enum Step {
 
 impl Step {
     /// All steps, in the order in which they come first.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Accounted,
         Self::Elected,
+        Self::Taken,
         Self::Absorbed,
         Self::AbsorbedRemoved,
         Self::Removing,

@@ -3,6 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
+use super::PathCapacity;
 use super::janitor::{Janitor, Tick};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::metrics::Counter;
@@ -80,7 +81,10 @@ fn run(shared: &StoreShared, index: usize, stopped: &Receiver<()>) {
     while stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
         let start = Instant::now();
         // A panic is a bug of ours; it must not end eviction for good.
-        let result = catch_unwind(AssertUnwindSafe(|| janitor.tick()));
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            remove_lingering(shared, path);
+            janitor.tick()
+        }));
         let tick = match result {
             Ok(Ok(tick)) => tick,
             Ok(Err(error)) => {
@@ -107,6 +111,19 @@ fn run(shared: &StoreShared, index: usize, stopped: &Receiver<()>) {
     }
     janitor.close();
     path.is_janitor.store(false, Ordering::Relaxed);
+}
+
+/// Tries again to remove temp files that could not be removed, unless the path is left alone.
+fn remove_lingering(shared: &StoreShared, path: &PathCapacity) {
+    let mut mounts = shared.mounts.iter();
+    let mount = mounts.find(|mount| mount.root == path.root.path());
+    let Some(mount) = mount.filter(|_| !path.progress.is_halted()) else {
+        return;
+    };
+    path.progress.step();
+    mount.directory.remove_lingering();
+    shared.capacity.keep_lingering(mount);
+    path.progress.rest();
 }
 
 /// Counts what a tick did.
