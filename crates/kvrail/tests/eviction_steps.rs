@@ -35,9 +35,10 @@ const ROOM: u64 = 7;
 const DEATHS_MAX: u64 = 10;
 
 /// All that a janitor and a request change.
-const CHANGES: [&str; 10] = [
+const CHANGES: [&str; 11] = [
     "create account",
     "write account",
+    "rename to account",
     "remove account",
     "create lease",
     "write lease",
@@ -284,7 +285,9 @@ fn a_janitor_may_die_after_any_change() {
 fn a_request_may_die_after_any_change() {
     let changes: Vec<_> = CHANGES
         .into_iter()
-        .filter(|name| !name.ends_with("lease") && *name != "remove account")
+        .filter(|name| {
+            !name.ends_with("lease") && !matches!(*name, "rename to account" | "remove account")
+        })
         .collect();
     assert_removals(&kill_after_each_change("gc", &changes), ROOM);
 }
