@@ -163,6 +163,7 @@ fn values(store: &StoreConfig) -> Value {
         "extra_config.load_failure_policy": policy(store.load_failure_policy),
         "extra_config.wait_limit_seconds": store.wait_limit_seconds,
         "extra_config.lookup_limit_seconds": store.lookup_limit_seconds,
+        "extra_config.lookup_hold_seconds": store.lookup_hold_seconds,
         "extra_config.slow_limit_seconds": store.slow_limit_seconds,
     })
 }

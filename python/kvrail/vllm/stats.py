@@ -57,6 +57,7 @@ COUNTERS: dict[str, str] = {
     "cufile_mounts_downgraded": "Paths left to POSIX because cuFile failed while running.",
     "stores_dropped_blocks_reused": "Stores dropped because their blocks changed meanwhile.",
     "lookups_overdue": "Lookups that the store answered with nothing because they took too long.",
+    "lookup_chunks_known": "Chunks of lookups that were known from an earlier one.",
     "paths_taken_out": "Times that a path was left alone: it hung, failed or was slow.",
     "paths_taken_back": "Times that a path was found well again.",
     "leftovers_removed": "Temporary files of writers that died, removed.",

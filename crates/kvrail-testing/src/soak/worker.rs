@@ -52,6 +52,8 @@ pub fn unlimited(path: &Path) -> StoreConfig {
     config.min_free = MinFree::Bytes(0);
     config.wait_limit_seconds = WAIT_LIMIT_SECONDS;
     config.lookup_limit_seconds = LOOKUP_LIMIT_SECONDS;
+    // The model knows what is there, not what was.
+    config.lookup_hold_seconds = 0.0;
     config.slow_limit_seconds = SLOW_LIMIT_SECONDS;
     config
 }

@@ -4,9 +4,9 @@ use serde_json::Value;
 
 use super::store_config::{
     Admission, BUFFER_MIB, CHUNK_SIZE, DISK_IO_THREADS, Durability, EngineChoice, EvictionPolicy,
-    GdsBackend, LOOKUP_LIMIT_SECONDS, LOW_WATERMARK, LoadFailurePolicy, MAX_LOCAL_CPU_SIZE_GB,
-    MIN_LOAD_TOKENS, PathSharding, SLOW_LIMIT_SECONDS, StoreConfig, TTL_SECONDS,
-    WAIT_LIMIT_SECONDS,
+    GdsBackend, LOOKUP_HOLD_SECONDS, LOOKUP_LIMIT_SECONDS, LOW_WATERMARK, LoadFailurePolicy,
+    MAX_LOCAL_CPU_SIZE_GB, MIN_LOAD_TOKENS, PathSharding, SLOW_LIMIT_SECONDS, StoreConfig,
+    TTL_SECONDS, WAIT_LIMIT_SECONDS,
 };
 use super::value::{self, Parsed};
 
@@ -253,6 +253,14 @@ pub(super) static KEYS: &[Key] = &[
         set: |config, given| {
             value::number(given, &LOOKUP_LIMIT_SECONDS, "seconds")
                 .map(|seconds| config.lookup_limit_seconds = seconds)
+        },
+    },
+    Key {
+        name: "extra_config.lookup_hold_seconds",
+        aliases: &[],
+        set: |config, given| {
+            value::number(given, &LOOKUP_HOLD_SECONDS, "seconds")
+                .map(|seconds| config.lookup_hold_seconds = seconds)
         },
     },
     Key {

@@ -26,6 +26,8 @@ pub(super) const WAIT_LIMIT_SECONDS: RangeInclusive<f64> = 0.1..=3600.0;
 
 /// Seconds that one lookup may take: longer, and computing is quicker than asking.
 pub(super) const LOOKUP_LIMIT_SECONDS: RangeInclusive<f64> = 0.1..=3600.0;
+/// Seconds that the answer of a lookup holds; 0 asks the file system each time.
+pub(super) const LOOKUP_HOLD_SECONDS: RangeInclusive<f64> = 0.0..=3600.0;
 /// Seconds from which an operation is slow.
 pub(super) const SLOW_LIMIT_SECONDS: RangeInclusive<f64> = 0.01..=3600.0;
 
@@ -186,6 +188,9 @@ pub struct StoreConfig {
     pub wait_limit_seconds: f64,
     /// Longest wait for one lookup in seconds, after which nothing counts as there. Default: 5.
     pub lookup_limit_seconds: f64,
+    /// Seconds for which a chunk that a lookup found counts as there without being looked for
+    /// again; one that was not there counts as that for a tenth of it. Default: 5.
+    pub lookup_hold_seconds: f64,
     /// Seconds from which a file operation is slow; a transfer may take a second more for each
     /// 4 MB. Several slow ones in a row take the path out of use for a while. Default: 2.
     pub slow_limit_seconds: f64,
@@ -230,6 +235,7 @@ impl StoreConfig {
             load_failure_policy: LoadFailurePolicy::default(),
             wait_limit_seconds: 30.0,
             lookup_limit_seconds: 5.0,
+            lookup_hold_seconds: 5.0,
             slow_limit_seconds: 2.0,
         }
     }
@@ -265,6 +271,11 @@ impl StoreConfig {
             "extra_config.lookup_limit_seconds",
             lookup,
             &LOOKUP_LIMIT_SECONDS,
+        )?;
+        check_number(
+            "extra_config.lookup_hold_seconds",
+            self.lookup_hold_seconds,
+            &LOOKUP_HOLD_SECONDS,
         )?;
         check_number("extra_config.slow_limit_seconds", slow, &SLOW_LIMIT_SECONDS)?;
         if let Some(tokens) = self.min_load_tokens {

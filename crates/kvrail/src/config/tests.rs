@@ -188,6 +188,7 @@ fn every_key_is_taken_in_every_source_under_every_name() {
         ("extra_config.load_failure_policy", json!("fail"), "fail"),
         ("extra_config.wait_limit_seconds", json!(1.5), "1.5"),
         ("extra_config.lookup_limit_seconds", json!(0.5), "0.5"),
+        ("extra_config.lookup_hold_seconds", json!(0.0), "0"),
         ("extra_config.slow_limit_seconds", json!(3.0), "3.0"),
     ];
     assert_eq!(values.len(), KEYS.len());

@@ -14,13 +14,13 @@ const LOST_MAX: usize = 4;
 /// What a thread of a crew does until there is no work any more or it was replaced.
 type Body = Box<dyn Fn(&Arc<Crew>) + Send + Sync>;
 
-/// A fixed number of threads, and those that are lost.
+/// Some threads, and those that are lost.
 pub(super) struct Crew {
     name: &'static str,
     on_start: Arc<dyn Fn() + Send + Sync>,
     body: Body,
-    threads: usize,
-    lost_max: usize,
+    /// Threads that were asked for.
+    threads: AtomicUsize,
     /// Threads that were given up and replaced.
     lost: AtomicUsize,
     /// Threads that take work; `threads` but for those that were given up and not replaced.
@@ -53,8 +53,7 @@ impl Crew {
             name,
             on_start: Arc::clone(on_start),
             body,
-            threads,
-            lost_max: threads * LOST_MAX,
+            threads: AtomicUsize::new(threads),
             lost: AtomicUsize::new(0),
             serving: AtomicUsize::new(threads),
             started: AtomicUsize::new(0),
@@ -79,10 +78,28 @@ impl Crew {
             .map(drop)
     }
 
+    /// Makes the crew as large as `threads`, unless it is. What the system refuses is done without.
+    pub(super) fn grow(self: &Arc<Self>, threads: usize) {
+        let more = |has| (has < threads).then_some(has + 1);
+        let counted = || {
+            self.threads
+                .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
+        };
+        while counted().is_ok() {
+            self.serving.fetch_add(1, Ordering::AcqRel);
+            if self.add().is_err() {
+                self.serving.fetch_sub(1, Ordering::AcqRel);
+                self.threads.fetch_sub(1, Ordering::AcqRel);
+                return;
+            }
+        }
+    }
+
     /// Starts a thread for one that is given up; `false` when there are too many of them, and the
     /// crew has a thread less.
     pub(super) fn replace(self: &Arc<Self>) -> bool {
-        let more = |lost| (lost < self.lost_max).then_some(lost + 1);
+        let lost_max = self.threads.load(Ordering::Acquire) * LOST_MAX;
+        let more = |lost| (lost < lost_max).then_some(lost + 1);
         let counted = self
             .lost
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, more);
@@ -111,7 +128,8 @@ impl Crew {
         if is_replaced {
             self.lost.fetch_sub(1, Ordering::AcqRel);
         }
-        let more = |serving| (serving < self.threads).then_some(serving + 1);
+        let threads = self.threads.load(Ordering::Acquire);
+        let more = |serving| (serving < threads).then_some(serving + 1);
         self.serving
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
             .is_ok()
@@ -148,5 +166,9 @@ mod tests {
         assert!(crew.goes_on(&Watched::default()), "it was not given up");
         assert!(crew.replace());
         (0..LOST_MAX + 2).for_each(|_| starts.recv().unwrap());
+        crew.grow(3);
+        crew.grow(2);
+        (0..2).for_each(|_| starts.recv().unwrap());
+        assert!(starts.try_recv().is_err(), "as many as were asked for");
     }
 }

@@ -103,13 +103,18 @@ pub(super) fn run(
             store.metrics.bytes_loaded.add(job.payload.len() as u64);
             store.metrics.load_seconds.add_duration(started.elapsed());
             if is_present {
-                store.present.insert(job.cache.place(&job.chunk.key));
+                let place = job.cache.place(&job.chunk.key);
+                store.present.insert(place);
+                store.known.note(place, true);
             }
             Ending::Loaded
         }
         Err(error) => {
             store.metrics.loads_failed.add(1);
-            store.present.remove(&job.cache.place(&job.chunk.key));
+            let place = job.cache.place(&job.chunk.key);
+            store.present.remove(&place);
+            // Whatever was wrong with it: it is computed now, not asked for again.
+            store.known.note(place, false);
             Ending::Failed(error.to_string())
         }
     };

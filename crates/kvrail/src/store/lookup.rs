@@ -1,23 +1,24 @@
 //! Lookup: the longest prefix of chunks that all ranks have, in one batched call.
 //!
-//! Several threads claim chunks of one lookup in ascending order and stop at the first that is
-//! missing. No thread waits for another, so lookups of several requests run side by side.
+//! What is known from earlier lookups is answered at once. For the rest, several threads claim
+//! chunks in ascending order and stop at the first that is missing. No thread waits for another, so
+//! lookups of several requests run side by side. On a path that takes its time for an answer, which
+//! its first one shows, as many threads join as there are chunks to ask for, so that hundreds of
+//! chunks cost a handful of round trips. (io_uring would ask by threads, too: the kernel's.)
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::crew::Crew;
 use super::directory::Location;
 use super::metrics::Metrics;
-use super::mount::Mount;
 use super::notice::Topic;
+use super::open_folders::{OpenFolders, SeenFolders};
 use super::present::Place;
-use super::publish::is_missing;
 use super::shared::StoreShared;
 use super::ticket::{Issuer, LookupTicket};
 use super::watch::{Overdue, Watched};
 use crate::chunk::ChunkKey;
 use crate::error::Result;
-use crate::io::Folder;
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::sync::channel::{Receiver, Sender, TrySendError, bounded};
@@ -27,6 +28,15 @@ const LOOKUPS_MAX: usize = 16_384;
 /// Chunks for which a further thread joins a lookup: waking one costs about as much as ten
 /// checks on a local file system, and far less than one on a remote one.
 const CHUNKS_PER_THREAD: usize = 16;
+/// A check that takes longer is a round trip to somewhere else: a local one takes a few
+/// microseconds, waking a thread some tens. Models must not depend on the time.
+const ROUND_TRIP: Duration = if cfg!(feature = "shuttle") {
+    Duration::MAX
+} else {
+    Duration::from_micros(250)
+};
+/// Threads that wait for round trips at most, of all lookups together. 512 chunks are 8 rounds.
+const WAITING_THREADS_MAX: usize = 64;
 
 /// One lookup, shared by the threads that work on it.
 #[derive(Debug)]
@@ -40,6 +50,9 @@ pub(super) struct Lookup {
     missing: AtomicUsize,
     /// Threads that still work on it, plus those that have not begun.
     working: AtomicUsize,
+    /// Whether more threads were asked to join.
+    has_called: AtomicBool,
+    folders: OpenFolders,
     /// Whether the answer was given: by the last thread, or by the watch.
     is_answered: AtomicBool,
     submitted: Instant,
@@ -49,7 +62,8 @@ pub(super) struct Lookup {
 /// The threads that answer lookups; they stop when this is dropped.
 #[derive(Debug)]
 pub(super) struct LookupQueue {
-    queue: Sender<Arc<Lookup>>,
+    /// The threads know it, too, but do not keep it: they end when it is gone.
+    queue: Arc<Sender<Arc<Lookup>>>,
     waiting: Receiver<Arc<Lookup>>,
     crew: Arc<Crew>,
     threads: usize,
@@ -63,7 +77,9 @@ impl LookupQueue {
         on_start: &Arc<dyn Fn() + Send + Sync>,
     ) -> Result<Self> {
         let (queue, lookups) = bounded::<Arc<Lookup>>(LOOKUPS_MAX);
-        let (shared, waiting) = (Arc::clone(shared), lookups.clone());
+        let queue = Arc::new(queue);
+        let (shared, waiting, others) =
+            (Arc::clone(shared), lookups.clone(), Arc::downgrade(&queue));
         let body = move |crew: &Arc<Crew>| {
             for lookup in &lookups {
                 let Some(watched) = announce(&shared, crew, &lookups, &lookup) else {
@@ -71,7 +87,12 @@ impl LookupQueue {
                     lookup.give_up(&shared.metrics);
                     continue;
                 };
-                work(&shared, &lookup, &watched);
+                let call = || {
+                    if let Some(queue) = others.upgrade() {
+                        call_others(&shared, crew, &queue, &lookup);
+                    }
+                };
+                work(&shared, &lookup, &watched, call);
                 shared.watch.forget(&watched);
                 if !crew.goes_on(&watched) {
                     return;
@@ -97,11 +118,16 @@ impl LookupQueue {
     ) -> LookupTicket {
         // What no rank was asked about is not present on all of them.
         let keys = if ranks.is_empty() { Vec::new() } else { keys };
-        let threads = keys
-            .len()
-            .div_ceil(CHUNKS_PER_THREAD)
-            .clamp(1, self.threads);
+        let (known, is_over) = known(shared, group, ranks, &keys);
+        shared.metrics.lookup_chunks_known.add(known as u64);
+        let unknown = if is_over { 0 } else { keys.len() - known };
+        let threads = unknown.div_ceil(CHUNKS_PER_THREAD).clamp(1, self.threads);
         let (ticket, lookup) = Lookup::new(group, ranks, keys, threads);
+        lookup.next.store(known, Ordering::Release);
+        if unknown == 0 {
+            lookup.answer(&shared.metrics, known, false);
+            return ticket;
+        }
         let lookup = Arc::new(lookup);
         for _ in 0..threads {
             match self.queue.try_send(Arc::clone(&lookup)) {
@@ -114,6 +140,40 @@ impl LookupQueue {
         }
         end_waiting(shared, &self.waiting, &self.crew);
         ticket
+    }
+}
+
+/// Returns how many leading chunks are known to be there on all ranks, and whether it is known that
+/// the next one is not.
+fn known(shared: &StoreShared, group: u32, ranks: &[u32], keys: &[ChunkKey]) -> (usize, bool) {
+    // What lies on a path that is left alone is not there for now.
+    if shared.mounts.iter().any(|mount| mount.health.is_out()) {
+        return (0, false);
+    }
+    let places = keys
+        .iter()
+        .flat_map(|key| ranks.iter().map(move |rank| (group, *rank, *key)));
+    let (count, is_over) = shared.known.leading(places);
+    (count / ranks.len().max(1), is_over)
+}
+
+/// Has more threads join a lookup: one for each chunk that nobody has claimed.
+fn call_others(
+    shared: &StoreShared,
+    crew: &Arc<Crew>,
+    queue: &Sender<Arc<Lookup>>,
+    lookup: &Arc<Lookup>,
+) {
+    let claimed = lookup.next.load(Ordering::Acquire);
+    let left = lookup.keys.len().saturating_sub(claimed);
+    let others = left.min(WAITING_THREADS_MAX);
+    crew.grow(others);
+    // The caller is still at work, so the lookup has no answer before these are counted.
+    lookup.working.fetch_add(others, Ordering::AcqRel);
+    for _ in 0..others {
+        if queue.try_send(Arc::clone(lookup)).is_err() {
+            lookup.end_one(&shared.metrics, true);
+        }
     }
 }
 
@@ -143,6 +203,8 @@ impl Lookup {
             next: AtomicUsize::new(0),
             missing: AtomicUsize::new(keys.len()),
             working: AtomicUsize::new(threads),
+            has_called: AtomicBool::new(false),
+            folders: OpenFolders::default(),
             is_answered: AtomicBool::new(false),
             submitted: Instant::now(),
             issuer,
@@ -221,75 +283,61 @@ fn announce(
     is_watched.then_some(watched)
 }
 
-/// Does a thread's part of a lookup.
-fn work(shared: &StoreShared, lookup: &Lookup, watched: &Watched) {
-    let mut open = OpenFolders::default();
+/// Does a thread's part of a lookup. Calls `call` when it takes round trips.
+fn work(shared: &StoreShared, lookup: &Lookup, watched: &Watched, call: impl Fn()) {
+    let mut seen = SeenFolders::default();
     lookup.check(|_, key| {
         lookup.ranks.iter().all(|rank| {
             let mount = shared.mount(*rank, key);
             let place = (lookup.group, *rank, *key);
-            watched.is_at(shared.mount_index(*rank, key));
-            !mount.health.is_out() && exists(shared, &mut open, mount, &place)
+            let index = shared.mount_index(*rank, key);
+            watched.is_at(index);
+            if mount.health.is_out() {
+                return false;
+            }
+            let began = Instant::now();
+            let found = exists(shared, lookup, &mut seen, index, &place);
+            let took = began.elapsed();
+            mount
+                .health
+                .note(&mount.root, began, 0, found.as_ref().err());
+            if took > ROUND_TRIP && !lookup.has_called.swap(true, Ordering::AcqRel) {
+                call();
+            }
+            match found {
+                Ok(found) => {
+                    shared.known.note(place, found);
+                    found
+                }
+                Err(error) => {
+                    shared.notices.warn(Topic::LookupFailed, || {
+                        format!("lookup failed, taken as a miss: {error}")
+                    });
+                    false
+                }
+            }
         })
     });
     lookup.end_one(&shared.metrics, false);
 }
 
-/// The namespace's directories that a lookup has opened so far, by path; `None` is one that is not
-/// there. They are few, and are closed when the lookup ends.
-type OpenFolders<'a> = Vec<(&'a Mount, Option<Folder>)>;
-
 /// Returns whether anything has a chunk's name; loading it shows whether it is any good.
-fn exists<'a>(
+fn exists(
     shared: &StoreShared,
-    open: &mut OpenFolders<'a>,
-    mount: &'a Mount,
+    lookup: &Lookup,
+    seen: &mut SeenFolders,
+    index: usize,
     place: &Place,
-) -> bool {
-    let began = Instant::now();
-    let found = find(open, mount, place).map(|found| {
-        found.is_some_and(|(namespace, below)| {
-            !shared
-                .bad
-                .holds(place, || namespace.status(below).ok().flatten())
-        })
-    });
-    mount
-        .health
-        .note(&mount.root, began, 0, found.as_ref().err());
-    found.unwrap_or_else(|error| {
-        shared.notices.warn(Topic::LookupFailed, || {
-            format!("lookup failed, taken as a miss: {error}")
-        });
-        false
-    })
-}
-
-/// Returns the namespace's directory and the name below it of a chunk that is there.
-fn find<'a, 'b>(
-    open: &'b mut OpenFolders<'a>,
-    mount: &'a Mount,
-    place: &Place,
-) -> Result<Option<(&'b Folder, String)>> {
-    let known = open
-        .iter()
-        .position(|(known, _)| std::ptr::eq(*known, mount));
-    let index = match known {
-        Some(index) => index,
-        None => {
-            let opened = match mount.directory.open() {
-                Ok(folder) => Some(folder),
-                Err(error) if is_missing(&error) => None,
-                Err(error) => return Err(error),
-            };
-            open.push((mount, opened));
-            open.len() - 1
-        }
-    };
+) -> Result<bool> {
     let (group, rank, key) = place;
+    let mount = shared.mount(*rank, key);
+    let Some(namespace) = seen.get(&lookup.folders, index, mount)? else {
+        return Ok(false);
+    };
     let below = Location::chunk(*group, *rank, key).below();
-    match open.get(index) {
-        Some((_, Some(namespace))) if namespace.holds(&below)? => Ok(Some((namespace, below))),
-        _ => Ok(None),
-    }
+    let is_there = namespace.holds(&below)?;
+    Ok(is_there
+        && !shared
+            .bad
+            .holds(place, || namespace.status(below).ok().flatten()))
 }

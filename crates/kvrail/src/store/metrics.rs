@@ -121,6 +121,8 @@ metrics! {
         chunks_found,
         /// Lookups answered with "nothing there" because they took too long.
         lookups_overdue,
+        /// Chunks of lookups that were known from an earlier one.
+        lookup_chunks_known,
         /// Times that a path was taken out of use: it did not answer, failed or was slow.
         paths_taken_out,
         /// Times that a path was found well again and taken back into use.

@@ -12,6 +12,7 @@ use super::directory::{NamespaceDirectory, TEMPORARY_NAME};
 use super::engine::{Chosen, Engines};
 use super::gpu::{CufileWish, Gpus};
 use super::health::Health;
+use super::known::KnownAnswers;
 use super::lookup::LookupQueue;
 use super::manifest::{check_manifest, ensure_manifest, read_manifest};
 use super::metrics::Metrics;
@@ -117,6 +118,7 @@ pub(super) fn open(
         durability: config.durability,
         wait_limit,
         lookup_limit: Duration::from_secs_f64(config.lookup_limit_seconds),
+        known: KnownAnswers::new(Duration::from_secs_f64(config.lookup_hold_seconds)),
         watch: Watch::default(),
         may_write: options.access == Access::ReadWrite,
         buffer_mib: config.buffer_mib,

@@ -63,6 +63,7 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
         Ok(Stored::Written) => {
             mount.note_success();
             store.metrics.chunks_stored.add(1);
+            store.known.note(cache.place(&chunk.key), true);
             store
                 .metrics
                 .bytes_stored

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::bad::BadChunks;
 use super::capacity::{Capacity, Claim, JanitorThreads};
 use super::gpu::{CufileWish, GpuSide, Gpus, Opened};
+use super::known::KnownAnswers;
 use super::lookup::LookupQueue;
 use super::metrics::Metrics;
 use super::mount::{Mount, mount_index};
@@ -38,6 +39,7 @@ pub(super) struct StoreShared {
     pub(super) durability: Durability,
     pub(super) wait_limit: Duration,
     pub(super) lookup_limit: Duration,
+    pub(super) known: KnownAnswers,
     pub(super) watch: Watch,
     pub(super) may_write: bool,
     pub(super) buffer_mib: usize,

@@ -72,7 +72,7 @@ fn a_key_like_no_other_gets_the_list() {
          extra_config.io_engine, extra_config.disk_io_threads, \
          extra_config.load_failure_policy, \
          extra_config.wait_limit_seconds, extra_config.lookup_limit_seconds, \
-         extra_config.slow_limit_seconds \
+         extra_config.lookup_hold_seconds, extra_config.slow_limit_seconds \
          (set by `/etc/gds.yaml`, key `extra_config.zzz`)"
     );
     // What is written as kvrail's own is not excused by LMCache's list.

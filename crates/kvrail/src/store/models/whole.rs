@@ -27,6 +27,8 @@ fn open(
     config.min_free = MinFree::Bytes(0);
     config.use_direct_io = Some(false);
     config.wait_limit_seconds = wait_limit_seconds;
+    // What depends on the time of day cannot be run again.
+    config.lookup_hold_seconds = 0.0;
     let options = OpenOptions {
         observer,
         ..OpenOptions::default()
