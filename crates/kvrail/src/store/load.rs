@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use super::batch::Ending;
 use super::capacity::{touch_loaded, touch_present};
 use super::directory::Location;
-use super::gpu::{InPlaceFailure, Route};
+use super::gpu::{GpuSide, InPlaceFailure, Route};
 use super::image::{self, Extents};
+use super::load_host::{self, given_up};
 use super::load_job::{LoadBuffer, LoadJob};
 use super::mount::Mount;
 use super::notice::Topic;
@@ -18,12 +19,11 @@ use super::quarantine::{SetAside, set_aside};
 use super::queue::TransferQueue;
 use super::shared::StoreShared;
 use super::tier;
-use super::verify::{hash_part, verify};
+use super::verify::hash_part;
 use crate::chunk::PAGE_BYTES;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{FileStatus, IoFile, OpenMode, Operation};
-use crate::layout::TransferPlan;
-use crate::memory::{StagingRange, scatter};
+use crate::memory::StagingRange;
 
 /// How long a worker waits for a staging buffer before it looks for other work.
 const BUFFER_PATIENCE: Duration = Duration::from_millis(20);
@@ -303,35 +303,47 @@ fn move_chunk(
             "a VRAM slot for KV cache in host memory",
         )),
         (LoadBuffer::Host(buffer), gpu) => {
-            let loaded = read(mount, job, file, buffer, deadline).and_then(|read| {
-                let bytes = job.payload.len();
-                mount.health.note(&mount.root, began, bytes, None);
-                if !job.watched.claim() {
-                    return Err(given_up());
-                }
-                let image = Arc::new(read.image);
-                let loaded = match gpu {
-                    None => finish(job, image.as_slice(), &read.extents, &read.computed),
-                    Some(gpu) => {
-                        gpu.finish_load(job, &image, &read.extents, &read.computed, deadline)
-                    }
-                };
-                job.watched.release();
-                if loaded.is_ok() && read.extents.is_whole(&job.cache.format) {
-                    store.tier.insert(job.cache.place(&job.chunk.key), image);
-                }
-                loaded
-            });
+            let loaded = match gpu {
+                None => load_host::load(&*mount.engine, job, file, buffer, deadline)
+                    .map(|loaded| (Arc::new(loaded.image), loaded.extents)),
+                Some(gpu) => load_through_host(mount, job, gpu, file, buffer, (began, deadline)),
+            };
             match loaded {
-                Ok(()) => Outcome::Loaded,
+                Ok((image, extents)) => {
+                    if gpu.is_none() {
+                        let bytes = job.payload.len();
+                        mount.health.note(&mount.root, began, bytes, None);
+                    }
+                    if extents.is_whole(&job.cache.format) {
+                        store.tier.insert(job.cache.place(&job.chunk.key), image);
+                    }
+                    Outcome::Loaded
+                }
                 Err(error) => Outcome::Failed(at(error)),
             }
         }
     }
 }
 
-fn given_up() -> Error {
-    Error::new(ErrorKind::TimedOut, "the load was given up")
+/// Moves a chunk through pinned host memory to the GPU.
+fn load_through_host(
+    mount: &Mount,
+    job: &LoadJob,
+    gpu: &GpuSide,
+    file: &Arc<IoFile>,
+    buffer: StagingRange,
+    (began, deadline): (Instant, Instant),
+) -> Result<(Arc<StagingRange>, Extents)> {
+    let read = read(mount, job, gpu, file, buffer, deadline)?;
+    let bytes = job.payload.len();
+    mount.health.note(&mount.root, began, bytes, None);
+    if !job.watched.claim() {
+        return Err(given_up());
+    }
+    let image = Arc::new(read.image);
+    let finished = gpu.finish_load(job, &image, &read.extents, &read.computed, deadline);
+    job.watched.release();
+    finished.map(|()| (image, read.extents))
 }
 
 /// Opens a chunk file and checks that it is a regular file of the right length.
@@ -387,20 +399,11 @@ struct Read {
     computed: Vec<u64>,
 }
 
-/// Verifies what was read and copies it to its blocks in host memory.
-fn finish(job: &LoadJob, image: &[u8], extents: &Extents, computed: &[u64]) -> Result<()> {
-    let (head, table) = image::frame(image, extents)?;
-    verify(job, head, table, &extents.pages, computed)?;
-    let start = PAGE_BYTES + job.payload.start - extents.pages.start * PAGE_BYTES;
-    let payload = image::bytes_of(image, start..start + job.payload.len())?;
-    let plan = TransferPlan::new(&job.cache.layout, &job.blocks)?;
-    scatter(&plan, &job.cache.regions, payload)
-}
-
 /// Reads what the job needs; the CPU hashes pages while later ones are read, unless a GPU does.
 fn read(
     mount: &Mount,
     job: &LoadJob,
+    gpu: &GpuSide,
     file: &Arc<IoFile>,
     buffer: StagingRange,
     deadline: Instant,
@@ -408,7 +411,7 @@ fn read(
     let format = &job.cache.format;
     let extents = Extents::new(format, &job.payload);
     let pages_start = format.payload_offset() + extents.pages.start * PAGE_BYTES;
-    let hash_here = job.cache.gpu.as_ref().is_none_or(|gpu| !gpu.hashes());
+    let hash_here = !gpu.hashes();
     let mut computed = vec![0_u64; if hash_here { extents.pages.len() } else { 0 }];
     let mut image: Option<StagingRange> = None;
     let ranges = &extents.ranges;

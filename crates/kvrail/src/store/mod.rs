@@ -28,6 +28,7 @@ mod known;
 mod kv_cache;
 mod lingering;
 mod load;
+mod load_host;
 mod load_job;
 mod lookup;
 mod manifest;
