@@ -129,7 +129,8 @@ fn move_into(
     let target = name.to_string();
     folder.rename(source, quarantine, &target)?;
     let moved = quarantine.status(&target)?.map(|status| status.inode);
-    if moved == Some(inode) {
+    // None: others have filled the quarantine meanwhile, and this was the oldest.
+    if moved.is_none_or(|moved| moved == inode) {
         return Ok(true);
     }
     // Another instance published between the look and the move: its chunk goes back, unless yet
