@@ -35,6 +35,11 @@ const STUCK_FOR: Duration = Duration::from_secs(30);
 const ABSORBED_MAX: usize = 64;
 /// How long a sum of all accounts and a look at the free space hold while slices are visited.
 const SUM_HOLDS: Duration = Duration::from_millis(100);
+/// The same for each account, where there are many: reading one is three operations.
+const SUM_HOLDS_FOR_EACH: Duration = Duration::from_millis(2);
+/// How rarely those that only watch sum all accounts up, for each of them: each store reads two
+/// accounts a second, however many stores there are.
+const LOOK_FOR_EACH: Duration = Duration::from_millis(500);
 /// How long the list of folders holds.
 const FOLDERS_HOLD: Duration = Duration::from_secs(1);
 /// Chunks from which a part of a pass is enough to say how much there is: the sum of 50,000 chunks
@@ -82,6 +87,8 @@ pub struct Janitor {
     /// Bytes that this janitor has evicted: its own part is no flow, since it knows the slice.
     evicted: u64,
     slice_due: Instant,
+    /// When one that only watches sums all accounts up again.
+    look_due: Instant,
     /// Flow, what others had removed, and time at the start of the pass.
     pass_start: Option<(i64, i64, Instant)>,
     relief: Relief,
@@ -93,11 +100,22 @@ pub struct Janitor {
 #[derive(Debug, Clone, Copy)]
 struct View {
     at: Instant,
+    holds: Duration,
     situation: Situation,
     used: u64,
     known: bool,
     /// Bytes that others have removed; only differences count.
     removed: i64,
+}
+
+impl View {
+    /// Returns it after this janitor has removed so many bytes.
+    fn less(mut self, bytes: u64) -> Self {
+        self.used = self.used.saturating_sub(bytes);
+        let used = &mut self.situation.used_bytes;
+        *used = used.saturating_sub(bytes);
+        self
+    }
 }
 
 impl Janitor {
@@ -141,6 +159,7 @@ impl Janitor {
             refreshed: None,
             evicted: 0,
             slice_due: Instant::now(),
+            look_due: Instant::now(),
             pass_start: None,
             relief: Relief::default(),
             stuck_since: None,
@@ -175,7 +194,10 @@ impl Janitor {
         self.reach(Step::Accounted);
         let held = self.lease.is_held();
         if !self.lease.tend()? {
-            self.room.look()?;
+            if Instant::now() >= self.look_due {
+                let stores = self.room.look()?.records.len();
+                self.look_due = Instant::now() + LOOK_FOR_EACH * whole(stores);
+            }
             return Ok(Tick::default());
         }
         if !held {
@@ -254,11 +276,12 @@ impl Janitor {
         let removed = step.visit.removed();
         if removed.chunks > 0 {
             self.reach(Step::Counted);
+            // Usage has changed: what comes next must know.
+            let view = self.view.take();
             if telling::removed(&self.room, removed.bytes, began)? {
                 self.evicted += removed.bytes;
+                self.view = view.map(|view| view.less(removed.bytes));
             }
-            // Usage has changed: what comes next must know.
-            self.view = None;
         }
         tick.visit.add_all(&step.visit);
         let count = self.sweeper.count();
@@ -350,10 +373,11 @@ impl Janitor {
 
     /// Returns usage and limits, looked up again after a while.
     fn view(&mut self) -> Result<View> {
-        if let Some(view) = self.view.filter(|view| view.at.elapsed() < SUM_HOLDS) {
+        if let Some(view) = self.view.filter(|view| view.at.elapsed() < view.holds) {
             return Ok(view);
         }
         let sum = self.room.look()?;
+        let holds = SUM_HOLDS.max(SUM_HOLDS_FOR_EACH * whole(sum.records.len()));
         let flow_bytes = self.flow(&sum);
         let records = sum.records.iter();
         let removed: i64 = records.map(|named| signed(named.record.removed)).sum();
@@ -369,6 +393,7 @@ impl Janitor {
         };
         let view = View {
             at: Instant::now(),
+            holds,
             situation: Situation {
                 now_milliseconds: self.room.now_milliseconds(),
                 used_bytes: sum.claimed,
@@ -442,6 +467,10 @@ impl Janitor {
         }
         Ok(())
     }
+}
+
+fn whole(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
 }
 
 /// Removes a record's file that counts no more.
