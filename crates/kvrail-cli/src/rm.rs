@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
 use clap::{ArgGroup, Args};
-use kvrail::store::capacity::note_removed;
+use kvrail::store::capacity::Removals;
 use kvrail::store::inspect::{self, NamespaceInfo, chunks, remove_namespace};
 use serde::Serialize;
 
@@ -101,22 +101,18 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     if !(arguments.dry_run || planned.is_empty()) {
         confirm(&question(arguments, &planned), arguments.yes)?;
     }
+    let mut note = Noting::begin(arguments);
     for (namespace, plan) in planned {
         let done = if arguments.dry_run {
             plan
         } else {
-            remove(namespace, what, plan)?
+            remove(namespace, what, plan, &mut note)?
         };
         removal.chunks += done.chunks;
         removal.bytes += done.bytes;
         removal.namespaces.push(done);
     }
-    if !arguments.dry_run
-        && let Err(error) = note_removed(&arguments.directory, removal.bytes)
-    {
-        // The janitor's next pass finds out.
-        warn(&format!("usage is too high for a while: {error}"));
-    }
+    note.end();
     let mut out = io::stdout().lock();
     if arguments.json {
         write_json(&mut out, &removal)?;
@@ -124,6 +120,36 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         write_text(&mut out, &removal)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes down in the store's account what goes, as it goes.
+struct Noting(Option<Removals>);
+
+impl Noting {
+    fn begin(arguments: &Arguments) -> Self {
+        if arguments.dry_run {
+            return Self(None);
+        }
+        let removals = Removals::open(&arguments.directory);
+        Self(removals.map_err(|error| too_high(&error)).ok())
+    }
+
+    fn removed(&mut self, bytes: u64) {
+        if let Some(removals) = &mut self.0 {
+            removals.note(bytes);
+        }
+    }
+
+    fn end(self) {
+        if let Some(Err(error)) = self.0.map(Removals::end) {
+            too_high(&error);
+        }
+    }
+}
+
+/// The janitor's next pass finds out.
+fn too_high(error: &kvrail::Error) {
+    warn(&format!("usage is too high for a while: {error}"));
 }
 
 /// Returns the namespaces that were named, or all others, or all.
@@ -203,6 +229,7 @@ fn remove(
     namespace: &NamespaceInfo,
     what: What,
     plan: NamespaceRemoval,
+    note: &mut Noting,
 ) -> Result<NamespaceRemoval, Failure> {
     let mut done = NamespaceRemoval {
         chunks: 0,
@@ -211,13 +238,17 @@ fn remove(
     };
     match what {
         What::Whole => {
-            let removed = remove_namespace(&namespace.directory, &mut |_| {})?;
+            let removed = remove_namespace(&namespace.directory, &mut |bytes| {
+                note.removed(bytes);
+            })?;
             done.chunks = removed.chunks;
             done.bytes = removed.bytes;
             done.kept_folders = removed.kept_folders;
         }
         What::Quarantine => {
-            let removed = inspect::empty_quarantine(&namespace.directory)?;
+            let removed = inspect::empty_quarantine(&namespace.directory, &mut |bytes| {
+                note.removed(bytes);
+            })?;
             done.chunks = removed.chunks;
             done.bytes = removed.bytes;
         }
@@ -229,6 +260,7 @@ fn remove(
                         if chunk.remove()? {
                             done.chunks += 1;
                             done.bytes += chunk.bytes;
+                            note.removed(chunk.bytes);
                         }
                     }
                     Ok(_) => {}

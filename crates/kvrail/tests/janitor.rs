@@ -20,7 +20,7 @@ use common::{LIMIT, key};
 use files::{CHUNK_BYTES, Files, settings};
 use kvrail::config::EvictionPolicy;
 use kvrail::store::capacity::{
-    EvictionReason, Janitor, JanitorSettings, Step, StepHook, Tick, evictions, note_removed, usage,
+    EvictionReason, Janitor, JanitorSettings, Removals, Step, StepHook, Tick, evictions, usage,
 };
 
 /// Names the directory of a janitor that is to be killed, and where.
@@ -156,8 +156,14 @@ fn what_others_remove_and_tools_remove_is_known() {
     let files = Files::new();
     (0..1000).for_each(|index| files.add(index, Duration::from_secs(index), 0));
     let mut janitor = settle(&files, settings(u64::MAX / 2));
-    (0..100).for_each(|index| std::fs::remove_file(files.path(index)).unwrap());
-    note_removed(files.root(), 100 * CHUNK_BYTES).unwrap();
+    let mut removals = Removals::open(files.root()).unwrap();
+    for index in 0..100 {
+        std::fs::remove_file(files.path(index)).unwrap();
+        removals.note(CHUNK_BYTES);
+        std::thread::sleep(Duration::from_millis(4));
+    }
+    assert!(files.used() < 1000 * CHUNK_BYTES, "told as they go");
+    removals.end().unwrap();
     assert_eq!(files.used(), files.bytes(), "told by a tool");
     (100..400).for_each(|index| std::fs::remove_file(files.path(index)).unwrap());
     let mut passes = 0;

@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use common::{Cache, Geometry, LIMIT, config, namespace};
 use kvrail::config::{FileMode, StoreConfig};
-use kvrail::store::capacity::{note_removed, usage};
+use kvrail::store::capacity::{Removals, usage};
 use kvrail::{ErrorKind, OpenOptions, Store};
 
 const STATE: &str = ".kvrail";
@@ -67,6 +67,12 @@ fn assert_bits(root: &Path, mode: u32) -> usize {
     files
 }
 
+fn note_removed(root: &std::path::Path) -> kvrail::Result<()> {
+    let mut removals = Removals::open(root)?;
+    removals.note(1);
+    removals.end()
+}
+
 #[test]
 fn what_is_shared_has_the_bits_that_were_asked_for() {
     for mode in [0o600, 0o640, 0o660, 0o664] {
@@ -96,7 +102,7 @@ fn what_is_shared_has_the_bits_that_were_asked_for() {
             }
         };
         // A tool knows no setting: it does as those before it did.
-        note_removed(root.path(), 1).unwrap();
+        note_removed(root.path()).unwrap();
         assert!(assert_bits(root.path(), mode) >= all);
         assert_eq!(usage(root.path()).unwrap().bytes, Some(used - 1));
         store.close(LIMIT).unwrap();
@@ -141,7 +147,7 @@ fn a_link_in_its_place_leads_nowhere() {
         store.close(LIMIT).unwrap();
         assert!(usage(root.path()).is_err(), "{link}");
         // Tools, too.
-        assert!(!matches!(note_removed(root.path(), 1), Ok(()) if usage(root.path()).is_ok()));
+        assert!(!matches!(note_removed(root.path()), Ok(()) if usage(root.path()).is_ok()));
         let after: Vec<_> = below(outside.path())
             .into_iter()
             .map(|path| {

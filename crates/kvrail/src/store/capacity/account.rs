@@ -48,6 +48,8 @@ const LOOK_PAUSE: Duration = Duration::from_millis(1);
 const KNOWN: u64 = 1;
 /// The owner is done with the record.
 const RETIRED: u64 = 2;
+/// The owner removes chunks and may not have said so of the last ones.
+const REMOVING: u64 = 4;
 
 /// What one store says.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -66,6 +68,8 @@ pub(super) struct Record {
     pub(super) beat: u64,
     pub(super) known: bool,
     pub(super) retired: bool,
+    /// Whether a tool removes chunks: what is missing may not have been said yet.
+    pub(super) removing: bool,
 }
 
 impl Record {
@@ -85,7 +89,9 @@ impl Record {
 
     /// Returns the record as bytes: magic, fields, checksum.
     fn encode(&self) -> [u8; RECORD_BYTES] {
-        let flags = u64::from(self.known) * KNOWN + u64::from(self.retired) * RETIRED;
+        let flags = u64::from(self.known) * KNOWN
+            + u64::from(self.retired) * RETIRED
+            + u64::from(self.removing) * REMOVING;
         let fields = [
             self.claimed,
             self.stored,
@@ -126,6 +132,7 @@ impl Record {
             beat: word(6)?,
             known: flags & KNOWN != 0,
             retired: flags & RETIRED != 0,
+            removing: flags & REMOVING != 0,
         })
     }
 
@@ -212,13 +219,16 @@ pub(super) struct Sum {
     pub(super) said: i64,
     /// Whether that is so; not when chunks were there before anybody kept an account.
     pub(super) known: bool,
+    /// Whether a tool removes chunks at this moment.
+    pub(super) removing: bool,
 }
 
 /// Reads all records of a folder.
 ///
 /// A file that holds no record (its owner died while making it) counts as nothing. One that is gone
 /// when its turn comes, or soon after it was read, was absorbed, perhaps into a record that was
-/// read before or is read now: it would count not at all, or twice, so all are read again.
+/// read before or is read now: it would count not at all, or twice. So all are read again when
+/// there are other files than before.
 ///
 /// # Errors
 /// [`ErrorKind::Io`] when the folder or a store's file in it cannot be read: to leave it out would
@@ -239,6 +249,7 @@ fn try_read_all(folder: &Folder) -> Result<Option<Sum>> {
     // The names first, all of them: a record that has absorbed one that is not among them says so
     // when it is read.
     let names = names(folder)?;
+    let before: HashSet<String> = names.iter().cloned().collect();
     let (mut records, mut broken) = (Vec::new(), Vec::new());
     for name in names {
         match read(folder, &name) {
@@ -250,10 +261,10 @@ fn try_read_all(folder: &Folder) -> Result<Option<Sum>> {
             Err(error) => return Err(error),
         }
     }
-    // A record says of the last one only that it was absorbed. One before that is gone by then.
-    let there: HashSet<String> = self::names(folder)?.into_iter().collect();
-    let is_whole = records.iter().all(|named| there.contains(&named.name));
-    Ok(is_whole.then(|| sum(records, broken)))
+    // A record says of the last one only that it was absorbed; one before that is gone by then. And
+    // one that gets another name while names are listed may be missed under both.
+    let after: HashSet<String> = self::names(folder)?.into_iter().collect();
+    Ok((before == after).then(|| sum(records, broken)))
 }
 
 fn names(folder: &Folder) -> Result<Vec<String>> {
@@ -285,6 +296,7 @@ fn sum(mut records: Vec<NamedRecord>, broken: Vec<String>) -> Sum {
         used: u64::try_from(said).unwrap_or_default(),
         said,
         known: records.iter().any(|named| named.record.known),
+        removing: records.iter().any(|named| named.record.removing),
         absorbed,
         broken,
         records,
@@ -337,10 +349,12 @@ mod tests {
         #[test]
         fn records_round_trip(
             claimed in any::<u64>(), removed in any::<u64>(), correction in any::<i64>(),
-            absorbed in any::<u64>(), known in any::<bool>(), retired in any::<bool>(),
+            absorbed in any::<u64>(),
+            (known, retired, removing) in any::<(bool, bool, bool)>(),
         ) {
             let record = Record {
                 claimed, stored: claimed / 2, removed, correction, absorbed, beat: 7, known, retired,
+                removing,
             };
             prop_assert_eq!(Record::decode(&record.encode()), Some(record));
             let _ = (record.claimed_bytes(), record.used_bytes());

@@ -80,6 +80,7 @@ pub fn collect(root: &Path, options: &CollectOptions) -> Result<Collected> {
         true => None,
         false => Some(Room::open(place, None, SystemTime::now, false)?),
     };
+    room.as_ref().map(Room::begin_removing).transpose()?;
     let now = room.as_ref().map_or_else(
         || super::stamp::milliseconds(SystemTime::now()),
         Room::now_milliseconds,
@@ -93,13 +94,12 @@ pub fn collect(root: &Path, options: &CollectOptions) -> Result<Collected> {
     for namespace in &namespaces {
         if let Some(age) = options.older_than {
             let removed = &mut collected.quarantined_removed;
-            remove_quarantined(&namespace.folder, age, options.dry_run, removed)?;
+            remove_quarantined(&namespace.folder, age, room.as_ref(), removed)?;
         }
     }
     if let Some(room) = room {
         let leftovers = shelf.remove_leftovers()?;
         collected.leftovers_removed = leftovers.removed;
-        room.removed(collected.quarantined_removed.bytes);
         collected.folders_removed = shelf.remove_empty_folders()?;
         room.flush()?;
         let sum = room.look()?;
@@ -211,11 +211,12 @@ fn step(
     step.error.map_or(Ok(step.visit), Err)
 }
 
-/// Removes what was set aside long ago; what cannot be removed stays.
+/// Removes what was set aside long ago, and writes each down at once; without a room it is only
+/// counted. What cannot be removed stays.
 fn remove_quarantined(
     namespace: &Folder,
     age: Duration,
-    dry_run: bool,
+    room: Option<&Room>,
     removed: &mut Tally,
 ) -> Result<()> {
     let Some(folder) = found_or_none(namespace.folder(QUARANTINE_NAME))? else {
@@ -227,10 +228,17 @@ fn remove_quarantined(
             continue;
         };
         let since = SystemTime::now().duration_since(status.modified);
-        let is_old = since.is_ok_and(|since| since > age);
-        if is_old && (dry_run || quarantine::remove(&folder, &name).is_ok()) {
-            removed.add(status.bytes);
+        if since.is_err() || since.is_ok_and(|since| since <= age) {
+            continue;
         }
+        if let Some(room) = room {
+            let began = Instant::now();
+            if quarantine::remove(&folder, &name).is_err() {
+                continue;
+            }
+            telling::removed(room, status.bytes, began)?;
+        }
+        removed.add(status.bytes);
     }
     Ok(())
 }

@@ -104,6 +104,7 @@ struct View {
     situation: Situation,
     used: u64,
     known: bool,
+    is_removing: bool,
     /// Bytes that others have removed; only differences count.
     removed: i64,
 }
@@ -337,6 +338,7 @@ impl Janitor {
                 self.room.correct(drift);
             } else if drift < -signed(tolerance) - others_removed
                 && pass.unseen + aside.unseen == 0
+                && !view.is_removing
                 && pass.failed == 0
             {
                 // Downwards with care: room that is not there must not be given away. What others
@@ -404,6 +406,7 @@ impl Janitor {
             },
             used: sum.used,
             known: sum.known,
+            is_removing: sum.removing,
             removed: removed - signed(self.evicted),
         };
         if reason == Reason::Space {

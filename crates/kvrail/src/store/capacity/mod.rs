@@ -7,7 +7,7 @@
 //! - `thread`, `progress`: the janitors of a store, and what happens when one hangs
 //! - `eviction_log`: what was evicted lately
 //! - `touch`, `chain`: what a use does to a chunk's stamp
-//! - `collect`: one pass on request, for tools
+//! - `collect`, `removals`: one pass on request, and removal by other means, for tools
 //!
 //! docs/capacity.md says how it works together.
 
@@ -22,6 +22,7 @@ mod lease;
 mod policy;
 mod progress;
 mod relief;
+mod removals;
 mod room;
 mod root;
 mod seen;
@@ -45,6 +46,7 @@ pub use collect::{CollectOptions, Collected, collect};
 pub(super) use eviction_log::LOG_NAMES;
 pub use eviction_log::{Eviction, EvictionReason, evictions};
 pub use janitor::{Janitor, Tick};
+pub use removals::Removals;
 pub use room::WallClock;
 pub use seen::SeenChunks;
 pub use settings::{JanitorSettings, JanitorTiming};
@@ -275,21 +277,4 @@ pub fn usage(root: &Path) -> Result<Usage> {
         claimed_ahead_bytes: sum.claimed.saturating_sub(sum.used),
         stores: sum.records.iter().filter(is_open).count(),
     })
-}
-
-/// Writes down that chunks were removed from below a path by other means than eviction.
-///
-/// For tools: usage is right at once then, not only after the janitor's next pass. Where nobody
-/// keeps an account, none is begun.
-///
-/// # Errors
-/// Those of the file system.
-pub fn note_removed(root: &Path, bytes: u64) -> Result<()> {
-    let root = Root::existing(root);
-    if bytes == 0 || files::found_or_none(root.accounts())?.is_none() {
-        return Ok(());
-    }
-    let room = Room::open(root, None, std::time::SystemTime::now, false)?;
-    room.removed(bytes);
-    room.retire()
 }

@@ -288,12 +288,21 @@ impl Room {
         self.write(&mut own)
     }
 
+    /// Says that chunks will be removed by a tool: until it is done, what a count finds missing is
+    /// left for it to tell.
+    pub(super) fn begin_removing(&self) -> Result<()> {
+        let mut own = self.lock();
+        own.record.removing = true;
+        self.write(&mut own)
+    }
+
     /// Writes the record for the last time: claims that were not used are given back.
     pub(super) fn retire(&self) -> Result<()> {
         let mut own = self.lock();
         own.record.claimed = own.record.claimed.saturating_sub(own.left);
         own.left = 0;
         own.record.retired = true;
+        own.record.removing = false;
         self.write(&mut own)
     }
 

@@ -90,17 +90,15 @@ pub fn remove_namespace(directory: &Path, seen: &mut dyn FnMut(u64)) -> Result<R
     Ok(removed)
 }
 
-/// Removes what lies in the quarantine of a namespace directory.
+/// Removes what lies in the quarantine of a namespace directory. `seen` is told of each chunk that
+/// goes, with its bytes.
 ///
 /// # Errors
 /// [`ErrorKind::Io`] when it cannot be read.
-pub fn empty_quarantine(namespace_directory: &Path) -> Result<Removed> {
+pub fn empty_quarantine(namespace_directory: &Path, seen: &mut dyn FnMut(u64)) -> Result<Removed> {
     let mut removed = Removed::default();
-    remove_quarantined(
-        &open_namespace(namespace_directory)?,
-        &mut removed,
-        &mut |_| {},
-    )?;
+    let namespace = open_namespace(namespace_directory)?;
+    remove_quarantined(&namespace, &mut removed, seen)?;
     Ok(removed)
 }
 
