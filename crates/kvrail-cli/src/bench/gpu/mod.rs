@@ -60,7 +60,7 @@ pub(super) fn run(arguments: &Arguments, ordinal: usize) -> Result<ExitCode, Fai
     };
     let mut models = Vec::new();
     for geometry in geometries {
-        let plan = super::plan(arguments, geometry);
+        let plan = arguments.plan(geometry, None);
         let bar = progress_bar(
             (2 * plan.chunks * (plan.rounds + 1)) as u64,
             "{msg} [{bar:40}] {pos}/{len} chunks, {eta} left",
