@@ -324,6 +324,75 @@ fn a_fio_that_fails_ends_the_run_with_its_reason_and_leaves_nothing_behind() {
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
 }
 
+#[test]
+fn the_page_needs_nothing_else_and_holds_the_figures_of_the_json() {
+    let directory = tempfile::tempdir().unwrap();
+    let results = tempfile::tempdir().unwrap();
+    let json_path = results.path().join("<b>'results' & more.json");
+    let html_path = results.path().join("page.html");
+    let options = ["--model", "smollm2-135m", "--chunks", "3", "--no-fio"];
+    let paths = [
+        "--json",
+        json_path.to_str().unwrap(),
+        "--html",
+        html_path.to_str().unwrap(),
+    ];
+    let output = bench(&directory, &[&options[..], &paths].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let page = std::fs::read_to_string(html_path).unwrap();
+    for reference in [
+        "http", "src=", "href", "url(", "@import", "<script", "<link", "<b>",
+    ] {
+        assert!(!page.contains(reference), "{reference} in {page}");
+    }
+    assert_well_formed(&page);
+    assert_eq!(page.matches("<svg").count(), 2 * 4);
+    let text = std::fs::read_to_string(&json_path).unwrap();
+    let (_, shown) = page.split_once("<pre>").unwrap();
+    let (shown, _) = shown.split_once("</pre>").unwrap();
+    assert_eq!(unescaped(shown), text.trim_end());
+    let report: Value = serde_json::from_str(&text).unwrap();
+    assert!(number(&report["machine"]["memory_bytes"]) > 0.0);
+    let command = report["machine"]["command"].as_str().unwrap();
+    assert!(
+        command.contains("bench --path") && command.contains(r"'\''results'\''"),
+        "{command}"
+    );
+    // The plots as well: a point of each round, on the axis of its number.
+    let rates = &report["models"][0]["load"]["kvrail"]["gb_per_second_of_rounds"];
+    for round in 1..=2 {
+        let point = format!("<title>kvrail: {round}, ");
+        assert!(page.matches(&point).count() >= 4, "{point}: {rates}");
+    }
+}
+
+fn unescaped(text: &str) -> String {
+    let text = text.replace("&lt;", "<").replace("&gt;", ">");
+    let text = text.replace("&quot;", "\"").replace("&#39;", "'");
+    text.replace("&amp;", "&")
+}
+
+/// Checks that each tag is ended, in the order of their nesting; text has no `<` of its own.
+fn assert_well_formed(page: &str) {
+    let mut open: Vec<&str> = Vec::new();
+    for part in page
+        .strip_prefix("<!DOCTYPE html>")
+        .unwrap()
+        .split('<')
+        .skip(1)
+    {
+        let (tag, text) = part.split_once('>').unwrap();
+        assert!(!text.contains('>'), "{part}");
+        assert_eq!(tag.matches('"').count() % 2, 0, "{tag}");
+        if let Some(name) = tag.strip_prefix('/') {
+            assert_eq!(open.pop(), Some(name), "in {tag}");
+        } else if !tag.ends_with('/') {
+            open.push(tag.split_whitespace().next().unwrap());
+        }
+    }
+    assert_eq!(open, Vec::<&str>::new());
+}
+
 fn script(path: &Path, body: &str) {
     use std::os::unix::fs::PermissionsExt;
     std::fs::write(path, format!("#!/bin/sh\n{body}\n")).unwrap();

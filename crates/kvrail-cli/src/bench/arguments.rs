@@ -74,6 +74,9 @@ pub(crate) struct Arguments {
     /// Print JSON instead of the table, or write it to FILE and print the table
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
     pub(super) json: Option<PathBuf>,
+    /// Also write a page with plots to FILE, which needs no other file and no network
+    #[arg(long, value_name = "FILE")]
+    pub(super) html: Option<PathBuf>,
     /// Read /proc, /sys, /run and /dev below this folder, for tests.
     #[arg(long, hide = true, default_value = "/")]
     pub(super) system_root: PathBuf,
@@ -174,6 +177,7 @@ impl Arguments {
         let options = [
             (self.cache == CacheState::Warm, "--cache warm"),
             (self.local_cpu.is_some(), "--local-cpu"),
+            (self.html.is_some(), "--html"),
             (self.direct_io != DirectIo::Auto, "--direct-io"),
         ];
         let given = options.into_iter().find(|(is_given, _)| *is_given);

@@ -9,8 +9,10 @@ mod clients;
 mod fio;
 mod geometry;
 mod gpu;
+mod html;
 mod kv_memory;
 mod lookup;
+mod machine;
 mod memcpy;
 mod page_cache;
 mod plan;
@@ -35,6 +37,7 @@ use serde::Serialize;
 pub(crate) use self::arguments::Arguments;
 use self::geometry::Geometry;
 use self::gpu::Device;
+use self::machine::Machine;
 pub(crate) use self::random::Random;
 use self::report::{ModelReport, Report};
 use self::scratch::Scratch;
@@ -51,6 +54,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         }
         return gpu::run(arguments, ordinal);
     }
+    let machine = Machine::find();
     let fio = find_fio(arguments);
     let geometries = arguments.model.geometries();
     let scratch = Scratch::new(&arguments.path)?;
@@ -77,12 +81,17 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let lookup = lookup::measure(scratch.path(), arguments.threads as usize)?;
     let report = Report {
         path: arguments.path.display().to_string(),
+        machine,
         fio: fio.map(|program| program.version().to_owned()),
         models,
-        lookup,
+        lookup: Some(lookup),
     };
     // Before the output, so that a reader that hangs does not keep the files.
     drop(scratch);
+    if let Some(path) = &arguments.html {
+        let page = html::page(&report)?;
+        std::fs::write(path, page).map_err(|error| Failure::io("write", path, &error))?;
+    }
     print(arguments, &report, |out| report.write(out))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::clients::Sample;
 use super::geometry::CHUNK_TOKENS;
 use super::lookup::LookupTimes;
+use super::machine::Machine;
 use super::plan::LoadSource;
 use super::run::Measurement;
 use super::sides::{Round, Side, Sides};
@@ -20,11 +21,13 @@ use super::statistics::{Spread, percentile};
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     pub(crate) path: String,
+    pub(crate) machine: Machine,
     /// The version of the fio that was measured as well.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) fio: Option<String>,
     pub(crate) models: Vec<ModelReport>,
-    pub(crate) lookup: LookupTimes,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) lookup: Option<LookupTimes>,
 }
 
 /// The figures of one geometry with one engine.
@@ -93,6 +96,8 @@ pub(crate) struct SideReport {
     /// The same, round by round.
     pub(crate) gb_per_second_of_rounds: Vec<f64>,
     pub(crate) cpu_seconds_per_gb: Spread,
+    /// The same, round by round.
+    pub(crate) cpu_seconds_per_gb_of_rounds: Vec<f64>,
     /// kvrail: from the moment a client takes a chunk to submit it until its ticket is done, which
     /// includes waiting behind the others in flight. Raw: one file from open to close, as many at
     /// once as threads. So the two are no ratio of each other. Nothing of fio.
@@ -235,6 +240,7 @@ impl OperationReport {
 impl SideReport {
     fn new(samples: &[&Sample], gigabytes: f64) -> Self {
         let rates = || samples.iter().map(|found| gigabytes / found.seconds);
+        let cpu = || samples.iter().map(|found| found.cpu_seconds / gigabytes);
         let latencies: Vec<f64> = samples
             .iter()
             .flat_map(|sample| &sample.latencies)
@@ -245,9 +251,8 @@ impl SideReport {
         Self {
             gb_per_second: Spread::of(rates()),
             gb_per_second_of_rounds: rates().collect(),
-            cpu_seconds_per_gb: Spread::of(
-                samples.iter().map(|found| found.cpu_seconds / gigabytes),
-            ),
+            cpu_seconds_per_gb: Spread::of(cpu()),
+            cpu_seconds_per_gb_of_rounds: cpu().collect(),
             chunk_p50_ms: is_known.then(|| at(50)),
             chunk_p99_ms: is_known.then(|| at(99)),
             chunk_percentiles_ms: match is_known {

@@ -70,7 +70,9 @@ impl Report {
         }
         writeln!(out)?;
         self.table().write(out)?;
-        let lookup = &self.lookup;
+        let Some(lookup) = &self.lookup else {
+            return Ok(());
+        };
         writeln!(
             out,
             "\nlookup of {} chunks, median of {}: {:.2} ms present, {:.2} ms asked again, \
