@@ -366,6 +366,49 @@ fn the_page_needs_nothing_else_and_holds_the_figures_of_the_json() {
     }
 }
 
+#[test]
+fn growth_opens_stores_of_each_size_in_processes_of_their_own() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = bench(&directory, &["--growth", "4000,600", "--json"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let report = json(&output);
+    assert_eq!(report["models"].as_array().unwrap().len(), 0);
+    assert_eq!(report.get("lookup"), None);
+    let growth = &report["growth"];
+    assert_eq!(
+        growth["rounds"], 5,
+        "at least five, though two were asked for"
+    );
+    let sizes = growth["sizes"].as_array().unwrap();
+    assert_eq!(
+        (&sizes[0]["chunks"], &sizes[1]["chunks"]),
+        (&600.into(), &4000.into())
+    );
+    for size in sizes {
+        let figures = [
+            "open_ms",
+            "lookup_present_ms",
+            "lookup_missing_ms",
+            "store_ms",
+            "load_ms",
+        ];
+        for figure in figures {
+            assert!(number(&size[figure]["median"]) > 0.0, "{figure}: {size}");
+            assert!(
+                number(&size[figure]["ratio_to_smallest"]["median"]) > 0.0,
+                "{figure}: {size}"
+            );
+        }
+        let bytes = number(&size["open_bytes"]["median"]);
+        assert!((1.0..1e9).contains(&bytes), "{size}");
+    }
+    assert_eq!(
+        number(&sizes[0]["open_ms"]["ratio_to_smallest"]["max"]),
+        1.0
+    );
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
 fn unescaped(text: &str) -> String {
     let text = text.replace("&lt;", "<").replace("&gt;", ">");
     let text = text.replace("&quot;", "\"").replace("&#39;", "'");

@@ -18,8 +18,8 @@ pub(crate) struct Arguments {
     #[arg(long)]
     pub(super) path: PathBuf,
     /// Whose chunks to store and load
-    #[arg(long, value_enum)]
-    pub(super) model: Model,
+    #[arg(long, value_enum, required_unless_present = "growth")]
+    pub(super) model: Option<Model>,
     /// Chunks per round
     #[arg(long, default_value = "32")]
     pub(super) chunks: NonZeroUsize,
@@ -71,6 +71,11 @@ pub(crate) struct Arguments {
     /// Measure without fio
     #[arg(long)]
     pub(super) no_fio: bool,
+    /// Also (or only, without --model) measure stores with so many chunks each, separated by commas:
+    /// opening, its memory, lookup, store and load
+    #[arg(long, value_name = "CHUNKS", value_delimiter = ',',
+          value_parser = clap::value_parser!(u64).range(512..=100_000_000))]
+    pub(super) growth: Vec<u64>,
     /// Print JSON instead of the table, or write it to FILE and print the table
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
     pub(super) json: Option<PathBuf>,
@@ -171,12 +176,18 @@ impl Arguments {
         }
     }
 
+    /// Returns whose chunks to measure.
+    pub(super) fn geometries(&self) -> Vec<Geometry> {
+        self.model.map_or_else(Vec::new, Model::geometries)
+    }
+
     /// Returns the option that only loads into and stores from the memory of the host can have, if
     /// one was given.
     pub(super) fn host_only_option(&self) -> Option<&'static str> {
         let options = [
             (self.cache == CacheState::Warm, "--cache warm"),
             (self.local_cpu.is_some(), "--local-cpu"),
+            (!self.growth.is_empty(), "--growth"),
             (self.html.is_some(), "--html"),
             (self.direct_io != DirectIo::Auto, "--direct-io"),
         ];

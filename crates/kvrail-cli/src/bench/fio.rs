@@ -55,6 +55,13 @@ pub(crate) struct Pattern {
     pub(crate) direct: bool,
 }
 
+/// What fio does with the files of a wave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Operation {
+    Read,
+    Write,
+}
+
 /// The side that runs fio.
 pub(crate) struct Fio {
     program: Program,
@@ -116,18 +123,20 @@ impl Fio {
 
     /// Writes a file for each item of a wave.
     pub(crate) fn store(&self, wave: &[u64]) -> Result<Sample, Failure> {
-        self.run("write", wave, self.pattern.direct, |job| &job.write)
+        self.run(Operation::Write, wave, self.pattern.direct, |job| {
+            &job.write
+        })
     }
 
     /// Reads the files of a wave; `cached`: from the page cache.
     pub(crate) fn load(&self, wave: &[u64], cached: bool) -> Result<Sample, Failure> {
         let direct = self.pattern.direct && !cached;
-        self.run("read", wave, direct, |job| &job.read)
+        self.run(Operation::Read, wave, direct, |job| &job.read)
     }
 
     fn run(
         &self,
-        operation: &str,
+        operation: Operation,
         wave: &[u64],
         direct: bool,
         direction: impl Fn(&Job) -> &Direction,
@@ -159,10 +168,9 @@ impl Pattern {
     }
 
     /// Returns the arguments for a wave, but for the directory.
-    fn arguments(&self, operation: &str, wave: &[u64], direct: bool) -> Vec<String> {
+    fn arguments(&self, operation: Operation, wave: &[u64], direct: bool) -> Vec<String> {
         let (engine, depth) = self.engine(direct);
         let mut arguments = vec![
-            format!("--rw={operation}"),
             format!("--ioengine={engine}"),
             format!("--iodepth={depth}"),
             format!("--direct={}", u8::from(direct)),
@@ -175,9 +183,13 @@ impl Pattern {
             // What is in the page cache, and what is not, was seen to before.
             "--invalidate=0".to_owned(),
         ];
-        if operation == "write" {
-            arguments.push("--create_on_open=1".to_owned());
-        }
+        let kind: &[&str] = match operation {
+            // A mix of nothing but reads: only where it may have to write does fio touch its
+            // buffers beforehand, as the other sides do.
+            Operation::Read => &["--rw=rw", "--rwmixread=100"],
+            Operation::Write => &["--rw=write", "--create_on_open=1"],
+        };
+        arguments.extend(kind.iter().map(|&one| one.to_owned()));
         let first = wave.first().copied().unwrap_or_default();
         let jobs = self.threads.min(wave.len()).max(1);
         for job in 0..jobs {
@@ -320,7 +332,7 @@ mod tests {
 
     #[test]
     fn files_are_spread_evenly_and_each_job_has_a_name() {
-        let arguments = PATTERN.arguments("write", &[16, 17, 18, 19], true);
+        let arguments = PATTERN.arguments(Operation::Write, &[16, 17, 18, 19], true);
         let of = |option: &str| -> Vec<&str> {
             let found = arguments.iter().filter_map(|one| one.strip_prefix(option));
             found.collect()
@@ -329,7 +341,10 @@ mod tests {
         assert_eq!(of("--name="), ["00000010-0", "00000010-1", "00000010-2"]);
         assert_eq!((of("--iodepth="), of("--direct=")), (vec!["2"], vec!["1"]));
         assert_eq!(
-            PATTERN.arguments("read", &[1], false).last().unwrap(),
+            PATTERN
+                .arguments(Operation::Read, &[1], false)
+                .last()
+                .unwrap(),
             "--nrfiles=1"
         );
         assert_eq!(PATTERN.engine(false), ("psync", 1));

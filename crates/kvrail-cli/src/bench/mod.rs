@@ -9,6 +9,7 @@ mod clients;
 mod fio;
 mod geometry;
 mod gpu;
+mod growth;
 mod html;
 mod kv_memory;
 mod lookup;
@@ -37,6 +38,7 @@ use serde::Serialize;
 pub(crate) use self::arguments::Arguments;
 use self::geometry::Geometry;
 use self::gpu::Device;
+pub(crate) use self::growth::{PROBE_COMMAND, ProbeArguments, run_probe};
 use self::machine::Machine;
 pub(crate) use self::random::Random;
 use self::report::{ModelReport, Report};
@@ -55,8 +57,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         return gpu::run(arguments, ordinal);
     }
     let machine = Machine::find();
-    let fio = find_fio(arguments);
-    let geometries = arguments.model.geometries();
+    let geometries = arguments.geometries();
+    let fio = match geometries.is_empty() {
+        false => find_fio(arguments),
+        true => None,
+    };
     let scratch = Scratch::new(&arguments.path)?;
     // All sides' files of one round.
     let sides = arguments.engine.len() as u64 + 1 + u64::from(fio.is_some());
@@ -78,13 +83,30 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         bar.finish_and_clear();
         models.extend(ModelReport::all(&measurement));
     }
-    let lookup = lookup::measure(scratch.path(), arguments.threads as usize)?;
+    let threads = arguments.threads as usize;
+    let lookup = match models.is_empty() {
+        false => Some(lookup::measure(scratch.path(), threads)?),
+        true => None,
+    };
+    let growth = match arguments.growth.is_empty() {
+        false => {
+            let rounds = arguments.rounds as usize;
+            Some(growth::measure(
+                scratch.path(),
+                &arguments.growth,
+                threads,
+                rounds,
+            )?)
+        }
+        true => None,
+    };
     let report = Report {
         path: arguments.path.display().to_string(),
         machine,
         fio: fio.map(|program| program.version().to_owned()),
         models,
-        lookup: Some(lookup),
+        lookup,
+        growth,
     };
     // Before the output, so that a reader that hangs does not keep the files.
     drop(scratch);

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::clients::Sample;
 use super::geometry::CHUNK_TOKENS;
+use super::growth::GrowthReport;
 use super::lookup::LookupTimes;
 use super::machine::Machine;
 use super::plan::LoadSource;
@@ -28,6 +29,8 @@ pub(crate) struct Report {
     pub(crate) models: Vec<ModelReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) lookup: Option<LookupTimes>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) growth: Option<GrowthReport>,
 }
 
 /// The figures of one geometry with one engine.

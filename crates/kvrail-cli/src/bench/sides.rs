@@ -46,7 +46,7 @@ pub(crate) struct Round {
 
 /// Returns who goes when: each side first in its turn, so that none always finds the disk as the
 /// same other one left it.
-pub(crate) fn in_turn(sides: &[Side], index: usize) -> Vec<Side> {
+pub(crate) fn in_turn<T: Copy>(sides: &[T], index: usize) -> Vec<T> {
     let mut order = sides.to_vec();
     let count = order.len().max(1);
     order.rotate_left(index % count);

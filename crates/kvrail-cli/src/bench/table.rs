@@ -68,21 +68,26 @@ impl Report {
         for model in &self.models {
             write_model(model, out)?;
         }
-        writeln!(out)?;
-        self.table().write(out)?;
-        let Some(lookup) = &self.lookup else {
-            return Ok(());
-        };
-        writeln!(
-            out,
-            "\nlookup of {} chunks, median of {}: {:.2} ms present, {:.2} ms asked again, \
-             {:.2} ms missing",
-            lookup.chunks,
-            lookup.repeats,
-            lookup.present_ms.median,
-            lookup.repeated_ms.median,
-            lookup.missing_ms.median,
-        )
+        if !self.models.is_empty() {
+            writeln!(out)?;
+            self.table().write(out)?;
+        }
+        if let Some(lookup) = &self.lookup {
+            writeln!(
+                out,
+                "\nlookup of {} chunks, median of {}: {:.2} ms present, {:.2} ms asked again, \
+                 {:.2} ms missing",
+                lookup.chunks,
+                lookup.repeats,
+                lookup.present_ms.median,
+                lookup.repeated_ms.median,
+                lookup.missing_ms.median,
+            )?;
+        }
+        match &self.growth {
+            Some(growth) => growth.write(out),
+            None => Ok(()),
+        }
     }
 
     /// Returns the table, without the columns that nothing is in.

@@ -49,7 +49,7 @@ pub(super) fn run(arguments: &Arguments, ordinal: usize) -> Result<ExitCode, Fai
         ..OpenOptions::default()
     };
     let (gpu, device) = device::open(ordinal, &options)?;
-    let geometries = arguments.model.geometries();
+    let geometries = arguments.geometries();
     let scratch = Scratch::new(&arguments.path)?;
     let chunks = arguments.chunks.get();
     super::check_space(scratch.path(), &geometries, COPIES_OF_FILES * chunks as u64)?;

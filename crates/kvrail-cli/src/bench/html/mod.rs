@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 
 use self::escape::escaped;
 use self::plot::{Plot, Series, short};
+use super::growth::{GrowthReport, SizeReport};
 use super::report::{ModelReport, OperationReport, PERCENTS, Report, SideReport};
 use crate::failure::Failure;
 use crate::output::human_bytes;
@@ -22,7 +23,7 @@ svg{width:100%;height:auto}svg text{font-size:11px;fill:currentColor}\
 svg .title{font-size:13px;font-weight:600}svg .end{text-anchor:end}svg .middle{text-anchor:middle}\
 svg .grid{stroke:currentColor;stroke-opacity:.2}\
 svg polyline{fill:none;stroke-width:2;stroke:currentColor}svg .dot{fill:currentColor}\
-.s0{color:#3b7dd8}.s1{color:#d9822b}.s2{color:#3a9d5d}.s3{color:#b04ac0}";
+.s0{color:#3b7dd8}.s1{color:#d9822b}.s2{color:#3a9d5d}.s3{color:#b04ac0}.s4{color:#888}";
 
 /// Returns the page of a report.
 pub(crate) fn page(report: &Report) -> Result<String, Failure> {
@@ -47,6 +48,9 @@ pub(crate) fn page(report: &Report) -> Result<String, Failure> {
             short(lookup.repeated_ms.median),
             short(lookup.missing_ms.median),
         );
+    }
+    if let Some(growth) = &report.growth {
+        write_growth(growth, &mut out);
     }
     let _ = writeln!(
         out,
@@ -102,6 +106,40 @@ fn write_model(model: &ModelReport, out: &mut String) {
     for (name, operation) in [("store", &model.store), ("load", &model.load)] {
         write_operation(name, operation, out);
     }
+}
+
+fn write_growth(growth: &GrowthReport, out: &mut String) {
+    out.push_str("<h2>Growth</h2><div class=\"plots\">\n");
+    type Pick = fn(&SizeReport) -> f64;
+    let figures: [(&str, Pick); 5] = [
+        ("open", |size| size.open_ms.ratio_to_smallest.median),
+        ("present", |size| {
+            size.lookup_present_ms.ratio_to_smallest.median
+        }),
+        ("missing", |size| {
+            size.lookup_missing_ms.ratio_to_smallest.median
+        }),
+        ("store", |size| size.store_ms.ratio_to_smallest.median),
+        ("load", |size| size.load_ms.ratio_to_smallest.median),
+    ];
+    let plot = Plot {
+        title: "Time against the smallest store".to_owned(),
+        x_label: "powers of ten of chunks",
+        y_label: "ratio",
+        series: figures
+            .into_iter()
+            .map(|(name, pick)| Series {
+                name: name.to_owned(),
+                points: growth
+                    .sizes
+                    .iter()
+                    .map(|size| ((size.chunks as f64).log10(), pick(size)))
+                    .collect(),
+            })
+            .collect(),
+    };
+    plot.write(out);
+    out.push_str("</div>\n");
 }
 
 /// Returns all sides of an operation: what they are called, what they did, and how kvrail compares.
