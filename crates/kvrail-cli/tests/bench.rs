@@ -367,6 +367,32 @@ fn the_page_needs_nothing_else_and_holds_the_figures_of_the_json() {
 }
 
 #[test]
+fn a_mix_loads_and_stores_at_the_same_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = ["--model", "synthetic-256k", "--chunks", "10", "--no-fio"];
+    let output = bench(
+        &directory,
+        &[&options[..], &["--mix", "0.7", "--json"]].concat(),
+    );
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let model = &json(&output)["models"][0];
+    assert_eq!(model["mix_share"], 0.7);
+    for side in ["kvrail", "raw"] {
+        let side = &model["mix"][side];
+        assert!(number(&side["gb_per_second"]["min"]) > 0.0, "{side}");
+        assert!(number(&side["chunk_p50_ms"]) > 0.0, "{side}");
+    }
+    assert!(number(&model["mix"]["ratio"]["median"]) > 0.0);
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    let output = bench(&directory, &[&options[..], &["--mix", "1.5"]].concat());
+    assert!(
+        stderr(&output).contains("from 0 to 1"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
 fn growth_opens_stores_of_each_size_in_processes_of_their_own() {
     let directory = tempfile::tempdir().unwrap();
     let output = bench(&directory, &["--growth", "4000,600", "--json"]);

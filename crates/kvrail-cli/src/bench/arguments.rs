@@ -62,6 +62,9 @@ pub(crate) struct Arguments {
     /// as many bytes by as many threads
     #[arg(long, value_name = "GB", conflicts_with = "cache", value_parser = gigabytes)]
     pub(super) local_cpu: Option<f64>,
+    /// Also measure loads and stores at the same time; SHARE of the chunks is loaded, 0 to 1
+    #[arg(long, value_name = "SHARE", conflicts_with = "local_cpu", value_parser = share)]
+    pub(super) mix: Option<f64>,
     /// Whether files are opened with O_DIRECT, on all sides; auto: where it works
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) direct_io: DirectIo,
@@ -148,6 +151,13 @@ fn gigabytes(text: &str) -> Result<f64, String> {
     }
 }
 
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if (0.0..=1.0).contains(&number) => Ok(number),
+        _ => Err("expected a number from 0 to 1".to_owned()),
+    }
+}
+
 impl Arguments {
     /// Returns what to measure of a geometry, with `fio` as well if there is one.
     pub(super) fn plan(&self, geometry: Geometry, fio: Option<fio::Program>) -> Plan {
@@ -172,6 +182,7 @@ impl Arguments {
             memory_bytes: (self.memory_mib as usize) << 20,
             load_source,
             direct: self.direct_io.choice(),
+            mix: self.mix,
             fio,
         }
     }
@@ -188,6 +199,7 @@ impl Arguments {
             (self.cache == CacheState::Warm, "--cache warm"),
             (self.local_cpu.is_some(), "--local-cpu"),
             (!self.growth.is_empty(), "--growth"),
+            (self.mix.is_some(), "--mix"),
             (self.html.is_some(), "--html"),
             (self.direct_io != DirectIo::Auto, "--direct-io"),
         ];

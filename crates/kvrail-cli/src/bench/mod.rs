@@ -15,6 +15,7 @@ mod kv_memory;
 mod lookup;
 mod machine;
 mod memcpy;
+mod mix;
 mod page_cache;
 mod plan;
 mod random;
@@ -65,7 +66,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let scratch = Scratch::new(&arguments.path)?;
     // All sides' files of one round.
     let sides = arguments.engine.len() as u64 + 1 + u64::from(fio.is_some());
-    let files = sides * arguments.chunks.get() as u64;
+    // A mix stores as many again, at most.
+    let times = 1 + u64::from(arguments.mix.is_some());
+    let files = sides * times * arguments.chunks.get() as u64;
     check_space(scratch.path(), &geometries, files)?;
     let mut models = Vec::new();
     for geometry in geometries {
@@ -89,15 +92,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         true => None,
     };
     let growth = match arguments.growth.is_empty() {
-        false => {
-            let rounds = arguments.rounds as usize;
-            Some(growth::measure(
-                scratch.path(),
-                &arguments.growth,
-                threads,
-                rounds,
-            )?)
-        }
+        false => Some(growth::measure(scratch.path(), arguments)?),
         true => None,
     };
     let report = Report {

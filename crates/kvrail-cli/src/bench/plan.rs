@@ -43,6 +43,8 @@ pub(crate) struct Plan {
     pub(crate) load_source: LoadSource,
     /// Whether files are opened with O_DIRECT; `None`: where it works.
     pub(crate) direct: Option<bool>,
+    /// Which share of the chunks is loaded while others are stored; nothing: that is not measured.
+    pub(crate) mix: Option<f64>,
     /// Measured as well, if there is one.
     pub(crate) fio: Option<fio::Program>,
 }

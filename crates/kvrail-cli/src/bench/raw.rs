@@ -16,6 +16,7 @@ use kvrail::chunk::PAGE_BYTES;
 use rustix::fs::OFlags;
 
 use super::clients::{self, Sample};
+use super::mix::Mix;
 use super::random::Random;
 use crate::failure::Failure;
 
@@ -69,15 +70,18 @@ impl Raw {
         self.directory.join(format!("{item:08x}"))
     }
 
+    /// Returns all files that are there.
+    pub(crate) fn files(&self) -> Result<Vec<PathBuf>, Failure> {
+        std::fs::read_dir(&self.directory)
+            .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
+            .map_err(|error| Failure::io("list", &self.directory, &error))
+    }
+
     /// Writes the files of `items`.
     pub(crate) fn store(&mut self, items: &[u64]) -> Result<Sample, Failure> {
         let (directory, direct) = (&self.directory, self.direct);
         clients::run(&mut self.buffers, items, |buffer, item| {
-            let temporary = directory.join(format!(".{item:08x}.tmp"));
-            let target = directory.join(format!("{item:08x}"));
-            write_file(&temporary, buffer.bytes(), direct)
-                .and_then(|()| std::fs::rename(&temporary, &target))
-                .map_err(|error| Failure::io("write", &temporary, &error))
+            store_one(directory, buffer, item, direct)
         })
     }
 
@@ -94,11 +98,42 @@ impl Raw {
     fn load_by(&mut self, items: &[u64], direct: bool) -> Result<Sample, Failure> {
         let directory = &self.directory;
         clients::run(&mut self.buffers, items, |buffer, item| {
-            let path = directory.join(format!("{item:08x}"));
-            read_file(&path, buffer.bytes_mut(), direct)
-                .map_err(|error| Failure::io("read", &path, &error))
+            load_one(directory, buffer, item, direct)
         })
     }
+
+    /// Reads and writes at the same time; `cached`: reads come from the page cache.
+    pub(crate) fn mix(&mut self, mix: &Mix, cached: bool) -> Result<Sample, Failure> {
+        let (directory, direct) = (&self.directory, self.direct);
+        mix.run(
+            &mut self.buffers,
+            |buffer, item| load_one(directory, buffer, item, direct && !cached),
+            |buffer, item| store_one(directory, buffer, item, direct),
+        )
+    }
+}
+
+fn store_one(
+    directory: &Path,
+    buffer: &AlignedBuffer,
+    item: u64,
+    direct: bool,
+) -> Result<(), Failure> {
+    let temporary = directory.join(format!(".{item:08x}.tmp"));
+    let target = directory.join(format!("{item:08x}"));
+    write_file(&temporary, buffer.bytes(), direct)
+        .and_then(|()| std::fs::rename(&temporary, &target))
+        .map_err(|error| Failure::io("write", &temporary, &error))
+}
+
+fn load_one(
+    directory: &Path,
+    buffer: &mut AlignedBuffer,
+    item: u64,
+    direct: bool,
+) -> Result<(), Failure> {
+    let path = directory.join(format!("{item:08x}"));
+    read_file(&path, buffer.bytes_mut(), direct).map_err(|error| Failure::io("read", &path, &error))
 }
 
 /// Writes a page with O_DIRECT and reads it back: an open that succeeds proves nothing.

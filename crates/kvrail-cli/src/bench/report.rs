@@ -60,6 +60,12 @@ pub(crate) struct ModelReport {
     pub(crate) memory_share: f64,
     pub(crate) store: OperationReport,
     pub(crate) load: OperationReport,
+    /// Loads and stores at the same time; the times of chunks are those of the loads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) mix: Option<OperationReport>,
+    /// Which share of that mix are loads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) mix_share: Option<f64>,
     pub(crate) retries: u64,
     pub(crate) verified_chunks: u64,
 }
@@ -153,6 +159,8 @@ impl ModelReport {
             memory_share: from_memory as f64 / (rounds.len() * plan.chunks).max(1) as f64,
             store: operation(Kind::Store),
             load: operation(Kind::Load),
+            mix: plan.mix.map(|_| operation(Kind::Mix)),
+            mix_share: plan.mix,
             retries: measurement.retries.get(index).copied().unwrap_or_default(),
             verified_chunks: measurement.verified,
             file_system: mount.file_system.clone(),
@@ -165,6 +173,7 @@ impl ModelReport {
 enum Kind {
     Store,
     Load,
+    Mix,
 }
 
 impl Kind {
@@ -172,6 +181,7 @@ impl Kind {
         match self {
             Self::Store => &round.store,
             Self::Load => &round.load,
+            Self::Mix => &round.mix,
         }
     }
 
@@ -184,6 +194,8 @@ impl Kind {
             (Self::Load, LoadSource::Disk, false) => "buffered read",
             (Self::Load, LoadSource::PageCache, _) => "read from the page cache",
             (Self::Load, LoadSource::Memory { .. }, _) => "memcpy",
+            (Self::Mix, _, true) => "O_DIRECT write and rename, and reads",
+            (Self::Mix, _, false) => "buffered write and rename, and reads",
         }
     }
 
@@ -196,6 +208,7 @@ impl Kind {
         let operation = match self {
             Self::Store => "write",
             Self::Load => "read",
+            Self::Mix => return None,
         };
         Some(format!(
             "{operation}, {engine}, iodepth {depth}, {} jobs, direct={}",
@@ -205,10 +218,28 @@ impl Kind {
     }
 }
 
+impl ModelReport {
+    /// Returns the operations that were measured, with their names.
+    pub(crate) fn operations(&self) -> Vec<(String, &OperationReport)> {
+        let mut operations = vec![
+            ("store".to_owned(), &self.store),
+            ("load".to_owned(), &self.load),
+        ];
+        if let (Some(mix), Some(share)) = (&self.mix, self.mix_share) {
+            operations.push((format!("mix, {share} loads"), mix));
+        }
+        operations
+    }
+}
+
 impl OperationReport {
     fn new(measurement: &Measurement, index: usize, kind: Kind) -> Self {
         let plan = &measurement.plan;
-        let gigabytes = (plan.geometry.payload_bytes() * plan.chunks) as f64 / 1e9;
+        let chunks = match kind {
+            Kind::Store | Kind::Load => plan.chunks,
+            Kind::Mix => measurement.slots,
+        };
+        let gigabytes = (plan.geometry.payload_bytes() * chunks) as f64 / 1e9;
         let samples = |side: Side| -> Vec<&Sample> {
             let sides = measurement.rounds.iter().map(|round| kind.sides(round));
             sides.filter_map(|sides| sides.get(side)).collect()

@@ -16,11 +16,12 @@ use super::clients::Sample;
 use super::fio::{Fio, Pattern};
 use super::kv_memory::KvMemory;
 use super::memcpy::Memcpy;
+use super::mix::Mix;
 use super::page_cache::{drop_from_page_cache, is_resident, read_through};
 use super::plan::{LoadSource, Plan};
 use super::random::Random;
 use super::raw::Raw;
-use super::sides::{Round, Side, in_turn};
+use super::sides::{Round, Side, Sides, in_turn};
 use super::subject::Subject;
 use crate::failure::Failure;
 
@@ -45,6 +46,7 @@ pub(crate) struct Measurement {
 /// The stores under test with their two KV memories, and the others.
 struct Bench {
     load_source: LoadSource,
+    mix: Option<f64>,
     subjects: Vec<Subject>,
     source: KvMemory,
     target: KvMemory,
@@ -120,6 +122,7 @@ impl Bench {
         let payload_bytes = geometry.payload_bytes();
         Ok(Self {
             load_source: plan.load_source,
+            mix: plan.mix,
             subjects,
             memcpy: copies.then(|| Memcpy::new(&target, payload_bytes, plan.threads)),
             source,
@@ -144,7 +147,7 @@ impl Bench {
             }
             bar.inc(wave.len() as u64);
         }
-        let files = self.files(&items)?;
+        let files = self.files()?;
         self.prepare_files(&files)?;
         if matches!(self.load_source, LoadSource::Memory { .. }) {
             self.fill_memory(&waves)?;
@@ -170,7 +173,7 @@ impl Bench {
                 self.target.poison()?;
                 round.load.add(side, self.load(side, wave)?);
                 if matches!(side, Side::Kvrail(_)) {
-                    self.compare(wave)?;
+                    self.compare(wave, |_| true)?;
                 }
             }
             bar.inc(wave.len() as u64);
@@ -179,11 +182,37 @@ impl Bench {
         round.from_memory = subjects
             .map(|(subject, before)| subject.loaded_from_memory() - before)
             .collect();
-        for path in files {
+        if let (Some(share), Some(wave)) = (self.mix, waves.first()) {
+            round.mix = self.mix_wave(&Mix::draw(wave, share, number as u64), number)?;
+        }
+        for path in self.files()? {
             std::fs::remove_file(&path).map_err(|error| Failure::io("remove", &path, &error))?;
         }
         self.sync()?;
         Ok(round)
+    }
+
+    /// Loads and stores at the same time, on each side but fio.
+    fn mix_wave(&mut self, mix: &Mix, number: usize) -> Result<Sides, Failure> {
+        let mut found = Sides::default();
+        self.prepare_files(&self.files()?)?;
+        self.mark_source(&mix.wave)?;
+        let mut sides = self.sides(&[]);
+        sides.retain(|side| *side != Side::Fio);
+        let cached = self.load_source == LoadSource::PageCache;
+        for side in in_turn(&sides, number) {
+            let Side::Kvrail(index) = side else {
+                found.add(side, self.raw.mix(mix, cached)?);
+                self.sync()?;
+                continue;
+            };
+            self.target.poison()?;
+            let subject = self.subject(index)?;
+            found.add(side, subject.mix(&self.source, &self.target, mix)?);
+            self.compare(&mix.wave, |place| mix.is_load(place))?;
+            self.sync()?;
+        }
+        Ok(found)
     }
 
     /// Returns those that take part in every operation, and `others`.
@@ -229,8 +258,8 @@ impl Bench {
     }
 
     /// Returns the files of all sides.
-    fn files(&self, items: &[u64]) -> Result<Vec<PathBuf>, Failure> {
-        let mut files: Vec<PathBuf> = items.iter().map(|item| self.raw.path(*item)).collect();
+    fn files(&self) -> Result<Vec<PathBuf>, Failure> {
+        let mut files = self.raw.files()?;
         for subject in &self.subjects {
             files.extend(subject.chunk_files()?);
         }
@@ -275,9 +304,10 @@ impl Bench {
             .try_for_each(|(slot, item)| self.source.stamp(slot, *item))
     }
 
-    fn compare(&self, wave: &[u64]) -> Result<(), Failure> {
+    /// Compares the chunks of a wave that were loaded with what was stored.
+    fn compare(&self, wave: &[u64], is_loaded: impl Fn(usize) -> bool) -> Result<(), Failure> {
         for (slot, item) in wave.iter().enumerate() {
-            if !self.target.equals(&self.source, slot)? {
+            if is_loaded(slot) && !self.target.equals(&self.source, slot)? {
                 let message = format!("chunk {item} was loaded with other bytes than stored");
                 return Err(Failure::new(message).damaged());
             }

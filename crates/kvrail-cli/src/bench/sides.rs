@@ -40,6 +40,8 @@ impl Sides {
 pub(crate) struct Round {
     pub(crate) store: Sides,
     pub(crate) load: Sides,
+    /// Both at the same time, of the chunks of the first wave.
+    pub(crate) mix: Sides,
     /// Chunks that each kvrail loaded from its own memory.
     pub(crate) from_memory: Vec<u64>,
 }

@@ -9,6 +9,7 @@ use kvrail::{KvCache, Namespace, OpenOptions, Store, StoreChunk};
 use super::clients::{self, Sample};
 use super::geometry::CHUNK_TOKENS;
 use super::kv_memory::KvMemory;
+use super::mix::Mix;
 use super::plan::{LoadSource, Plan};
 use super::submission::{self, Submission, WAIT_LIMIT, chunk_ref, slot_of};
 use crate::failure::Failure;
@@ -85,13 +86,22 @@ impl Subject {
         })
     }
 
-    /// Stores one chunk of a wave and waits.
-    pub(crate) fn store_one(
+    /// Loads and stores at the same time.
+    pub(crate) fn mix(
         &self,
         source: &KvMemory,
-        wave: &[u64],
-        item: u64,
-    ) -> Result<(), Failure> {
+        target: &KvMemory,
+        mix: &Mix,
+    ) -> Result<Sample, Failure> {
+        mix.run(
+            &mut vec![(); self.in_flight],
+            |(), item| self.load_one(target, &mix.wave, item),
+            |(), item| self.store_one(source, &mix.new, item),
+        )
+    }
+
+    /// Stores one chunk of a wave and waits.
+    fn store_one(&self, source: &KvMemory, wave: &[u64], item: u64) -> Result<(), Failure> {
         let chunk = StoreChunk {
             chunk: chunk_ref(item, wave)?,
             blocks: source.blocks(slot_of(wave, item)),
@@ -101,12 +111,7 @@ impl Subject {
     }
 
     /// Loads one chunk of a wave and waits.
-    pub(crate) fn load_one(
-        &self,
-        target: &KvMemory,
-        wave: &[u64],
-        item: u64,
-    ) -> Result<(), Failure> {
+    fn load_one(&self, target: &KvMemory, wave: &[u64], item: u64) -> Result<(), Failure> {
         let blocks = target.blocks(slot_of(wave, item));
         submission::load(&self.target_cache, wave, item, blocks)
     }

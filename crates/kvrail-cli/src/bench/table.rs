@@ -92,10 +92,13 @@ impl Report {
 
     /// Returns the table, without the columns that nothing is in.
     fn table(&self) -> Table {
-        let operations: Vec<(&ModelReport, &str, &OperationReport)> = self
+        let operations: Vec<(&ModelReport, String, &OperationReport)> = self
             .models
             .iter()
-            .flat_map(|model| [(model, "store", &model.store), (model, "load", &model.load)])
+            .flat_map(|model| {
+                let operations = model.operations().into_iter();
+                operations.map(move |(name, operation)| (model, name, operation))
+            })
             .collect();
         let has = |pick: fn(&OperationReport) -> bool| {
             operations.iter().any(|(_, _, operation)| pick(operation))
@@ -112,7 +115,7 @@ impl Report {
         for (model, name, operation) in operations {
             let cells = columns
                 .iter()
-                .map(|(_, _, cell)| cell(model, name, operation));
+                .map(|(_, _, cell)| cell(model, &name, operation));
             table.row(cells.collect());
         }
         table

@@ -16,7 +16,10 @@ use std::process::{Command, Stdio};
 pub(crate) use self::probe::{PROBE_COMMAND, ProbeArguments, run as run_probe};
 pub(crate) use self::report::{GrowthReport, SizeReport};
 
+use clap::ValueEnum;
+
 use self::probe::Found;
+use super::arguments::Arguments;
 use super::sides::in_turn;
 use crate::failure::Failure;
 use crate::output::progress_bar;
@@ -24,14 +27,9 @@ use crate::output::progress_bar;
 /// Rounds at least, whatever was asked for: a median of fewer says little.
 const ROUNDS_MIN: usize = 5;
 
-/// Measures stores with so many chunks each, below `directory`.
-pub(crate) fn measure(
-    directory: &Path,
-    counts: &[u64],
-    threads: usize,
-    rounds: usize,
-) -> Result<GrowthReport, Failure> {
-    let mut counts = counts.to_vec();
+/// Measures stores of each size that was asked for, below `directory`.
+pub(crate) fn measure(directory: &Path, arguments: &Arguments) -> Result<GrowthReport, Failure> {
+    let mut counts = arguments.growth.clone();
     counts.sort_unstable();
     counts.dedup();
     let bar = progress_bar(
@@ -47,7 +45,7 @@ pub(crate) fn measure(
     }
     bar.finish_and_clear();
     super::run::sync_file_system(directory)?;
-    let rounds = rounds.max(ROUNDS_MIN);
+    let rounds = (arguments.rounds as usize).max(ROUNDS_MIN);
     let steps = (rounds + 1) * stores.len();
     let bar = progress_bar(steps as u64, "{msg} [{bar:40}] {pos}/{len}, {eta} left");
     bar.set_message("growth: measuring");
@@ -57,7 +55,7 @@ pub(crate) fn measure(
             let Some((count, path, all)) = stores.get_mut(index) else {
                 continue;
             };
-            let found = probe_once(path, *count, threads)?;
+            let found = probe_once(path, *count, arguments)?;
             // The first finds the names on disk, or not, as they were made.
             if round > 0 {
                 all.push(found);
@@ -71,16 +69,25 @@ pub(crate) fn measure(
 }
 
 /// Measures one store, once. Each wait of that process has an end.
-fn probe_once(path: &Path, chunks: u64, threads: usize) -> Result<Found, Failure> {
+fn probe_once(path: &Path, chunks: u64, arguments: &Arguments) -> Result<Found, Failure> {
     let failed =
         |reason: String| Failure::new(format!("measure a store of {chunks} chunks: {reason}"));
+    // With several engines the first, as the one that the others are compared with.
+    let engine = arguments
+        .engine
+        .first()
+        .and_then(ValueEnum::to_possible_value);
     let program = std::env::current_exe().map_err(|error| failed(error.to_string()))?;
     let output = Command::new(program)
         .arg(PROBE_COMMAND)
         .arg("--directory")
         .arg(path)
         .args(["--chunks", &chunks.to_string()])
-        .args(["--threads", &threads.to_string()])
+        .args(["--threads", &arguments.threads.to_string()])
+        .args([
+            "--engine",
+            engine.as_ref().map_or("auto", |engine| engine.get_name()),
+        ])
         .stdin(Stdio::null())
         .output()
         .map_err(|error| failed(error.to_string()))?;

@@ -12,6 +12,7 @@ use kvrail::ChunkKey;
 use kvrail::store::inspect::{find_chunk, namespaces};
 
 use super::probe::Small;
+use crate::bench::arguments::Engine;
 use crate::bench::submission::key_of;
 use crate::failure::Failure;
 
@@ -23,7 +24,7 @@ const STEP: u64 = 1_000;
 
 /// Makes a store with `count` chunks at `path`: those of the numbers below `count`.
 pub(super) fn make(path: &Path, count: u64, bar: &ProgressBar) -> Result<(), Failure> {
-    let small = Small::open(path, 1)?;
+    let small = Small::open(path, 1, Engine::Posix)?;
     small.store(&small.attach()?, 0, 1)?;
     small.close()?;
     let namespace = namespaces(path)?.into_iter().next();

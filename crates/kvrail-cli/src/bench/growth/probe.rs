@@ -13,6 +13,7 @@ use kvrail::store::inspect::find_chunk;
 use kvrail::{KvCache, KvLayout, LayerSpan, Namespace, OpenOptions, Region, Store, StoreChunk};
 use serde::{Deserialize, Serialize};
 
+use crate::bench::arguments::Engine;
 use crate::bench::lookup::CHUNKS as LOOKED_UP;
 use crate::bench::submission::{self, Submission, WAIT_LIMIT, chunk_ref, key_of};
 use crate::failure::Failure;
@@ -44,6 +45,9 @@ pub(crate) struct ProbeArguments {
     /// Threads of the store
     #[arg(long)]
     threads: usize,
+    /// The engine of the store
+    #[arg(long, value_enum)]
+    engine: Engine,
 }
 
 /// What one process measured.
@@ -62,7 +66,8 @@ pub(super) struct Found {
 /// Measures once and prints the figures as JSON.
 pub(crate) fn run(arguments: &ProbeArguments) -> Result<ExitCode, Failure> {
     let before = resident_bytes()?;
-    let (open_ms, small) = timed(|| Small::open(&arguments.directory, arguments.threads))?;
+    let (open_ms, small) =
+        timed(|| Small::open(&arguments.directory, arguments.threads, arguments.engine))?;
     let open_bytes = resident_bytes()?.saturating_sub(before) as f64;
     let cache = small.attach()?;
     // All over the store, and no two beside each other.
@@ -113,9 +118,10 @@ pub(super) struct Small {
 
 impl Small {
     /// Opens it; memory is taken when the first chunk is stored or loaded.
-    pub(super) fn open(path: &Path, threads: usize) -> Result<Self, Failure> {
+    pub(super) fn open(path: &Path, threads: usize, engine: Engine) -> Result<Self, Failure> {
         let config = StoreConfig {
             gds_backend: GdsBackend::Posix,
+            io_engine: engine.choice(),
             disk_io_threads: threads,
             buffer_mib: STAGING_MIB,
             ..StoreConfig::with_path(path)

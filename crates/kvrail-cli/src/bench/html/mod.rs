@@ -103,8 +103,8 @@ fn write_model(model: &ModelReport, out: &mut String) {
         model.verified_chunks,
         escaped(&model.engine_reason),
     );
-    for (name, operation) in [("store", &model.store), ("load", &model.load)] {
-        write_operation(name, operation, out);
+    for (name, operation) in model.operations() {
+        write_operation(&name, operation, out);
     }
 }
 
