@@ -77,6 +77,9 @@ enum Command {
     /// Removes a directory of `bench` when stdin closes, that is, when the parent is gone.
     #[command(name = bench::CLEANUP_COMMAND, hide = true)]
     BenchCleanup(bench::CleanupArguments),
+    /// Measures a store with many chunks once, for `bench --growth`.
+    #[command(name = bench::PROBE_COMMAND, hide = true)]
+    BenchGrowthProbe(bench::ProbeArguments),
     /// Tries cuFile as stdin says and answers on stdout.
     #[command(name = cufile_probe::COMMAND, hide = true)]
     CufileProbe,
@@ -106,6 +109,7 @@ fn run(command_line: CommandLine) -> Result<ExitCode, Failure> {
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Completions(arguments) => completions::run(&arguments),
         Command::BenchCleanup(arguments) => bench::clean_up(&arguments),
+        Command::BenchGrowthProbe(arguments) => bench::run_probe(&arguments),
         Command::CufileProbe => Ok(cufile_probe::run()),
     }
 }

@@ -89,6 +89,13 @@ impl KvMemory {
         Ok(())
     }
 
+    /// Copies a whole payload to where a slot's blocks would lie if they lay in one piece.
+    pub(crate) fn copy_whole(&self, slot: usize, payload: &[u8]) -> Result<(), Failure> {
+        Ok(self
+            .region
+            .copy_in(slot * self.geometry.payload_bytes(), payload)?)
+    }
+
     /// Makes a slot's bytes those of one chunk: writes its number and place into each block of each
     /// layer, so that chunks that share a slot differ everywhere.
     pub(crate) fn stamp(&self, slot: usize, chunk: u64) -> Result<(), Failure> {

@@ -7,7 +7,7 @@
 //! One thread moves a file whole, in order. It is what bare system calls reach in that shape, not a
 //! bound: kvrail reads parts of one file on several threads, so a ratio above 1 is possible.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -16,35 +16,48 @@ use kvrail::chunk::PAGE_BYTES;
 use rustix::fs::OFlags;
 
 use super::clients::{self, Sample};
+use super::mix::Mix;
 use super::random::Random;
 use crate::failure::Failure;
 
 /// The raw side of a benchmark.
 pub(crate) struct Raw {
     directory: PathBuf,
+    file_bytes: usize,
     direct: bool,
     /// One per thread, used again for each file, so that no page fault is timed.
     buffers: Vec<AlignedBuffer>,
 }
 
 impl Raw {
-    /// Makes the directory, finds out whether O_DIRECT works there, and fills the buffers.
+    /// Makes the directory, finds out whether O_DIRECT works there unless `direct` says whether to
+    /// use it, and fills the buffers.
     pub(crate) fn new(
         directory: PathBuf,
         file_bytes: usize,
         threads: usize,
+        direct: Option<bool>,
     ) -> Result<Self, Failure> {
         std::fs::create_dir(&directory)
             .map_err(|error| Failure::io("create", &directory, &error))?;
         let buffers = (0..threads)
             .map(|thread| AlignedBuffer::new(file_bytes, thread))
             .collect();
-        let direct = probe_direct(&directory)?;
+        let direct = match direct {
+            Some(direct) => direct,
+            None => probe_direct(&directory)?,
+        };
         Ok(Self {
             directory,
+            file_bytes,
             direct,
             buffers,
         })
+    }
+
+    /// Returns the bytes of each file.
+    pub(crate) fn file_bytes(&self) -> usize {
+        self.file_bytes
     }
 
     /// Returns whether O_DIRECT is used.
@@ -57,27 +70,70 @@ impl Raw {
         self.directory.join(format!("{item:08x}"))
     }
 
+    /// Returns all files that are there.
+    pub(crate) fn files(&self) -> Result<Vec<PathBuf>, Failure> {
+        std::fs::read_dir(&self.directory)
+            .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
+            .map_err(|error| Failure::io("list", &self.directory, &error))
+    }
+
     /// Writes the files of `items`.
     pub(crate) fn store(&mut self, items: &[u64]) -> Result<Sample, Failure> {
         let (directory, direct) = (&self.directory, self.direct);
         clients::run(&mut self.buffers, items, |buffer, item| {
-            let temporary = directory.join(format!(".{item:08x}.tmp"));
-            let target = directory.join(format!("{item:08x}"));
-            write_file(&temporary, buffer.bytes(), direct)
-                .and_then(|()| std::fs::rename(&temporary, &target))
-                .map_err(|error| Failure::io("write", &temporary, &error))
+            store_one(directory, buffer, item, direct)
         })
     }
 
     /// Reads the files of `items`.
     pub(crate) fn load(&mut self, items: &[u64]) -> Result<Sample, Failure> {
-        let (directory, direct) = (&self.directory, self.direct);
+        self.load_by(items, self.direct)
+    }
+
+    /// Reads the files of `items` through the page cache.
+    pub(crate) fn load_cached(&mut self, items: &[u64]) -> Result<Sample, Failure> {
+        self.load_by(items, false)
+    }
+
+    fn load_by(&mut self, items: &[u64], direct: bool) -> Result<Sample, Failure> {
+        let directory = &self.directory;
         clients::run(&mut self.buffers, items, |buffer, item| {
-            let path = directory.join(format!("{item:08x}"));
-            read_file(&path, buffer.bytes_mut(), direct)
-                .map_err(|error| Failure::io("read", &path, &error))
+            load_one(directory, buffer, item, direct)
         })
     }
+
+    /// Reads and writes at the same time; `cached`: reads come from the page cache.
+    pub(crate) fn mix(&mut self, mix: &Mix, cached: bool) -> Result<Sample, Failure> {
+        let (directory, direct) = (&self.directory, self.direct);
+        mix.run(
+            &mut self.buffers,
+            |buffer, item| load_one(directory, buffer, item, direct && !cached),
+            |buffer, item| store_one(directory, buffer, item, direct),
+        )
+    }
+}
+
+fn store_one(
+    directory: &Path,
+    buffer: &AlignedBuffer,
+    item: u64,
+    direct: bool,
+) -> Result<(), Failure> {
+    let temporary = directory.join(format!(".{item:08x}.tmp"));
+    let target = directory.join(format!("{item:08x}"));
+    write_file(&temporary, buffer.bytes(), direct)
+        .and_then(|()| std::fs::rename(&temporary, &target))
+        .map_err(|error| Failure::io("write", &temporary, &error))
+}
+
+fn load_one(
+    directory: &Path,
+    buffer: &mut AlignedBuffer,
+    item: u64,
+    direct: bool,
+) -> Result<(), Failure> {
+    let path = directory.join(format!("{item:08x}"));
+    read_file(&path, buffer.bytes_mut(), direct).map_err(|error| Failure::io("read", &path, &error))
 }
 
 /// Writes a page with O_DIRECT and reads it back: an open that succeeds proves nothing.
@@ -115,15 +171,6 @@ fn read_file(path: &Path, target: &mut [u8], direct: bool) -> io::Result<()> {
     options(direct).read(true).open(path)?.read_exact(target)
 }
 
-/// Writes back and drops a file's pages from the page cache, so that a load is one from disk.
-pub(crate) fn drop_from_page_cache(path: &Path) -> Result<(), Failure> {
-    let file = File::open(path).map_err(|error| Failure::io("open", path, &error))?;
-    file.sync_data()
-        .map_err(|error| Failure::io("sync", path, &error))?;
-    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)
-        .map_err(|error| Failure::io("drop from the page cache", path, &error.into()))
-}
-
 /// Random bytes that start at a page boundary, as O_DIRECT asks for.
 struct AlignedBuffer {
     memory: Vec<u8>,
@@ -158,16 +205,18 @@ impl AlignedBuffer {
 
 #[cfg(test)]
 mod tests {
+    use super::super::page_cache::drop_from_page_cache;
     use super::*;
 
     #[test]
     fn what_is_stored_is_read_back_and_nothing_else_stays() {
         let directory = tempfile::tempdir().unwrap();
         let bytes = 3 * PAGE_BYTES;
-        let mut raw = Raw::new(directory.path().join("raw"), bytes, 2).unwrap();
+        let mut raw = Raw::new(directory.path().join("raw"), bytes, 2, None).unwrap();
         raw.store(&[1, 2, 3]).unwrap();
         drop_from_page_cache(&raw.path(2)).unwrap();
         assert_eq!(raw.load(&[3, 2, 1]).unwrap().latencies.len(), 3);
+        assert_eq!(raw.load_cached(&[2, 3]).unwrap().latencies.len(), 2);
         let found = std::fs::read_dir(directory.path().join("raw")).unwrap();
         let sizes: Vec<u64> = found
             .map(|entry| entry.unwrap().metadata().unwrap().len())

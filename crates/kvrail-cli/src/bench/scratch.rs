@@ -8,6 +8,7 @@ use std::io::{self, Read};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::Duration;
 
 use clap::Args;
 
@@ -19,6 +20,10 @@ pub(crate) const CLEANUP_COMMAND: &str = "bench-cleanup";
 
 /// How the name of such a directory starts: what the hidden command refuses to remove otherwise.
 const PREFIX: &str = ".kvrail-bench-";
+
+/// How often a removal that failed is tried again, and after which pause: 10 s in all.
+const ATTEMPTS: usize = 50;
+const ATTEMPT_PAUSE: Duration = Duration::from_millis(200);
 
 /// The arguments of the hidden command.
 #[derive(Debug, Args)]
@@ -81,8 +86,16 @@ pub(crate) fn clean_up(arguments: &CleanupArguments) -> Result<ExitCode, Failure
     }
     // Whatever ends the wait, an error too, means that nobody uses the directory any more.
     let _ = io::stdin().lock().read_to_end(&mut Vec::new());
-    remove(&arguments.directory)
-        .map_err(|error| Failure::io("remove", &arguments.directory, &error))?;
+    // A fio that `bench` left behind may still make files there; without its folder it soon ends.
+    let mut outcome = remove(&arguments.directory);
+    for _ in 0..ATTEMPTS {
+        if outcome.is_ok() {
+            break;
+        }
+        std::thread::sleep(ATTEMPT_PAUSE);
+        outcome = remove(&arguments.directory);
+    }
+    outcome.map_err(|error| Failure::io("remove", &arguments.directory, &error))?;
     Ok(ExitCode::SUCCESS)
 }
 

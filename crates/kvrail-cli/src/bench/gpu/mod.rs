@@ -49,7 +49,7 @@ pub(super) fn run(arguments: &Arguments, ordinal: usize) -> Result<ExitCode, Fai
         ..OpenOptions::default()
     };
     let (gpu, device) = device::open(ordinal, &options)?;
-    let geometries = arguments.model.geometries();
+    let geometries = arguments.geometries();
     let scratch = Scratch::new(&arguments.path)?;
     let chunks = arguments.chunks.get();
     super::check_space(scratch.path(), &geometries, COPIES_OF_FILES * chunks as u64)?;
@@ -60,7 +60,7 @@ pub(super) fn run(arguments: &Arguments, ordinal: usize) -> Result<ExitCode, Fai
     };
     let mut models = Vec::new();
     for geometry in geometries {
-        let plan = super::plan(arguments, geometry);
+        let plan = arguments.plan(geometry, None);
         let bar = progress_bar(
             (2 * plan.chunks * (plan.rounds + 1)) as u64,
             "{msg} [{bar:40}] {pos}/{len} chunks, {eta} left",

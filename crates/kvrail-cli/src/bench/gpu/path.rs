@@ -12,7 +12,7 @@ use kvrail_cuda::Event;
 
 use super::super::clients::{self, Sample};
 use super::super::geometry::CHUNK_TOKENS;
-use super::super::run::Plan;
+use super::super::plan::Plan;
 use super::super::submission::{self, Submission, WAIT_LIMIT, chunk_ref, slot_of};
 use super::kv_memory::GpuKvMemory;
 use super::rounds::Setting;

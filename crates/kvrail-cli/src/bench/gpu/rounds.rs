@@ -14,8 +14,10 @@ use kvrail::io::MountReport;
 use kvrail::memory::{CopyMethod, Gpu};
 
 use super::super::clients::Sample;
-use super::super::raw::{Raw, drop_from_page_cache};
-use super::super::run::{Plan, sync_file_system};
+use super::super::page_cache::drop_from_page_cache;
+use super::super::plan::Plan;
+use super::super::raw::Raw;
+use super::super::run::sync_file_system;
 use super::bare_cufile::BareCufile;
 use super::copies::{Copies, Timing, Work};
 use super::kv_memory::{GpuKvMemory, Outermost};
@@ -168,7 +170,7 @@ impl<'a> Bench<'a> {
         }
         let blocks = geometry.blocks_per_chunk();
         let bytes = file_bytes(&paths);
-        let disk = Raw::new(directory.join("raw"), bytes, plan.threads)?;
+        let disk = Raw::new(directory.join("raw"), bytes, plan.threads, None)?;
         let uses_cufile = paths.iter().any(|path| path.way().uses_cufile());
         let bare = || {
             let folder = directory.join("bare");

@@ -1,0 +1,154 @@
+//! A store under test: kvrail with one engine.
+
+use std::path::{Path, PathBuf};
+
+use kvrail::config::{EngineChoice, GdsBackend, StoreConfig};
+use kvrail::io::MountReport;
+use kvrail::{KvCache, Namespace, OpenOptions, Store, StoreChunk};
+
+use super::clients::{self, Sample};
+use super::geometry::CHUNK_TOKENS;
+use super::kv_memory::KvMemory;
+use super::mix::Mix;
+use super::plan::{LoadSource, Plan};
+use super::submission::{self, Submission, WAIT_LIMIT, chunk_ref, slot_of};
+use crate::failure::Failure;
+
+/// A store, and the memory that it stores from and loads into.
+pub(crate) struct Subject {
+    store: Store,
+    directory: PathBuf,
+    source_cache: KvCache,
+    target_cache: KvCache,
+    submission: Submission,
+    in_flight: usize,
+}
+
+impl Subject {
+    /// Opens a store at `path` over the memory to store from and the memory to load into.
+    pub(crate) fn open(
+        plan: &Plan,
+        engine: EngineChoice,
+        path: &Path,
+        memories: [&KvMemory; 2],
+    ) -> Result<Self, Failure> {
+        let geometry = plan.geometry;
+        let config = config(plan, engine, path);
+        let namespace = Namespace::new(geometry.name, serde_json::Map::new())?;
+        let directory = path.join(namespace.directory_name());
+        let store = Store::open(&config, namespace, OpenOptions::default())?;
+        let attach = |memory: &KvMemory| -> Result<KvCache, Failure> {
+            let regions = vec![memory.region()];
+            Ok(store.attach(0, 0, memory.layout()?, regions, geometry.blocks_per_chunk())?)
+        };
+        let [source, target] = memories;
+        Ok(Self {
+            source_cache: attach(source)?,
+            target_cache: attach(target)?,
+            store,
+            directory,
+            submission: Submission::default(),
+            in_flight: plan.in_flight,
+        })
+    }
+
+    /// Returns the bytes of a chunk's file.
+    pub(crate) fn file_bytes(&self) -> usize {
+        self.source_cache.chunk_file_bytes()
+    }
+
+    /// Returns the directory of the store's namespace.
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Returns how often a chunk was submitted again.
+    pub(crate) fn retries(&self) -> u64 {
+        self.submission.retries()
+    }
+
+    /// Returns how many chunks were loaded from the store's own memory so far.
+    pub(crate) fn loaded_from_memory(&self) -> u64 {
+        self.store.metrics().local_cpu_chunks_loaded
+    }
+
+    /// Stores a wave of chunks from `source`.
+    pub(crate) fn store(&self, source: &KvMemory, wave: &[u64]) -> Result<Sample, Failure> {
+        clients::run(&mut vec![(); self.in_flight], wave, |(), item| {
+            self.store_one(source, wave, item)
+        })
+    }
+
+    /// Loads a wave of chunks into `target`.
+    pub(crate) fn load(&self, target: &KvMemory, wave: &[u64]) -> Result<Sample, Failure> {
+        clients::run(&mut vec![(); self.in_flight], wave, |(), item| {
+            self.load_one(target, wave, item)
+        })
+    }
+
+    /// Loads and stores at the same time.
+    pub(crate) fn mix(
+        &self,
+        source: &KvMemory,
+        target: &KvMemory,
+        mix: &Mix,
+    ) -> Result<Sample, Failure> {
+        mix.run(
+            &mut vec![(); self.in_flight],
+            |(), item| self.load_one(target, &mix.wave, item),
+            |(), item| self.store_one(source, &mix.new, item),
+        )
+    }
+
+    /// Stores one chunk of a wave and waits.
+    fn store_one(&self, source: &KvMemory, wave: &[u64], item: u64) -> Result<(), Failure> {
+        let chunk = StoreChunk {
+            chunk: chunk_ref(item, wave)?,
+            blocks: source.blocks(slot_of(wave, item)),
+        };
+        let submit = || Ok(self.source_cache.store(std::slice::from_ref(&chunk))?);
+        self.submission.store(&self.store, item, submit)
+    }
+
+    /// Loads one chunk of a wave and waits.
+    fn load_one(&self, target: &KvMemory, wave: &[u64], item: u64) -> Result<(), Failure> {
+        let blocks = target.blocks(slot_of(wave, item));
+        submission::load(&self.target_cache, wave, item, blocks)
+    }
+
+    /// Returns the files of all chunks.
+    pub(crate) fn chunk_files(&self) -> Result<Vec<PathBuf>, Failure> {
+        let files = kvrail::store::inspect::chunks(&self.directory);
+        Ok(files
+            .map(|file| file.map(|file| file.path))
+            .collect::<kvrail::Result<_>>()?)
+    }
+
+    /// Ends the store and returns what it said of its path.
+    pub(crate) fn close(&self) -> Result<MountReport, Failure> {
+        let report = self.store.describe().into_iter().next();
+        self.store.close(WAIT_LIMIT)?;
+        report.ok_or_else(|| Failure::new("the store reports no mount"))
+    }
+}
+
+/// Returns the settings of a store under test.
+fn config(plan: &Plan, engine: EngineChoice, path: &Path) -> StoreConfig {
+    let config = StoreConfig {
+        chunk_size: CHUNK_TOKENS,
+        gds_backend: GdsBackend::Posix,
+        io_engine: engine,
+        disk_io_threads: plan.threads,
+        buffer_mib: plan.buffer_mib,
+        use_direct_io: plan.direct,
+        ..StoreConfig::with_path(path)
+    };
+    match plan.load_source {
+        LoadSource::Disk | LoadSource::PageCache => config,
+        LoadSource::Memory { gigabytes } => StoreConfig {
+            local_cpu: true,
+            max_local_cpu_size_gb: gigabytes,
+            ..config
+        },
+    }
+}
