@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use kvrail::config::{
     Admission, ConfigSources, Durability, EngineChoice, EvictionPolicy, GdsBackend,
-    LoadFailurePolicy, MinFree, PathSharding, ResolvedConfig, StoreConfig, resolve,
+    LoadFailurePolicy, MinFree, PageCache, PathSharding, ResolvedConfig, StoreConfig, resolve,
 };
 use kvrail::{Error, Result};
 use pyo3::prelude::*;
@@ -154,6 +154,11 @@ fn values(store: &StoreConfig) -> Value {
         "extra_config.cufile_compat_mode": store.cufile_compat_mode,
         "extra_config.direct": store.direct,
         "extra_config.use_direct_io": store.use_direct_io,
+        "extra_config.page_cache": match store.page_cache {
+            PageCache::Auto => "auto",
+            PageCache::Keep => "keep",
+            PageCache::Bypass => "bypass",
+        },
         "extra_config.io_engine": match store.io_engine {
             EngineChoice::Auto => "auto",
             EngineChoice::Posix => "posix",

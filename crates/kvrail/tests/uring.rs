@@ -14,6 +14,8 @@ mod crash;
 mod damage;
 #[path = "faults.rs"]
 mod faults;
+#[path = "page_cache.rs"]
+mod page_cache;
 #[path = "round_trip.rs"]
 mod round_trip;
 

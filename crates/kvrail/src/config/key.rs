@@ -5,8 +5,8 @@ use serde_json::Value;
 use super::store_config::{
     Admission, BUFFER_MIB, CHUNK_SIZE, DISK_IO_THREADS, Durability, EngineChoice, EvictionPolicy,
     GdsBackend, LOOKUP_HOLD_SECONDS, LOOKUP_LIMIT_SECONDS, LOW_WATERMARK, LoadFailurePolicy,
-    MAX_LOCAL_CPU_SIZE_GB, MIN_LOAD_TOKENS, PathSharding, SLOW_LIMIT_SECONDS, StoreConfig,
-    TTL_SECONDS, WAIT_LIMIT_SECONDS,
+    MAX_LOCAL_CPU_SIZE_GB, MIN_LOAD_TOKENS, PageCache, PathSharding, SLOW_LIMIT_SECONDS,
+    StoreConfig, TTL_SECONDS, WAIT_LIMIT_SECONDS,
 };
 use super::value::{self, Parsed};
 
@@ -206,6 +206,18 @@ pub(super) static KEYS: &[Key] = &[
         aliases: &[],
         set: |config, given| {
             value::boolean_or_auto(given).map(|switch| config.use_direct_io = switch)
+        },
+    },
+    Key {
+        name: "extra_config.page_cache",
+        aliases: &[],
+        set: |config, given| {
+            let choices = [
+                ("auto", PageCache::Auto),
+                ("keep", PageCache::Keep),
+                ("bypass", PageCache::Bypass),
+            ];
+            value::word(given, &choices).map(|choice| config.page_cache = choice)
         },
     },
     Key {

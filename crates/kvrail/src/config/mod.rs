@@ -42,6 +42,6 @@ pub use resolve::{ResolvedConfig, resolve};
 pub use source::ConfigSources;
 pub use store_config::{
     Admission, Durability, EngineChoice, EvictionPolicy, GdsBackend, LoadFailurePolicy, MinFree,
-    PathSharding, StoreConfig,
+    PageCache, PathSharding, StoreConfig,
 };
 pub use value::{age, size};

@@ -63,6 +63,18 @@ pub enum EngineChoice {
     Uring,
 }
 
+/// What loads and stores have to do with the system's page cache, where files are opened direct.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum PageCache {
+    /// Loads take from it what is there; stores leave nothing in it.
+    #[default]
+    Auto,
+    /// Loads take from it what is there; stores leave in it what they write.
+    Keep,
+    /// Neither loads nor stores touch it.
+    Bypass,
+}
+
 /// What a published chunk survives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Durability {
@@ -155,6 +167,9 @@ pub struct StoreConfig {
     /// Whether files are opened with `O_DIRECT`; `None` leaves it to a probe of each mount.
     /// Default: `None`.
     pub use_direct_io: Option<bool>,
+    /// What loads and stores have to do with the page cache (`extra_config.page_cache`). Default:
+    /// [`PageCache::Auto`].
+    pub page_cache: PageCache,
     /// What moves bytes between files and staging memory of the host. Default:
     /// [`EngineChoice::Auto`].
     pub io_engine: EngineChoice,
@@ -220,6 +235,7 @@ impl StoreConfig {
             cufile_compat_mode: false,
             direct: None,
             use_direct_io: None,
+            page_cache: PageCache::default(),
             io_engine: EngineChoice::default(),
             disk_io_threads: 4,
             max_size: None,

@@ -7,8 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use kvrail_cuda::{CuFileDriver, FileHandle};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Advice, Mode, OFlags, fadvise};
+use rustix::io::Errno;
+use rustix::param::page_size;
 
+use super::cachestat::cached_pages;
 use super::folder::{FileStatus, Folder, set_exact_mode};
 use super::observer::Step;
 use super::permissions::Permissions;
@@ -32,6 +35,8 @@ pub struct IoFile {
     // Dropped first: cuFile must forget the file before it is closed.
     registration: OnceLock<Result<FileHandle, kvrail_cuda::Error>>,
     file: File,
+    /// The same file once more, through the page cache.
+    cached_view: Option<OwnedFd>,
     path: PathBuf,
     direct: bool,
     is_prompt: OnceLock<bool>,
@@ -82,10 +87,44 @@ impl IoFile {
         Self {
             registration: OnceLock::new(),
             file: file.into(),
+            cached_view: None,
             path,
             direct,
             is_prompt: OnceLock::new(),
         }
+    }
+
+    /// Opens the file once more, for what the page cache has of it.
+    ///
+    /// A file that is opened direct cannot be read from there. The two views are of one inode, or
+    /// there is no second one: the name may belong to another file by now.
+    #[must_use]
+    pub(super) fn with_cached_view(mut self, folder: &Folder, below: &str) -> Self {
+        let flags = flags(OpenMode::Read, false);
+        let opened = folder.open_below(below.as_ref(), flags, Mode::empty());
+        self.cached_view = opened.ok().filter(|view| {
+            let inode = |file: BorrowedFd<'_>| {
+                rustix::fs::fstat(file).map(|found| (found.st_dev, found.st_ino))
+            };
+            let (first, second) = (inode(self.file.as_fd()), inode(view.as_fd()));
+            // What goes from the page cache while it is read is not to be read ahead anew.
+            first.is_ok() && first == second && fadvise(view, 0, None, Advice::Random).is_ok()
+        });
+        self
+    }
+
+    /// Returns how many bytes of a range the page cache has, up to a page more at either end.
+    ///
+    /// # Errors
+    /// The system's: it tells since Linux 6.5, and those who own the file or may write to it.
+    pub fn cached_bytes(&self, offset: u64, bytes: u64) -> Result<u64, Errno> {
+        let pages = cached_pages(self.file.as_fd(), offset, bytes)?;
+        Ok(bytes.min(pages.saturating_mul(page_size() as u64)))
+    }
+
+    /// Returns the view through the page cache, where there is one beside a direct one.
+    pub(super) fn cached_view(&self) -> Option<BorrowedFd<'_>> {
+        self.cached_view.as_ref().map(AsFd::as_fd)
     }
 
     /// Returns whether the file system does a direct read or write without waiting, or says that

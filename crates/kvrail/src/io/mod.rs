@@ -10,6 +10,8 @@
 //! symbolic link is followed on the way.
 
 mod bounded;
+mod cached_reads;
+mod cachestat;
 mod compare;
 mod cufile;
 mod file;
@@ -25,6 +27,7 @@ mod small;
 mod uring;
 
 pub use bounded::within;
+pub use cached_reads::CachedReads;
 pub use compare::{Comparison, compare_engines};
 pub use cufile::CufileEngine;
 pub use file::{IoFile, OpenMode};
@@ -128,4 +131,6 @@ pub struct IoCounts {
     pub leaked: u64,
     /// Requests that nobody waits for and that the kernel still has, now.
     pub held: u64,
+    /// Bytes that reads took from the page cache.
+    pub from_page_cache: u64,
 }

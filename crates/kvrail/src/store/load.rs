@@ -22,7 +22,7 @@ use super::tier;
 use super::verify::hash_part;
 use crate::chunk::PAGE_BYTES;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{FileStatus, IoFile, OpenMode, Operation};
+use crate::io::{FileStatus, IoFile, Operation};
 use crate::memory::StagingRange;
 
 /// How long a worker waits for a staging buffer before it looks for other work.
@@ -304,7 +304,7 @@ fn move_chunk(
         )),
         (LoadBuffer::Host(buffer), gpu) => {
             let loaded = match gpu {
-                None => load_host::load(&*mount.engine, job, file, buffer, deadline)
+                None => load_host::load(mount.reader(), job, file, buffer, deadline)
                     .map(|loaded| (Arc::new(loaded.image), loaded.extents)),
                 Some(gpu) => load_through_host(mount, job, gpu, file, buffer, (began, deadline)),
             };
@@ -354,9 +354,10 @@ fn open_chunk(
 ) -> Result<(Arc<IoFile>, FileStatus)> {
     let (group, rank, key) = place;
     let below = Location::chunk(*group, *rank, key).below();
-    let opened = mount.directory.open().and_then(|namespace| {
-        IoFile::open_in(&namespace, below, OpenMode::Read, mount.report.direct)
-    });
+    let opened = mount
+        .directory
+        .open()
+        .and_then(|namespace| mount.open_chunk(&namespace, &below));
     let file = match opened {
         Ok(file) => file,
         Err(error) => {
@@ -415,7 +416,7 @@ fn read(
     let mut computed = vec![0_u64; if hash_here { extents.pages.len() } else { 0 }];
     let mut image: Option<StagingRange> = None;
     let ranges = &extents.ranges;
-    let parts = image::submit(&*mount.engine, Operation::Read, file, ranges, buffer);
+    let parts = image::submit(mount.reader(), Operation::Read, file, ranges, buffer);
     for part in parts {
         let offset = part.offset;
         let bytes = part.wait(deadline)?;

@@ -89,6 +89,8 @@ metrics! {
         local_cpu_chunks_loaded,
         /// Payload bytes of those.
         local_cpu_bytes_loaded,
+        /// Bytes of files that loads took from the page cache, where files are opened direct.
+        page_cache_bytes_loaded,
         /// Loads of chunks that gave nothing, for any reason: missing, damaged, error, time.
         loads_failed,
         /// Of those: chunks that were not tried because their path is left alone.
@@ -182,5 +184,6 @@ impl Metrics {
         self.uring_requests_cancelled.set(counts.cancelled);
         self.uring_requests_leaked.set(counts.leaked);
         self.uring_requests_held.set(counts.held);
+        self.page_cache_bytes_loaded.set(counts.from_page_cache);
     }
 }

@@ -11,9 +11,9 @@ use super::directory::NamespaceDirectory;
 use super::gpu::CufileState;
 use super::health::{Health, tells_of_the_path};
 use crate::chunk::ChunkKey;
-use crate::config::{MinFree, PathSharding};
+use crate::config::{MinFree, PageCache, PathSharding};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{IoEngine, MountReport};
+use crate::io::{CachedReads, Folder, IoEngine, IoFile, MountReport, OpenMode};
 
 /// How long stores leave a path alone after it failed.
 const PAUSE: Duration = Duration::from_secs(5);
@@ -34,6 +34,10 @@ pub(super) struct Mount {
     pub(super) report: MountReport,
     /// What moves bytes between files and staging memory of the host.
     pub(super) engine: Arc<dyn IoEngine>,
+    /// The same for loads, with the page cache in front; `None` where that is not asked.
+    cached_reads: Option<CachedReads>,
+    /// Whether stores through the host leave what they write in the page cache.
+    keeps_cached: bool,
     /// Whether cuFile moves the bytes, and how it fares.
     pub(super) cufile: CufileState,
     pub(super) health: Health,
@@ -77,10 +81,52 @@ impl Mount {
             directory,
             report,
             engine,
+            cached_reads: None,
+            keeps_cached: false,
             cufile: CufileState::default(),
             health,
             min_free,
             state: Mutex::default(),
+        }
+    }
+
+    /// Sets what loads and stores have to do with the page cache. Without O_DIRECT all goes through
+    /// it anyway.
+    pub(super) fn with_page_cache(mut self, wish: PageCache) -> Self {
+        self.keeps_cached = wish == PageCache::Keep;
+        self.cached_reads = (self.report.direct && wish != PageCache::Bypass)
+            .then(|| CachedReads::new(Arc::clone(&self.engine)));
+        self
+    }
+
+    /// Returns what reads chunk files into staging memory of the host.
+    pub(super) fn reader(&self) -> &dyn IoEngine {
+        match &self.cached_reads {
+            Some(reads) => reads,
+            None => &*self.engine,
+        }
+    }
+
+    /// Returns the bytes that loads took from the page cache.
+    pub(super) fn page_cache_bytes(&self) -> u64 {
+        self.cached_reads.as_ref().map_or(0, CachedReads::bytes)
+    }
+
+    /// Returns whether the files that the host's engine writes are opened direct.
+    pub(super) fn writes_direct(&self) -> bool {
+        self.report.direct && !self.keeps_cached
+    }
+
+    /// Opens a chunk file for a load.
+    ///
+    /// # Errors
+    /// As of [`IoFile::open_in`].
+    pub(super) fn open_chunk(&self, namespace: &Folder, below: &str) -> Result<IoFile> {
+        let file = IoFile::open_in(namespace, below, OpenMode::Read, self.report.direct)?;
+        // cuFile goes past the page cache in any case.
+        match &self.cached_reads {
+            Some(reads) if !self.cufile.is_on() => Ok(reads.look_at(file, namespace, below)),
+            _ => Ok(file),
         }
     }
 

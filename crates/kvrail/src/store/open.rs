@@ -28,7 +28,7 @@ use super::tier::Tier;
 use super::watch::{self, Watch};
 use super::worker;
 use super::writer::{Writer, remove_leftovers};
-use crate::config::{Durability, StoreConfig};
+use crate::config::{Durability, PageCache, StoreConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{
     Folder, FolderRules, IoEngine, MountReport, Permissions, file_system_name, probe_folder, within,
@@ -214,7 +214,8 @@ impl Opening {
             engine,
             self.config.min_free,
             health,
-        ))
+        )
+        .with_page_cache(self.config.page_cache))
     }
 
     /// Creates what is missing and finds out what the mount can do.
@@ -229,6 +230,11 @@ impl Opening {
         if self.config.use_direct_io == Some(true) && !direct {
             self.notices.warn(Topic::Start, || {
                 format!("use_direct_io is set, but {}: {reason}", root.display())
+            });
+        }
+        if self.config.page_cache == PageCache::Bypass && !direct {
+            self.notices.warn(Topic::Start, || {
+                format!("page_cache is bypass, but {}: {reason}", root.display())
             });
         }
         let name = self.writer.file_name("compare");

@@ -169,7 +169,7 @@ impl Save<'_> {
         let store = self.store;
         let (mut image, hashed) = image.wait(Instant::now() + store.wait_limit)?;
         complete_image(self.cache, self.chunk, image.as_mut_slice(), hashed)?;
-        let temporary = self.create_temporary()?;
+        let temporary = self.create_temporary(self.mount.writes_direct())?;
         let file = temporary.file()?;
         let bytes = image.len();
         let engine = &*self.mount.engine;
@@ -228,7 +228,7 @@ impl Save<'_> {
             return Err(Error::new(ErrorKind::Gpu, message));
         }
         let gpu = self.cache.gpu.as_ref().ok_or_else(no_gpu)?;
-        let temporary = self.create_temporary()?;
+        let temporary = self.create_temporary(self.mount.report.direct)?;
         let file = temporary.file()?;
         let same = match image {
             Staged::Host(_) => return Err(no_gpu()),
@@ -258,11 +258,11 @@ impl Save<'_> {
     }
 
     /// Creates the temp file, and the namespace's directory again when somebody removed it.
-    fn create_temporary(self) -> Result<TemporaryFile> {
+    fn create_temporary(self, direct: bool) -> Result<TemporaryFile> {
         let (store, mount) = (self.store, self.mount);
         let directory = &mount.directory;
         let name = store.writer.file_name("chunk");
-        let (direct, bytes) = (mount.report.direct, self.cache.format.file_bytes() as u64);
+        let bytes = self.cache.format.file_bytes() as u64;
         match TemporaryFile::create(directory, name.clone(), direct, bytes) {
             Err(error) if is_missing(&error) => {
                 mount.check_device()?;

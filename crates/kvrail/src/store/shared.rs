@@ -92,8 +92,16 @@ impl StoreShared {
 
     /// Returns what they have counted together.
     pub(super) fn io_counts(&self) -> IoCounts {
-        let counts = self.engines();
-        counts.iter().fold(IoCounts::default(), |sum, engine| {
+        let from_page_cache = self
+            .mounts
+            .iter()
+            .map(|mount| mount.page_cache_bytes())
+            .sum();
+        let none = IoCounts {
+            from_page_cache,
+            ..IoCounts::default()
+        };
+        self.engines().iter().fold(none, |sum, engine| {
             let one = engine.counts();
             IoCounts {
                 continued: sum.continued + one.continued,
@@ -101,6 +109,7 @@ impl StoreShared {
                 cancelled: sum.cancelled + one.cancelled,
                 leaked: sum.leaked + one.leaked,
                 held: sum.held + one.held,
+                from_page_cache: sum.from_page_cache + one.from_page_cache,
             }
         })
     }

@@ -165,6 +165,11 @@ fn a_wrong_value_names_key_value_expectation_and_place() {
             "3: expected auto, true or false".to_owned(),
         ),
         (
+            "page_cache",
+            json!("off"),
+            "\"off\": expected auto or keep or bypass".to_owned(),
+        ),
+        (
             "io_engine",
             json!("io_uring"),
             "\"io_uring\": expected auto or posix or uring".to_owned(),

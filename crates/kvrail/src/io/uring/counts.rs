@@ -26,6 +26,7 @@ impl Counters {
             cancelled: get(&self.cancelled),
             leaked: get(&self.leaked),
             held,
+            from_page_cache: 0,
         }
     }
 }
