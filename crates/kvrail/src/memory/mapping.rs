@@ -4,9 +4,12 @@
 use std::ptr::NonNull;
 
 use kvrail_cuda::{Context, PinnedRange};
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use crate::error::{Error, ErrorKind, Result};
+
+/// Bytes from which huge pages are asked for: one of them (x86-64, and arm64 with 4 KiB pages).
+const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// Memory of our own, aligned to the system's page size (a multiple of 4096).
 #[derive(Debug)]
@@ -21,7 +24,8 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps `bytes` zeroed bytes; the kernel provides pages when they are first touched.
+    /// Maps `bytes` zeroed bytes; the kernel provides pages when they are first touched, huge ones
+    /// where it has some: they take a 512th of the faults, and of the work of pinning them.
     pub(super) fn new(bytes: usize) -> Result<Self> {
         let failed = || {
             Error::new(
@@ -36,7 +40,25 @@ impl Mapping {
             unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, protection, MapFlags::PRIVATE) };
         let address = mapped.map_err(|errno| failed().with_source(std::io::Error::from(errno)))?;
         let address = NonNull::new(address.cast()).ok_or_else(failed)?;
-        Ok(Self { address, bytes })
+        let mapping = Self { address, bytes };
+        mapping.ask_for_huge_pages();
+        Ok(mapping)
+    }
+
+    fn ask_for_huge_pages(&self) {
+        if self.bytes < HUGE_PAGE_BYTES {
+            return;
+        }
+        // SAFETY: the range is this mapping; what is in it stays as it is.
+        let asked = unsafe {
+            madvise(
+                self.address.as_ptr().cast(),
+                self.bytes,
+                Advice::LinuxHugepage,
+            )
+        };
+        // A kernel without them (EINVAL) has small ones.
+        drop(asked);
     }
 
     /// Returns the length in bytes.
@@ -64,5 +86,38 @@ impl Drop for Mapping {
         // it keeps this value alive, so nobody can use the memory any more.
         let unmapped = unsafe { munmap(self.address.as_ptr().cast(), self.bytes) };
         debug_assert!(unmapped.is_ok(), "munmap of our own mapping: {unmapped:?}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Returns the kB of huge pages that the kernel counts in the mapping that begins at an address.
+    fn huge_kb(address: usize) -> Option<u64> {
+        let maps = std::fs::read_to_string("/proc/self/smaps").ok()?;
+        let start = maps.find(&format!("\n{address:x}-"))?;
+        let line = maps[start..]
+            .lines()
+            .find(|line| line.starts_with("AnonHugePages:"))?;
+        line.split_whitespace().nth(1)?.parse().ok()
+    }
+
+    #[test]
+    fn memory_is_zeroed_and_large_mappings_have_huge_pages_where_there_are_some() {
+        let bytes = 16 * HUGE_PAGE_BYTES;
+        let mapping = Mapping::new(bytes).unwrap();
+        // SAFETY: the range is the mapping's, which outlives it, and nobody else has it.
+        let content = unsafe { std::slice::from_raw_parts_mut(mapping.address().as_ptr(), bytes) };
+        assert!(content.iter().all(|byte| *byte == 0));
+        content.fill(1);
+        let enabled = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+        let is_never = enabled.is_ok_and(|enabled| enabled.contains("[never]"));
+        match huge_kb(mapping.address().as_ptr().addr()) {
+            Some(huge) if huge > 0 => println!("{huge} kB of {} are huge pages", bytes / 1024),
+            _ if is_never => eprintln!("skipped: this system has no transparent huge pages"),
+            // Joined with a neighbour in the table, or no huge page was free: that is no error.
+            found => eprintln!("skipped: no huge pages were free or seen: {found:?}"),
+        }
     }
 }
