@@ -13,7 +13,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{Cache, Geometry, LIMIT, chunk_path, config, key, namespace, open};
+use common::{Cache, Geometry, LIMIT, chunk_path, config, key, namespace, open, wait_until};
 use kvrail::config::FileMode;
 use kvrail::store::inspect;
 use kvrail::{OpenOptions, Store};
@@ -249,7 +249,10 @@ fn a_bad_chunk_that_cannot_be_moved_is_not_read_twice() {
     let mut bytes = std::fs::read(&chunk).unwrap();
     bytes[5000] ^= 1;
     std::fs::write(&chunk, &bytes).unwrap();
-    mount_remount(root.path(), MountFlags::RDONLY, c"").unwrap();
+    // Refused for as long as anybody writes, as the janitor does now and then.
+    wait_until("read-only", || {
+        mount_remount(root.path(), MountFlags::RDONLY, c"").is_ok()
+    });
     let load = || cache.load(&[(0, 0, vec![2, 3])]).errors[0].clone();
     let lookup = || store.lookup(0, &[0], vec![key(0)]).wait(LIMIT).unwrap();
     assert_eq!(lookup(), 1);
