@@ -3,10 +3,11 @@
 //! They take room: their bytes stay claimed until they are gone, which is tried again and again. What
 //! is left when the process ends is a leftover for others, as after a crash.
 
-use crate::io::Folder;
-use crate::sync::{Mutex, MutexGuard, PoisonError};
+// Not the models' lock: it is asked for inside that of an account, which is std's.
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::publish::is_missing;
+use crate::io::Folder;
 
 /// Files whose names are kept. Those beyond stay claimed for the life of the store.
 const FILES_MAX: usize = 4096;
