@@ -49,16 +49,10 @@ impl Mapping {
         if self.bytes < HUGE_PAGE_BYTES {
             return;
         }
+        let address = self.address.as_ptr().cast();
+        // A kernel without them says EINVAL and gives small ones.
         // SAFETY: the range is this mapping; what is in it stays as it is.
-        let asked = unsafe {
-            madvise(
-                self.address.as_ptr().cast(),
-                self.bytes,
-                Advice::LinuxHugepage,
-            )
-        };
-        // A kernel without them (EINVAL) has small ones.
-        drop(asked);
+        let _ = unsafe { madvise(address, self.bytes, Advice::LinuxHugepage) };
     }
 
     /// Returns the length in bytes.
