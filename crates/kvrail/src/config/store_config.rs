@@ -204,7 +204,7 @@ pub struct StoreConfig {
     /// Longest wait for one lookup in seconds, after which nothing counts as there. Default: 5.
     pub lookup_limit_seconds: f64,
     /// Seconds for which a chunk that a lookup found counts as there without being looked for
-    /// again; one that was not there counts as that for a tenth of it. Default: 5.
+    /// again. Default: 5.
     pub lookup_hold_seconds: f64,
     /// Seconds from which a file operation is slow; a transfer may take a second more for each
     /// 4 MB. Several slow ones in a row take the path out of use for a while. Default: 2.

@@ -2,7 +2,8 @@
 //!
 //! Prompts share prefixes: the same chunks are asked for by one request after the other. An answer
 //! that is out of date costs little. A chunk that was evicted meanwhile fails to load and is
-//! computed, as it would have been; one that somebody else has stored is found a little later.
+//! computed, as it would have been. That a chunk is missing is not believed: another process, a
+//! worker of this instance for one, may store it in the next moment, and asking costs one look.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -14,9 +15,6 @@ use crate::sync::{Mutex, MutexGuard, PoisonError};
 /// Answers in each of the two generations: 65,536 in all, about 7 MB, half a million tokens a rank
 /// more than the longest prompts.
 const ANSWERS_MAX: usize = 32_768;
-/// Part of the time that "it is there" holds, for which "it is not there" does: others store all
-/// the time, and a miss costs a prefill.
-const ABSENT_PART: u32 = 10;
 
 /// The answers that lookups gave lately.
 #[derive(Debug)]
@@ -32,17 +30,11 @@ struct Generations {
     old: Answers,
 }
 
-type Answers = HashMap<Place, Answer, BuildHasherDefault<KeyHasher>>;
-
-#[derive(Debug, Clone, Copy)]
-struct Answer {
-    is_there: bool,
-    at: Instant,
-}
+/// When each chunk was there.
+type Answers = HashMap<Place, Instant, BuildHasherDefault<KeyHasher>>;
 
 impl KnownAnswers {
-    /// Makes one whose answers hold for `holds` when a chunk is there, and a tenth of it when it is
-    /// not. Zero: nothing is known.
+    /// Makes one whose answers hold for `holds`. Zero: nothing is known.
     pub(super) fn new(holds: Duration) -> Self {
         Self {
             holds,
@@ -59,34 +51,30 @@ impl KnownAnswers {
         if self.holds.is_zero() {
             return;
         }
-        let at = Instant::now();
         let mut state = self.lock();
+        if !is_there {
+            state.young.remove(&place);
+            state.old.remove(&place);
+            return;
+        }
         if state.young.len() >= ANSWERS_MAX {
             state.old = std::mem::take(&mut state.young);
         }
-        state.young.insert(place, Answer { is_there, at });
+        state.young.insert(place, Instant::now());
     }
 
-    /// Returns how many leading places are known to be there, and whether the one behind them is
-    /// known not to be. `places` are those of one chunk each, in order.
-    pub(super) fn leading(&self, places: impl Iterator<Item = Place>) -> (usize, bool) {
+    /// Returns how many leading places are known to be there.
+    pub(super) fn leading(&self, places: impl Iterator<Item = Place>) -> usize {
         if self.holds.is_zero() {
-            return (0, false);
+            return 0;
         }
         let now = Instant::now();
         let state = self.lock();
-        let mut count = 0;
-        for place in places {
-            let answer = state.young.get(&place).or_else(|| state.old.get(&place));
-            let Some(answer) = answer else { break };
-            let age = now.saturating_duration_since(answer.at);
-            match answer.is_there {
-                true if age < self.holds => count += 1,
-                false if age < self.holds / ABSENT_PART => return (count, true),
-                _ => break,
-            }
-        }
-        (count, false)
+        let is_known = |place: &Place| {
+            let at = state.young.get(place).or_else(|| state.old.get(place));
+            at.is_some_and(|at| now.saturating_duration_since(*at) < self.holds)
+        };
+        places.take_while(is_known).count()
     }
 }
 
@@ -124,39 +112,34 @@ mod tests {
         (0, 0, ChunkKey::from_bytes(key.as_bytes()).unwrap())
     }
 
-    fn leading(known: &KnownAnswers, range: std::ops::Range<u64>) -> (usize, bool) {
+    fn leading(known: &KnownAnswers, range: std::ops::Range<u64>) -> usize {
         known.leading(range.map(place))
     }
 
     #[test]
     fn a_prefix_is_known_up_to_what_is_not() {
         let known = KnownAnswers::new(Duration::from_secs(100));
-        assert_eq!(leading(&known, 0..5), (0, false));
+        assert_eq!(leading(&known, 0..5), 0);
         (0..3).for_each(|index| known.note(place(index), true));
-        assert_eq!(leading(&known, 0..3), (3, false));
-        assert_eq!(leading(&known, 0..5), (3, false), "3 is not known");
-        known.note(place(3), false);
-        assert_eq!(leading(&known, 0..5), (3, true));
+        assert_eq!(leading(&known, 0..3), 3);
+        assert_eq!(leading(&known, 0..5), 3, "3 is not known");
         known.note(place(3), true);
-        assert_eq!(leading(&known, 0..5), (4, false));
+        assert_eq!(leading(&known, 0..5), 4);
         known.note(place(1), false);
-        assert_eq!(leading(&known, 0..5), (1, true), "gone since");
+        assert_eq!(leading(&known, 0..5), 1, "gone since");
     }
 
     #[test]
-    fn answers_hold_for_a_while_and_absence_for_a_tenth_of_it() {
+    fn answers_hold_for_a_while() {
         let holds = Duration::from_millis(400);
         let known = KnownAnswers::new(holds);
         known.note(place(0), true);
-        known.note(place(1), false);
-        assert_eq!(leading(&known, 0..2), (1, true));
-        std::thread::sleep(holds / ABSENT_PART);
-        assert_eq!(leading(&known, 1..2), (0, false));
+        assert_eq!(leading(&known, 0..2), 1);
         std::thread::sleep(holds);
-        assert_eq!(leading(&known, 0..2), (0, false));
+        assert_eq!(leading(&known, 0..2), 0);
         let nothing = KnownAnswers::new(Duration::ZERO);
         nothing.note(place(0), true);
-        assert_eq!(leading(&nothing, 0..1), (0, false));
+        assert_eq!(leading(&nothing, 0..1), 0);
     }
 
     #[test]
@@ -168,7 +151,7 @@ mod tests {
         assert!(state.young.len() <= ANSWERS_MAX && state.old.len() <= ANSWERS_MAX);
         drop(state);
         let last = count - ANSWERS_MAX as u64;
-        assert_eq!(leading(&known, last..count), (ANSWERS_MAX, false));
+        assert_eq!(leading(&known, last..count), ANSWERS_MAX);
     }
 
     #[test]

@@ -113,7 +113,6 @@ pub(super) fn run(
             store.metrics.loads_failed.add(1);
             let place = job.cache.place(&job.chunk.key);
             store.present.remove(&place);
-            // Whatever was wrong with it: it is computed now, not asked for again.
             store.known.note(place, false);
             Ending::Failed(error.to_string())
         }

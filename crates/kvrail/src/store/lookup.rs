@@ -118,9 +118,9 @@ impl LookupQueue {
     ) -> LookupTicket {
         // What no rank was asked about is not present on all of them.
         let keys = if ranks.is_empty() { Vec::new() } else { keys };
-        let (known, is_over) = known(shared, group, ranks, &keys);
+        let known = known(shared, group, ranks, &keys);
         shared.metrics.lookup_chunks_known.add(known as u64);
-        let unknown = if is_over { 0 } else { keys.len() - known };
+        let unknown = keys.len() - known;
         let threads = unknown.div_ceil(CHUNKS_PER_THREAD).clamp(1, self.threads);
         let (ticket, lookup) = Lookup::new(group, ranks, keys, threads);
         lookup.next.store(known, Ordering::Release);
@@ -143,18 +143,16 @@ impl LookupQueue {
     }
 }
 
-/// Returns how many leading chunks are known to be there on all ranks, and whether it is known that
-/// the next one is not.
-fn known(shared: &StoreShared, group: u32, ranks: &[u32], keys: &[ChunkKey]) -> (usize, bool) {
+/// Returns how many leading chunks are known to be there on all ranks.
+fn known(shared: &StoreShared, group: u32, ranks: &[u32], keys: &[ChunkKey]) -> usize {
     // What lies on a path that is left alone is not there for now.
     if shared.mounts.iter().any(|mount| mount.health.is_out()) {
-        return (0, false);
+        return 0;
     }
     let places = keys
         .iter()
         .flat_map(|key| ranks.iter().map(move |rank| (group, *rank, *key)));
-    let (count, is_over) = shared.known.leading(places);
-    (count / ranks.len().max(1), is_over)
+    shared.known.leading(places) / ranks.len().max(1)
 }
 
 /// Has more threads join a lookup: one for each chunk that nobody has claimed.
