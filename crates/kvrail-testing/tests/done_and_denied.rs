@@ -15,7 +15,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use common::mount;
-use kvrail::store::capacity::{Janitor, JanitorSettings, JanitorTiming, usage};
+use kvrail::store::capacity::{Janitor, JanitorSettings, JanitorTiming, Removals, usage};
 use store::{
     Cache, FILE_BYTES, Geometry, LIMIT, chunk_files, limited, names, open, open_as, wait_until,
 };
@@ -29,6 +29,18 @@ fn temp_files(source: &Path) -> usize {
         .iter()
         .filter(|name| name.starts_with(".chunk."))
         .count()
+}
+
+/// What a janitor that never waits keeps to, with room for so many chunks.
+fn quick_janitor(chunks: u64) -> JanitorSettings {
+    JanitorSettings {
+        timing: JanitorTiming {
+            tick: Duration::from_millis(20),
+            pass: Duration::from_millis(1),
+            ..JanitorTiming::default()
+        },
+        ..JanitorSettings::new(&limited(Path::new("/"), chunks * FILE_BYTES))
+    }
 }
 
 #[test]
@@ -132,13 +144,7 @@ fn chunks_that_a_file_system_does_not_let_go_are_not_taken_for_gone() {
     store.close(LIMIT).unwrap();
     // As if they were gone: so a janitor is told whose chunk another one has removed.
     mounted.set("unlink *.safetensors error=ESTALE");
-    let mut settings = JanitorSettings::new(&limited(mounted.path(), limit * FILE_BYTES));
-    settings.timing = JanitorTiming {
-        tick: Duration::from_millis(20),
-        pass: Duration::from_millis(1),
-        ..JanitorTiming::default()
-    };
-    let mut janitor = Janitor::open(mounted.path(), settings).unwrap();
+    let mut janitor = Janitor::open(mounted.path(), quick_janitor(limit)).unwrap();
     let (mut passes, mut ticks) = (0, 0);
     while passes < 5 {
         passes += janitor.tick().unwrap().passes;
@@ -154,5 +160,64 @@ fn chunks_that_a_file_system_does_not_let_go_are_not_taken_for_gone() {
     });
     let files = chunk_files(mounted.source()).len() as u64;
     assert!(files <= limit && used(mounted.source()) == files * FILE_BYTES);
+    janitor.close();
+}
+
+#[test]
+fn what_leaves_the_quarantine_while_a_janitor_looks_there_is_taken_off_once() {
+    let Some((mounted, _folder)) = mount(45) else {
+        return;
+    };
+    let (chunks, aside) = (30, 10);
+    let store = open(mounted.source());
+    let cache = Cache::attach(&store, 0, Geometry::default());
+    (0..chunks).for_each(|index| assert_eq!(cache.store_alone(index).stored, 1));
+    store.close(LIMIT).unwrap();
+    let files = chunk_files(mounted.source());
+    let namespace = files[0].ancestors().nth(3).unwrap();
+    let quarantine = namespace.join("quarantine");
+    std::fs::create_dir(&quarantine).unwrap();
+    let set_aside: Vec<_> = files[..aside]
+        .iter()
+        .enumerate()
+        .map(|(index, file)| {
+            let name = file.file_name().unwrap().to_str().unwrap();
+            let target = quarantine.join(format!("{:020}-g0r0-{name}", index + 1));
+            std::fs::rename(file, &target).unwrap();
+            target
+        })
+        .collect();
+
+    let mut janitor = Janitor::open(mounted.path(), quick_janitor(1000)).unwrap();
+    let mut tick = || {
+        let passes = janitor.tick().unwrap().passes;
+        let said = used(mounted.source());
+        (passes, said)
+    };
+    wait_until("a count", || tick().0 > 0);
+    // It looks at the quarantine last, and takes its time for that.
+    mounted.set("opendir,readdir *quarantine delay=150ms");
+    let looks = mounted.hits();
+    std::thread::scope(|scope| {
+        let remover = scope.spawn(|| {
+            wait_until("a look", || mounted.hits() > looks);
+            let mut removals = Removals::open(mounted.source()).unwrap();
+            for file in &set_aside {
+                std::fs::remove_file(file).unwrap();
+                removals.note(FILE_BYTES);
+            }
+            // What the janitor makes of it, it makes now.
+            std::thread::sleep(Duration::from_millis(700));
+            removals.end().unwrap();
+        });
+        while !remover.is_finished() {
+            tick();
+        }
+    });
+    mounted.heal();
+    let there = (chunks - aside as u64) * FILE_BYTES;
+    let (_, said) = tick();
+    assert!(said >= there, "{said}, but {there} are there");
+    wait_until("the account is right", || tick().1 == there);
     janitor.close();
 }

@@ -304,15 +304,15 @@ fn move_chunk(
         (LoadBuffer::Host(buffer), gpu) => {
             let loaded = match gpu {
                 None => load_host::load(mount.reader(), job, file, buffer, deadline)
+                    .inspect(|_| {
+                        let bytes = job.payload.len();
+                        mount.health.note(&mount.root, began, bytes, None);
+                    })
                     .map(|loaded| (Arc::new(loaded.image), loaded.extents)),
                 Some(gpu) => load_through_host(mount, job, gpu, file, buffer, (began, deadline)),
             };
             match loaded {
                 Ok((image, extents)) => {
-                    if gpu.is_none() {
-                        let bytes = job.payload.len();
-                        mount.health.note(&mount.root, began, bytes, None);
-                    }
                     if extents.is_whole(&job.cache.format) {
                         store.tier.insert(job.cache.place(&job.chunk.key), image);
                     }

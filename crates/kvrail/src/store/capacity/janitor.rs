@@ -313,14 +313,15 @@ impl Janitor {
     fn end_pass(&mut self, pass: Count, tick: &mut Tick) -> Result<()> {
         tick.passes += 1;
         self.reach(Step::PassEnded);
-        self.room.flush()?;
-        self.view = None;
-        let view = self.view()?;
         // What dead writers left goes before its room is given back.
         let leftovers = self.shelf.remove_leftovers()?;
         tick.leftovers_removed += leftovers.removed;
         let aside = self.shelf.quarantined()?;
         let beside = aside.kept.bytes + leftovers.kept_bytes;
+        // The accounts last: who has removed something until now has said before that he would.
+        self.room.flush()?;
+        self.view = None;
+        let view = self.view()?;
         let flow = view.situation.flow_bytes;
         let start = self.pass_start.take();
         let (start, removed, at) = start.unwrap_or((flow, view.removed, Instant::now()));
