@@ -22,16 +22,7 @@ pub fn gather(plan: &TransferPlan, regions: &[Region], target: &mut [u8]) -> Res
     Ok(())
 }
 
-/// Copies `source` to the ranges of `plan`, in payload order. One pass over the bytes.
-///
-/// # Errors
-/// As [`gather`].
-pub fn scatter(plan: &TransferPlan, regions: &[Region], source: &[u8]) -> Result<()> {
-    check_length(plan, source.len())?;
-    Scatter::new(plan, regions).write(source)
-}
-
-/// A scatter whose source comes piece by piece, in payload order.
+/// Copies bytes to the ranges of a plan, piece by piece, in payload order.
 ///
 /// So that what was just verified is copied while it is still in the CPU's cache.
 #[derive(Debug)]
@@ -132,7 +123,9 @@ mod tests {
         let mut staged = vec![0; plan.bytes()];
         gather(&plan, &source, &mut staged).unwrap();
         let elsewhere = TransferPlan::new(&layout, &[1, 2, 7]).unwrap();
-        scatter(&elsewhere, &target, &staged).unwrap();
+        let mut scatter = Scatter::new(&elsewhere, &target);
+        scatter.write(&staged).unwrap();
+        assert!(scatter.is_complete());
         let mut again = vec![0; plan.bytes()];
         gather(&elsewhere, &target, &mut again).unwrap();
         assert_eq!(staged, again);

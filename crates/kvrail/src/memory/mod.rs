@@ -13,7 +13,7 @@ mod registered;
 mod staging;
 
 pub use arena::{Arena, DeviceArena, HostArena};
-pub use copy::{Scatter, gather, scatter};
+pub use copy::{Scatter, gather};
 pub use gpu::{ComputeStream, CopyMethod, Gpu, GpuSlot, GpuSlots, SlotShape, Timing};
 pub use region::{Device, Region};
 pub use registered::RegisteredRegion;
