@@ -15,7 +15,7 @@ SOAK_PROCESSES ?= 8
 # A test that hangs is ended with a stack trace after its timeout.
 PYTEST := python -m pytest -ra --durations=5 --timeout=600
 
-.PHONY: help environment model build demo test bench bench-overhead soak fmt clean clean-cache requirements \
+.PHONY: help environment model build demo test bench bench-loops bench-overhead soak fmt clean clean-cache requirements \
   tools kernels-check fmt-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test \
   fuzz concurrency-test sanitize sanitize-all
 
@@ -99,6 +99,10 @@ e2e-test: build model ## Run the end-to-end tests with real vLLM processes.
 bench: build ## Measure store, load and lookup against the raw disk, for four models.
 	@mkdir -p target/bench
 	@$(STEP) 'bench: store, load and lookup' $(WITHIN) kvrail bench --path target/bench --model all
+
+bench-loops: tools ## Measure hashing and copying of a chunk's bytes.
+	@$(STEP) 'bench-loops: hash, copy, and both in one pass or two' $(WITHIN) \
+	  cargo bench --package kvrail --bench inner_loops --locked
 
 bench-overhead: build model ## Measure what kvrail costs a vLLM whose prompts never hit.
 	@$(STEP) 'bench-overhead: vLLM with and without kvrail' $(WITHIN) python scripts/bench_overhead.py
