@@ -1,19 +1,35 @@
 //! `soak [--seconds N] [--seed N] [--processes N]`: the model checker, with its report.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use clap::Parser;
 use kvrail_testing::fresh_seed;
 use kvrail_testing::soak::worker;
 use kvrail_testing::soak::{Plan, run};
 
+/// Many processes on one faulty mount, against a model of what the store promises.
+#[derive(Parser)]
+struct Options {
+    /// How long it runs.
+    #[arg(long, default_value_t = 3600)]
+    seconds: u64,
+    /// Repeats a run's choices; a fresh one otherwise.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// How many processes share the store.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
+    processes: u16,
+    /// One of those processes: serves what it reads from its standard input.
+    #[arg(long, hide = true)]
+    worker: Option<PathBuf>,
+}
+
 fn main() -> ExitCode {
-    let words: Vec<String> = std::env::args().skip(1).collect();
-    if let [flag, path] = words.as_slice()
-        && flag == "--worker"
-    {
-        return match worker::serve(Path::new(path)) {
+    let options = Options::parse();
+    if let Some(mount) = options.worker {
+        return match worker::serve(&mount) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("{error}");
@@ -21,20 +37,15 @@ fn main() -> ExitCode {
             }
         };
     }
-    let option = |name: &str, default: u64| {
-        let at = words.iter().position(|word| word == name);
-        let value = at.and_then(|at| words.get(at + 1)?.parse().ok());
-        value.unwrap_or(default)
-    };
     let Ok(program) = std::env::current_exe() else {
         eprintln!("where this program lies is not known");
         return ExitCode::FAILURE;
     };
     let folder: PathBuf = std::env::temp_dir().join(format!("kvrail-soak-{}", std::process::id()));
     let plan = Plan {
-        duration: Duration::from_secs(option("--seconds", 3600)),
-        seed: option("--seed", fresh_seed()),
-        processes: option("--processes", 8) as usize,
+        duration: Duration::from_secs(options.seconds),
+        seed: options.seed.unwrap_or_else(fresh_seed),
+        processes: usize::from(options.processes),
         folder: folder.clone(),
         fault_fs: program.with_file_name("fault-fs"),
         program,
