@@ -19,6 +19,7 @@ mod rm;
 mod stat;
 mod store_directory;
 mod verify;
+mod workload;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -64,7 +65,7 @@ enum Command {
     Gc(gc::Arguments),
     /// Measure store, load and lookup against the raw limit of the file system
     #[command(after_help = EXIT_CODES)]
-    Bench(bench::Arguments),
+    Bench(Box<bench::Arguments>),
     /// Compare eviction and admission policies on made-up requests; touches no store
     #[command(after_help = EXIT_CODES)]
     Policies(policies::Arguments),

@@ -1,7 +1,7 @@
 //! The command line of `kvrail bench`.
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use kvrail::config::EngineChoice;
@@ -10,13 +10,17 @@ use super::fio;
 use super::geometry::{Geometry, Model};
 use super::gpu::{Device, Outermost};
 use super::plan::{LoadSource, Plan};
+use super::prompts::Wish;
+use crate::amount;
+use crate::workload::Workload;
 
 /// The arguments of `kvrail bench`.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// Directory on the file system to measure; works in a new directory in it, removed at the end
-    #[arg(long)]
-    pub(super) path: PathBuf,
+    /// Directory on the file system to measure; works in a new directory in it, removed at the end.
+    /// Given several times: one store over all of them
+    #[arg(long, required = true)]
+    pub(super) path: Vec<PathBuf>,
     /// Whose chunks to store and load
     #[arg(long, value_enum, required_unless_present = "growth")]
     pub(super) model: Option<Model>,
@@ -65,6 +69,18 @@ pub(crate) struct Arguments {
     /// Also measure loads and stores at the same time; SHARE of the chunks is loaded, 0 to 1
     #[arg(long, value_name = "SHARE", conflicts_with = "local_cpu", value_parser = share)]
     pub(super) mix: Option<f64>,
+    /// Instead, answer made-up prompts as a server does: look up, load what is there, store the rest,
+    /// on all sides
+    #[arg(long, value_enum, value_name = "WORKLOAD",
+          conflicts_with_all = ["cache", "mix", "chunks", "growth"], requires = "model")]
+    pub(super) prompts: Option<Workload>,
+    /// Prompts of a round
+    #[arg(long, default_value = "64", requires = "prompts",
+          value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub(super) requests: u64,
+    /// `max_size` of the store of prompts on each path, so that chunks are evicted [default: none]
+    #[arg(long, value_name = "SIZE", requires = "prompts", value_parser = amount::size)]
+    pub(super) max_size: Option<u64>,
     /// Whether files are opened with O_DIRECT, on all sides; auto: where it works
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) direct_io: DirectIo,
@@ -187,6 +203,20 @@ impl Arguments {
         }
     }
 
+    /// Returns which prompts to answer, if that is asked for.
+    pub(super) fn prompts(&self) -> Option<Wish> {
+        Some(Wish {
+            workload: self.prompts?,
+            requests: self.requests as usize,
+            max_size: self.max_size,
+        })
+    }
+
+    /// Returns the first of the directories; there is one.
+    pub(super) fn first_path(&self) -> &Path {
+        self.path.first().map_or(Path::new(""), PathBuf::as_path)
+    }
+
     /// Returns whose chunks to measure.
     pub(super) fn geometries(&self) -> Vec<Geometry> {
         self.model.map_or_else(Vec::new, Model::geometries)
@@ -200,6 +230,8 @@ impl Arguments {
             (self.local_cpu.is_some(), "--local-cpu"),
             (!self.growth.is_empty(), "--growth"),
             (self.mix.is_some(), "--mix"),
+            (self.prompts.is_some(), "--prompts"),
+            (self.path.len() > 1, "more than one --path"),
             (self.html.is_some(), "--html"),
             (self.direct_io != DirectIo::Auto, "--direct-io"),
         ];

@@ -100,10 +100,29 @@ impl KvMemory {
     /// layer, so that chunks that share a slot differ everywhere.
     pub(crate) fn stamp(&self, slot: usize, chunk: u64) -> Result<(), Failure> {
         for (place, offset) in self.pieces(slot).into_iter().enumerate() {
-            let mark = Random::new(chunk.rotate_left(32) ^ place as u64).next();
-            self.region.copy_in(offset, &mark.to_le_bytes())?;
+            self.region.copy_in(offset, &stamp_of(chunk, place))?;
         }
         Ok(())
+    }
+
+    /// Makes a slot's bytes those of no chunk, for each block of each layer.
+    pub(crate) fn wipe(&self, slot: usize) -> Result<(), Failure> {
+        for offset in self.pieces(slot) {
+            self.region.copy_in(offset, &[POISON; 8])?;
+        }
+        Ok(())
+    }
+
+    /// Returns whether each block of each layer of a slot has the stamp of a chunk.
+    pub(crate) fn is_stamped(&self, slot: usize, chunk: u64) -> Result<bool, Failure> {
+        let mut found = [0; 8];
+        for (place, offset) in self.pieces(slot).into_iter().enumerate() {
+            self.region.copy_out(offset, &mut found)?;
+            if found != stamp_of(chunk, place) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Returns whether a slot holds the same bytes as that slot of `other`, all of them.
@@ -134,6 +153,12 @@ impl KvMemory {
     }
 }
 
+/// What a chunk has in the block and layer of a place.
+fn stamp_of(chunk: u64, place: usize) -> [u8; 8] {
+    let mut mixed = Random::new(chunk.rotate_left(32) ^ place as u64);
+    mixed.next().to_le_bytes()
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::geometry::Model;
@@ -157,6 +182,10 @@ mod tests {
         assert!(!ours.equals(&theirs, 1).unwrap());
         ours.stamp(1, 5).unwrap();
         assert!(ours.equals(&theirs, 1).unwrap());
+        assert!(ours.is_stamped(1, 5).unwrap() && !ours.is_stamped(1, 6).unwrap());
+        ours.stamp(0, 5).unwrap();
+        ours.wipe(1).unwrap();
+        assert!(ours.is_stamped(0, 5).unwrap() && !ours.is_stamped(1, 5).unwrap());
         let mut all: Vec<usize> = ours.pieces(0).into_iter().chain(ours.pieces(1)).collect();
         all.sort_unstable();
         let expected: Vec<usize> = (0..ours.region.bytes())

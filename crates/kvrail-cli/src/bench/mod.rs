@@ -18,6 +18,7 @@ mod memcpy;
 mod mix;
 mod page_cache;
 mod plan;
+mod prompts;
 mod random;
 mod raw;
 mod report;
@@ -31,16 +32,16 @@ mod table;
 
 use std::fs::File;
 use std::io::{self, BufWriter, StdoutLock, Write};
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use serde::Serialize;
 
 pub(crate) use self::arguments::Arguments;
-use self::geometry::Geometry;
 use self::gpu::Device;
 pub(crate) use self::growth::{PROBE_COMMAND, ProbeArguments, run_probe};
 use self::machine::Machine;
+use self::plan::Plan;
 pub(crate) use self::random::Random;
 use self::report::{ModelReport, Report};
 use self::scratch::Scratch;
@@ -59,52 +60,63 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     }
     let machine = Machine::find();
     let geometries = arguments.geometries();
-    let fio = match geometries.is_empty() {
+    let fio = match geometries.is_empty() || arguments.prompts.is_some() {
         false => find_fio(arguments),
         true => None,
     };
-    let scratch = Scratch::new(&arguments.path)?;
-    // All sides' files of one round.
-    let sides = arguments.engine.len() as u64 + 1 + u64::from(fio.is_some());
-    // A mix stores as many again, at most.
-    let times = 1 + u64::from(arguments.mix.is_some());
-    let files = sides * times * arguments.chunks.get() as u64;
-    check_space(scratch.path(), &geometries, files)?;
-    let mut models = Vec::new();
+    let scratches = arguments
+        .path
+        .iter()
+        .map(|path| Scratch::new(path))
+        .collect::<Result<Vec<_>, Failure>>()?;
+    let first = scratches.first().map(Scratch::path);
+    let first = first.ok_or_else(|| Failure::new("--path is missing"))?;
+    let (mut models, mut prompts) = (Vec::new(), Vec::new());
     for geometry in geometries {
         let plan = arguments.plan(geometry, fio.clone());
+        let directories = make_each(&scratches, geometry.name)?;
+        if let Some(wish) = arguments.prompts() {
+            let files = wish.files_at_most(&plan, directories.len());
+            check_space(&scratches, &plan, files)?;
+            prompts.extend(prompts::measure(&plan, &wish, &directories)?);
+            continue;
+        }
+        check_space(&scratches, &plan, files_at_once(&plan))?;
         let steps = 2 * plan.chunks * (plan.rounds + plan.warm_up_rounds());
         let bar = progress_bar(
             steps as u64,
             "{msg} [{bar:40}] {pos}/{len} chunks, {eta} left",
         );
         bar.set_message(geometry.name);
-        let directory = scratch.path().join(geometry.name);
-        std::fs::create_dir(&directory)
-            .map_err(|error| Failure::io("create", &directory, &error))?;
-        let measurement = run::measure(plan, &directory, &bar)?;
+        let measurement = run::measure(plan, &directories, &bar)?;
         bar.finish_and_clear();
         models.extend(ModelReport::all(&measurement));
     }
     let threads = arguments.threads as usize;
     let lookup = match models.is_empty() {
-        false => Some(lookup::measure(scratch.path(), threads)?),
+        false => Some(lookup::measure(first, threads)?),
         true => None,
     };
     let growth = match arguments.growth.is_empty() {
-        false => Some(growth::measure(scratch.path(), arguments)?),
+        false => Some(growth::measure(first, arguments)?),
         true => None,
     };
+    let paths: Vec<String> = arguments
+        .path
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect();
     let report = Report {
-        path: arguments.path.display().to_string(),
+        path: paths.join(", "),
         machine,
         fio: fio.map(|program| program.version().to_owned()),
         models,
+        prompts,
         lookup,
         growth,
     };
     // Before the output, so that a reader that hangs does not keep the files.
-    drop(scratch);
+    drop(scratches);
     if let Some(path) = &arguments.html {
         let page = html::page(&report)?;
         std::fs::write(path, page).map_err(|error| Failure::io("write", path, &error))?;
@@ -113,9 +125,26 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Makes a folder of a name on each path.
+fn make_each(scratches: &[Scratch], name: &str) -> Result<Vec<PathBuf>, Failure> {
+    let directories = scratches.iter().map(|scratch| scratch.path().join(name));
+    let directories: Vec<PathBuf> = directories.collect();
+    for directory in &directories {
+        std::fs::create_dir(directory).map_err(|error| Failure::io("create", directory, &error))?;
+    }
+    Ok(directories)
+}
+
 /// Returns the fio to measure as well; says so where there is none.
 fn find_fio(arguments: &Arguments) -> Option<fio::Program> {
     if arguments.no_fio {
+        return None;
+    }
+    if arguments.path.len() > 1 {
+        let _ = writeln!(
+            io::stderr(),
+            "measured without fio: there are several paths"
+        );
         return None;
     }
     let found = fio::Program::find(&arguments.fio);
@@ -147,28 +176,39 @@ fn print(
     }
 }
 
-/// Refuses to start what cannot end: `files` chunk files of one round must fit, and the store leaves
-/// a twentieth of the file system free.
-fn check_space(path: &Path, geometries: &[Geometry], files: u64) -> Result<(), Failure> {
-    let statistics = rustix::fs::statvfs(path)
-        .map_err(|error| Failure::io("ask for free space", path, &error.into()))?;
-    let largest = geometries
-        .iter()
-        .map(Geometry::payload_bytes)
-        .max()
-        .unwrap_or_default();
+/// Returns the chunk files of one round, of all sides together.
+fn files_at_once(plan: &Plan) -> u64 {
+    let sides = plan.engines.len() as u64 + 1 + u64::from(plan.fio.is_some());
+    // A mix stores as many again, at most.
+    sides * (1 + u64::from(plan.mix.is_some())) * plan.chunks as u64
+}
+
+/// Refuses to start what cannot end: `files` chunk files must fit, and the store leaves a twentieth
+/// of a file system free.
+pub(crate) fn check_space(scratches: &[Scratch], plan: &Plan, files: u64) -> Result<(), Failure> {
+    let payload_bytes = plan.geometry.payload_bytes() as u64;
+    // Several paths have shares of them that are not quite equal.
+    let files = match scratches.len() as u64 {
+        0 | 1 => files,
+        paths => (2 * files / paths).min(files),
+    };
     // 1% covers heads and page tables, and 64 MiB the lookups' small files.
-    let files = files.saturating_mul(largest as u64 + largest as u64 / 100);
-    let kept = statistics.f_blocks.saturating_mul(statistics.f_frsize) / 20;
-    let needed = files.saturating_add(kept).saturating_add(64 << 20);
-    let available = statistics.f_bavail.saturating_mul(statistics.f_frsize);
-    if needed <= available {
-        return Ok(());
+    let files = files.saturating_mul(payload_bytes + payload_bytes / 100);
+    for scratch in scratches {
+        let path = scratch.path();
+        let statistics = rustix::fs::statvfs(path)
+            .map_err(|error| Failure::io("ask for free space", path, &error.into()))?;
+        let kept = statistics.f_blocks.saturating_mul(statistics.f_frsize) / 20;
+        let needed = files.saturating_add(kept).saturating_add(64 << 20);
+        let available = statistics.f_bavail.saturating_mul(statistics.f_frsize);
+        if needed > available {
+            let (needed, available) = (human_bytes(needed), human_bytes(available));
+            let place = path.parent().unwrap_or(path).display();
+            return Err(Failure::new(format!(
+                "`{place}` has {available} free, {needed} are needed"
+            ))
+            .with_hint("ask for less, or give another --path"));
+        }
     }
-    let (needed, available) = (human_bytes(needed), human_bytes(available));
-    let place = path.parent().unwrap_or(path).display();
-    Err(Failure::new(format!(
-        "`{place}` has {available} free, {needed} are needed"
-    ))
-    .with_hint("ask for fewer --chunks, or give another --path"))
+    Ok(())
 }

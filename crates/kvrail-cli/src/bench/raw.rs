@@ -22,7 +22,8 @@ use crate::failure::Failure;
 
 /// The raw side of a benchmark.
 pub(crate) struct Raw {
-    directory: PathBuf,
+    /// The files go to these in turn.
+    directories: Directories,
     file_bytes: usize,
     direct: bool,
     /// One per thread, used again for each file, so that no page fault is timed.
@@ -30,25 +31,28 @@ pub(crate) struct Raw {
 }
 
 impl Raw {
-    /// Makes the directory, finds out whether O_DIRECT works there unless `direct` says whether to
+    /// Makes the directories, finds out whether O_DIRECT works in the first unless `direct` says whether to
     /// use it, and fills the buffers.
     pub(crate) fn new(
-        directory: PathBuf,
+        directories: Vec<PathBuf>,
         file_bytes: usize,
         threads: usize,
         direct: Option<bool>,
     ) -> Result<Self, Failure> {
-        std::fs::create_dir(&directory)
-            .map_err(|error| Failure::io("create", &directory, &error))?;
+        for directory in &directories {
+            std::fs::create_dir(directory)
+                .map_err(|error| Failure::io("create", directory, &error))?;
+        }
+        let directories = Directories(directories);
         let buffers = (0..threads)
             .map(|thread| AlignedBuffer::new(file_bytes, thread))
             .collect();
         let direct = match direct {
             Some(direct) => direct,
-            None => probe_direct(&directory)?,
+            None => probe_direct(directories.of(0))?,
         };
         Ok(Self {
-            directory,
+            directories,
             file_bytes,
             direct,
             buffers,
@@ -67,21 +71,25 @@ impl Raw {
 
     /// Returns the file of an item.
     pub(crate) fn path(&self, item: u64) -> PathBuf {
-        self.directory.join(format!("{item:08x}"))
+        self.directories.path(item)
     }
 
     /// Returns all files that are there.
     pub(crate) fn files(&self) -> Result<Vec<PathBuf>, Failure> {
-        std::fs::read_dir(&self.directory)
-            .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
-            .map_err(|error| Failure::io("list", &self.directory, &error))
+        let mut files = Vec::new();
+        for directory in &self.directories.0 {
+            let found: io::Result<Vec<PathBuf>> = std::fs::read_dir(directory)
+                .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect());
+            files.extend(found.map_err(|error| Failure::io("list", directory, &error))?);
+        }
+        Ok(files)
     }
 
     /// Writes the files of `items`.
     pub(crate) fn store(&mut self, items: &[u64]) -> Result<Sample, Failure> {
-        let (directory, direct) = (&self.directory, self.direct);
+        let (directories, direct) = (&self.directories, self.direct);
         clients::run(&mut self.buffers, items, |buffer, item| {
-            store_one(directory, buffer, item, direct)
+            directories.store(buffer, item, direct)
         })
     }
 
@@ -96,44 +104,86 @@ impl Raw {
     }
 
     fn load_by(&mut self, items: &[u64], direct: bool) -> Result<Sample, Failure> {
-        let directory = &self.directory;
+        let directories = &self.directories;
         clients::run(&mut self.buffers, items, |buffer, item| {
-            load_one(directory, buffer, item, direct)
+            directories.load(buffer, item, direct)
+        })
+    }
+
+    /// Runs `work` for each item with what reads and writes files, on a thread for each buffer.
+    pub(crate) fn run(
+        &mut self,
+        items: &[u64],
+        work: impl Fn(&mut Hand<'_>, u64) -> Result<(), Failure> + Sync,
+    ) -> Result<Sample, Failure> {
+        let (directories, direct) = (&self.directories, self.direct);
+        clients::run(&mut self.buffers, items, |buffer, item| {
+            let mut hand = Hand {
+                directories,
+                direct,
+                buffer,
+            };
+            work(&mut hand, item)
         })
     }
 
     /// Reads and writes at the same time; `cached`: reads come from the page cache.
     pub(crate) fn mix(&mut self, mix: &Mix, cached: bool) -> Result<Sample, Failure> {
-        let (directory, direct) = (&self.directory, self.direct);
+        let (directories, direct) = (&self.directories, self.direct);
         mix.run(
             &mut self.buffers,
-            |buffer, item| load_one(directory, buffer, item, direct && !cached),
-            |buffer, item| store_one(directory, buffer, item, direct),
+            |buffer, item| directories.load(buffer, item, direct && !cached),
+            |buffer, item| directories.store(buffer, item, direct),
         )
     }
 }
 
-fn store_one(
-    directory: &Path,
-    buffer: &AlignedBuffer,
-    item: u64,
+/// What reads and writes the files of items on one thread.
+pub(crate) struct Hand<'a> {
+    directories: &'a Directories,
     direct: bool,
-) -> Result<(), Failure> {
-    let temporary = directory.join(format!(".{item:08x}.tmp"));
-    let target = directory.join(format!("{item:08x}"));
-    write_file(&temporary, buffer.bytes(), direct)
-        .and_then(|()| std::fs::rename(&temporary, &target))
-        .map_err(|error| Failure::io("write", &temporary, &error))
+    buffer: &'a mut AlignedBuffer,
 }
 
-fn load_one(
-    directory: &Path,
-    buffer: &mut AlignedBuffer,
-    item: u64,
-    direct: bool,
-) -> Result<(), Failure> {
-    let path = directory.join(format!("{item:08x}"));
-    read_file(&path, buffer.bytes_mut(), direct).map_err(|error| Failure::io("read", &path, &error))
+impl Hand<'_> {
+    /// Reads the file of an item.
+    pub(crate) fn load(&mut self, item: u64) -> Result<(), Failure> {
+        self.directories.load(self.buffer, item, self.direct)
+    }
+
+    /// Writes the file of an item.
+    pub(crate) fn store(&mut self, item: u64) -> Result<(), Failure> {
+        self.directories.store(self.buffer, item, self.direct)
+    }
+}
+
+/// Where the files are: one directory for each path that is measured.
+struct Directories(Vec<PathBuf>);
+
+impl Directories {
+    /// Returns the directory of an item.
+    fn of(&self, item: u64) -> &Path {
+        let count = self.0.len().max(1) as u64;
+        let directory = self.0.get((item % count) as usize);
+        directory.map_or(Path::new(""), PathBuf::as_path)
+    }
+
+    fn path(&self, item: u64) -> PathBuf {
+        self.of(item).join(format!("{item:08x}"))
+    }
+
+    fn store(&self, buffer: &AlignedBuffer, item: u64, direct: bool) -> Result<(), Failure> {
+        let temporary = self.of(item).join(format!(".{item:08x}.tmp"));
+        write_file(&temporary, buffer.bytes(), direct)
+            .and_then(|()| std::fs::rename(&temporary, self.path(item)))
+            .map_err(|error| Failure::io("write", &temporary, &error))
+    }
+
+    fn load(&self, buffer: &mut AlignedBuffer, item: u64, direct: bool) -> Result<(), Failure> {
+        let path = self.path(item);
+        read_file(&path, buffer.bytes_mut(), direct)
+            .map_err(|error| Failure::io("read", &path, &error))
+    }
 }
 
 /// Writes a page with O_DIRECT and reads it back: an open that succeeds proves nothing.
@@ -212,16 +262,19 @@ mod tests {
     fn what_is_stored_is_read_back_and_nothing_else_stays() {
         let directory = tempfile::tempdir().unwrap();
         let bytes = 3 * PAGE_BYTES;
-        let mut raw = Raw::new(directory.path().join("raw"), bytes, 2, None).unwrap();
+        let directories = ["a", "b"].map(|name| directory.path().join(name));
+        let mut raw = Raw::new(directories.to_vec(), bytes, 2, None).unwrap();
         raw.store(&[1, 2, 3]).unwrap();
         drop_from_page_cache(&raw.path(2)).unwrap();
         assert_eq!(raw.load(&[3, 2, 1]).unwrap().latencies.len(), 3);
         assert_eq!(raw.load_cached(&[2, 3]).unwrap().latencies.len(), 2);
-        let found = std::fs::read_dir(directory.path().join("raw")).unwrap();
-        let sizes: Vec<u64> = found
-            .map(|entry| entry.unwrap().metadata().unwrap().len())
-            .collect();
-        assert_eq!(sizes, [bytes as u64; 3]);
+        let sizes = directories.map(|directory| {
+            let found = std::fs::read_dir(directory).unwrap();
+            found
+                .map(|entry| entry.unwrap().metadata().unwrap().len())
+                .collect::<Vec<u64>>()
+        });
+        assert_eq!(sizes, [vec![bytes as u64], vec![bytes as u64; 2]]);
         let missing = raw.load(&[4]).unwrap_err().to_string();
         assert!(missing.starts_with("error: read: "), "{missing}");
     }

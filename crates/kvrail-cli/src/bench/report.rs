@@ -14,6 +14,7 @@ use super::growth::GrowthReport;
 use super::lookup::LookupTimes;
 use super::machine::Machine;
 use super::plan::LoadSource;
+use super::prompts::PromptsReport;
 use super::run::Measurement;
 use super::sides::{Round, Side, Sides};
 use super::statistics::{Spread, percentile};
@@ -27,6 +28,9 @@ pub(crate) struct Report {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) fio: Option<String>,
     pub(crate) models: Vec<ModelReport>,
+    /// With `--prompts`, instead of those.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) prompts: Vec<PromptsReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) lookup: Option<LookupTimes>,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -47,6 +47,7 @@ pub(crate) struct Measurement {
 struct Bench {
     load_source: LoadSource,
     mix: Option<f64>,
+    directories: Vec<PathBuf>,
     subjects: Vec<Subject>,
     source: KvMemory,
     target: KvMemory,
@@ -55,13 +56,14 @@ struct Bench {
     fio: Option<Fio>,
 }
 
-/// Measures one geometry below `directory`, which is left with the stores' empty folders.
+/// Measures one geometry below `directories`, one on each path, which are left with the stores'
+/// empty folders.
 pub(crate) fn measure(
     plan: Plan,
-    directory: &Path,
+    directories: &[PathBuf],
     bar: &ProgressBar,
 ) -> Result<Measurement, Failure> {
-    let mut bench = Bench::open(&plan, directory)?;
+    let mut bench = Bench::open(&plan, directories)?;
     let mut rounds = Vec::new();
     let warm_up_rounds = plan.warm_up_rounds();
     for number in 0..warm_up_rounds + plan.rounds {
@@ -88,7 +90,7 @@ pub(crate) fn measure(
 }
 
 impl Bench {
-    fn open(plan: &Plan, directory: &Path) -> Result<Self, Failure> {
+    fn open(plan: &Plan, directories: &[PathBuf]) -> Result<Self, Failure> {
         let geometry = plan.geometry;
         let slots = plan.slots();
         if slots == 0 {
@@ -101,15 +103,22 @@ impl Bench {
         let engines = plan.engines.iter().enumerate();
         let subjects = engines
             .map(|(index, engine)| {
-                let path = directory.join(format!("store-{index}"));
-                Subject::open(plan, *engine, &path, [&source, &target])
+                let paths = each(directories, &format!("store-{index}"));
+                Subject::open(plan, *engine, &paths, [&source, &target])
             })
             .collect::<Result<Vec<_>, Failure>>()?;
         let first = subjects.first();
         let first = first.ok_or_else(|| Failure::new("there is no engine to measure"))?;
         let file_bytes = first.file_bytes();
-        let raw = Raw::new(directory.join("raw"), file_bytes, plan.threads, plan.direct)?;
-        let fio = plan.fio.clone().map(|program| {
+        let raw = Raw::new(
+            each(directories, "raw"),
+            file_bytes,
+            plan.threads,
+            plan.direct,
+        )?;
+        // With several paths there is no fio in the plan.
+        let fio = plan.fio.clone().zip(directories.first());
+        let fio = fio.map(|(program, directory)| {
             let pattern = Pattern {
                 file_bytes,
                 threads: plan.threads,
@@ -123,6 +132,7 @@ impl Bench {
         Ok(Self {
             load_source: plan.load_source,
             mix: plan.mix,
+            directories: directories.to_vec(),
             subjects,
             memcpy: copies.then(|| Memcpy::new(&target, payload_bytes, plan.threads)),
             source,
@@ -293,8 +303,9 @@ impl Bench {
     }
 
     fn sync(&self) -> Result<(), Failure> {
-        let first = self.subjects.first();
-        first.map_or(Ok(()), |subject| sync_file_system(subject.directory()))
+        self.directories
+            .iter()
+            .try_for_each(|directory| sync_file_system(directory))
     }
 
     /// Makes the source's slots those of the chunks of a wave.
@@ -314,6 +325,11 @@ impl Bench {
         }
         Ok(())
     }
+}
+
+/// Returns the folder of a name in each directory.
+pub(crate) fn each(directories: &[PathBuf], name: &str) -> Vec<PathBuf> {
+    directories.iter().map(|path| path.join(name)).collect()
 }
 
 /// Writes everything back, so that one side's leftovers do not slow the other down.

@@ -1,6 +1,6 @@
 //! A store under test: kvrail with one engine.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use kvrail::config::{EngineChoice, GdsBackend, StoreConfig};
 use kvrail::io::MountReport;
@@ -17,7 +17,8 @@ use crate::failure::Failure;
 /// A store, and the memory that it stores from and loads into.
 pub(crate) struct Subject {
     store: Store,
-    directory: PathBuf,
+    /// That of the namespace, on each path.
+    directories: Vec<PathBuf>,
     source_cache: KvCache,
     target_cache: KvCache,
     submission: Submission,
@@ -25,17 +26,18 @@ pub(crate) struct Subject {
 }
 
 impl Subject {
-    /// Opens a store at `path` over the memory to store from and the memory to load into.
+    /// Opens a store over `paths`, and over the memory to store from and the memory to load into.
     pub(crate) fn open(
         plan: &Plan,
         engine: EngineChoice,
-        path: &Path,
+        paths: &[PathBuf],
         memories: [&KvMemory; 2],
     ) -> Result<Self, Failure> {
         let geometry = plan.geometry;
-        let config = config(plan, engine, path);
+        let config = config(plan, engine, paths);
         let namespace = Namespace::new(geometry.name, serde_json::Map::new())?;
-        let directory = path.join(namespace.directory_name());
+        let name = namespace.directory_name();
+        let directories = paths.iter().map(|path| path.join(&name)).collect();
         let store = Store::open(&config, namespace, OpenOptions::default())?;
         let attach = |memory: &KvMemory| -> Result<KvCache, Failure> {
             let regions = vec![memory.region()];
@@ -46,7 +48,7 @@ impl Subject {
             source_cache: attach(source)?,
             target_cache: attach(target)?,
             store,
-            directory,
+            directories,
             submission: Submission::default(),
             in_flight: plan.in_flight,
         })
@@ -55,11 +57,6 @@ impl Subject {
     /// Returns the bytes of a chunk's file.
     pub(crate) fn file_bytes(&self) -> usize {
         self.source_cache.chunk_file_bytes()
-    }
-
-    /// Returns the directory of the store's namespace.
-    pub(crate) fn directory(&self) -> &Path {
-        &self.directory
     }
 
     /// Returns how often a chunk was submitted again.
@@ -118,10 +115,13 @@ impl Subject {
 
     /// Returns the files of all chunks.
     pub(crate) fn chunk_files(&self) -> Result<Vec<PathBuf>, Failure> {
-        let files = kvrail::store::inspect::chunks(&self.directory);
-        Ok(files
-            .map(|file| file.map(|file| file.path))
-            .collect::<kvrail::Result<_>>()?)
+        let mut files = Vec::new();
+        for directory in &self.directories {
+            for file in kvrail::store::inspect::chunks(directory) {
+                files.push(file?.path);
+            }
+        }
+        Ok(files)
     }
 
     /// Ends the store and returns what it said of its path.
@@ -133,7 +133,7 @@ impl Subject {
 }
 
 /// Returns the settings of a store under test.
-fn config(plan: &Plan, engine: EngineChoice, path: &Path) -> StoreConfig {
+pub(crate) fn config(plan: &Plan, engine: EngineChoice, paths: &[PathBuf]) -> StoreConfig {
     let config = StoreConfig {
         chunk_size: CHUNK_TOKENS,
         gds_backend: GdsBackend::Posix,
@@ -141,7 +141,8 @@ fn config(plan: &Plan, engine: EngineChoice, path: &Path) -> StoreConfig {
         disk_io_threads: plan.threads,
         buffer_mib: plan.buffer_mib,
         use_direct_io: plan.direct,
-        ..StoreConfig::with_path(path)
+        gds_path: paths.to_vec(),
+        ..StoreConfig::with_path(PathBuf::new())
     };
     match plan.load_source {
         LoadSource::Disk | LoadSource::PageCache => config,

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use kvrail::{ChunkKey, ChunkRef, KvCache, LoadChunk, Store, StoreTicket};
+use kvrail::{ChunkKey, ChunkRef, KvCache, LoadChunk, Store, StoreReport, StoreTicket};
 
 use super::random::Random;
 use crate::failure::Failure;
@@ -31,37 +31,52 @@ impl Submission {
         self.retries.load(Ordering::Relaxed)
     }
 
-    /// Stores one chunk: calls `submit`, which gives exactly one chunk to `store`, and waits.
+    /// Stores one chunk that is not there yet: calls `submit`, which gives exactly one chunk to
+    /// `store`, and waits.
     pub(crate) fn store(
         &self,
         store: &Store,
         item: u64,
         submit: impl Fn() -> Result<StoreTicket, Failure>,
     ) -> Result<(), Failure> {
+        match self.submit(submit)?.stored {
+            1 => Ok(()),
+            _ => Err(Self::not_stored(store, item)),
+        }
+    }
+
+    /// Calls `submit`, which gives exactly one chunk to a store, and waits; again as long as the
+    /// store had no room for it. Returns what became of it the last time.
+    pub(crate) fn submit(
+        &self,
+        submit: impl Fn() -> Result<StoreTicket, Failure>,
+    ) -> Result<StoreReport, Failure> {
+        let mut report = StoreReport::default();
         for _ in 0..=RETRIES_MAX {
             let ticket = {
                 let turn = self.turn.lock();
                 let _turn = turn.unwrap_or_else(|poisoned| poisoned.into_inner());
                 submit()?
             };
-            let report = ticket.wait(WAIT_LIMIT)?;
-            if report.stored == 1 {
-                return Ok(());
-            }
+            report = ticket.wait(WAIT_LIMIT)?;
             if report.dropped == 0 {
                 break;
             }
             self.retries.fetch_add(1, Ordering::Relaxed);
             std::thread::sleep(RETRY_PAUSE);
         }
-        // As far as the store's notices tell.
+        Ok(report)
+    }
+
+    /// Returns why a chunk was not stored, as far as the store's notices tell.
+    pub(crate) fn not_stored(store: &Store, item: u64) -> Failure {
         let notices = store.take_notices();
         let reasons: Vec<String> = notices.into_iter().map(|notice| notice.message).collect();
-        Err(Failure::new(format!(
+        Failure::new(format!(
             "chunk {item} was not stored: {}",
             reasons.join("; ")
         ))
-        .with_hint("see whether --path has room and can be written to"))
+        .with_hint("see whether --path has room and can be written to")
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 
+use super::prompts;
 use super::report::{LimitReport, ModelReport, OperationReport, Report};
 use super::statistics::Spread;
 use crate::output::{Align, Table, human_bytes};
@@ -72,6 +73,7 @@ impl Report {
             writeln!(out)?;
             self.table().write(out)?;
         }
+        prompts::write(&self.prompts, out)?;
         if let Some(lookup) = &self.lookup {
             writeln!(
                 out,

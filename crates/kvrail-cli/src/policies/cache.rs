@@ -7,8 +7,8 @@ use kvrail::store::capacity::{
     Reason, SLICES, SeenChunks, Shelf, Situation, Stamp, SweepRules, Sweeper, Visit,
 };
 
-use super::trace::Request;
 use crate::failure::Failure;
+use crate::workload::Request;
 
 /// What one run counted, after its warm-up.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

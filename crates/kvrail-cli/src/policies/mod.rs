@@ -3,7 +3,6 @@
 //! The policies are the library's own code; only the chunks are numbers instead of files.
 
 mod cache;
-mod trace;
 
 use std::collections::HashSet;
 use std::io::{self, Write};
@@ -15,9 +14,9 @@ use kvrail::config::{Admission, EvictionPolicy};
 use serde::Serialize;
 
 use self::cache::Cache;
-use self::trace::{Request, Trace, Workload};
 use crate::failure::Failure;
 use crate::output::{Align, Table, write_json};
+use crate::workload::{Request, Trace, Workload};
 
 /// The arguments of `kvrail policies`.
 #[derive(Debug, Args)]

@@ -50,9 +50,8 @@ pub(super) fn run(arguments: &Arguments, ordinal: usize) -> Result<ExitCode, Fai
     };
     let (gpu, device) = device::open(ordinal, &options)?;
     let geometries = arguments.geometries();
-    let scratch = Scratch::new(&arguments.path)?;
+    let scratch = Scratch::new(arguments.first_path())?;
     let chunks = arguments.chunks.get();
-    super::check_space(scratch.path(), &geometries, COPIES_OF_FILES * chunks as u64)?;
     let setting = Setting {
         gpu: &gpu,
         outermost: arguments.layout,
@@ -61,6 +60,8 @@ pub(super) fn run(arguments: &Arguments, ordinal: usize) -> Result<ExitCode, Fai
     let mut models = Vec::new();
     for geometry in geometries {
         let plan = arguments.plan(geometry, None);
+        let files = COPIES_OF_FILES * chunks as u64;
+        super::check_space(std::slice::from_ref(&scratch), &plan, files)?;
         let bar = progress_bar(
             (2 * plan.chunks * (plan.rounds + 1)) as u64,
             "{msg} [{bar:40}] {pos}/{len} chunks, {eta} left",
@@ -75,7 +76,7 @@ pub(super) fn run(arguments: &Arguments, ordinal: usize) -> Result<ExitCode, Fai
     }
     let report = GpuReport {
         version: env!("CARGO_PKG_VERSION"),
-        path: arguments.path.display().to_string(),
+        path: arguments.first_path().display().to_string(),
         device,
         layout: arguments.layout.name(),
         models,

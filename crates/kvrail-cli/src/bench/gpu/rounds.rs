@@ -170,7 +170,7 @@ impl<'a> Bench<'a> {
         }
         let blocks = geometry.blocks_per_chunk();
         let bytes = file_bytes(&paths);
-        let disk = Raw::new(directory.join("raw"), bytes, plan.threads, None)?;
+        let disk = Raw::new(vec![directory.join("raw")], bytes, plan.threads, None)?;
         let uses_cufile = paths.iter().any(|path| path.way().uses_cufile());
         let bare = || {
             let folder = directory.join("bare");

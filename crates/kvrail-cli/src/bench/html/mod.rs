@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use self::escape::escaped;
 use self::plot::{Plot, Series, short};
 use super::growth::{GrowthReport, SizeReport};
+use super::prompts::PromptsReport;
 use super::report::{ModelReport, OperationReport, PERCENTS, Report, SideReport};
 use crate::failure::Failure;
 use crate::output::human_bytes;
@@ -36,6 +37,9 @@ pub(crate) fn page(report: &Report) -> Result<String, Failure> {
     write_machine(report, &mut out);
     for model in &report.models {
         write_model(model, &mut out);
+    }
+    for prompts in &report.prompts {
+        write_prompts(prompts, &mut out);
     }
     if let Some(lookup) = &report.lookup {
         let _ = writeln!(
@@ -106,6 +110,65 @@ fn write_model(model: &ModelReport, out: &mut String) {
     for (name, operation) in model.operations() {
         write_operation(&name, operation, out);
     }
+}
+
+fn write_prompts(report: &PromptsReport, out: &mut String) {
+    let _ = write!(
+        out,
+        "<h2>{}, {}: prompts ({})</h2><p>{} rounds of {} prompts, {} in flight; {} chunks verified, \
+         {} found and lost. Engine: {}.</p><table>",
+        escaped(report.model),
+        escaped(report.engine),
+        escaped(report.prompts),
+        report.rounds,
+        report.requests,
+        report.in_flight,
+        report.verified_chunks,
+        report.lost_chunks,
+        escaped(&report.engine_reason),
+    );
+    let paths: Vec<String> = report.chunks_of_paths.iter().map(u64::to_string).collect();
+    let rows = [
+        ("Chunks that were there, %", short(100.0 * report.hit_rate)),
+        ("Prompts/s", short(report.requests_per_second.median)),
+        ("Loaded, GB/s", short(report.loaded_gb_per_second.median)),
+        ("Stored, GB/s", short(report.stored_gb_per_second.median)),
+        (
+            "Against bare reads and writes",
+            report
+                .ratio
+                .map_or_else(String::new, |ratio| short(ratio.median)),
+        ),
+        ("CPU s/GB", short(report.cpu_seconds_per_gb.median)),
+        ("Lookup, ms, p50", short(report.lookup_p50_ms)),
+        ("Lookup, ms, p99", short(report.lookup_p99_ms)),
+        ("Lookup and load, ms, p50", short(report.hit_p50_ms)),
+        ("Lookup and load, ms, p99", short(report.hit_p99_ms)),
+        ("Chunks on each path in the end", paths.join(", ")),
+    ];
+    for (name, value) in rows {
+        let _ = write!(
+            out,
+            "<tr><th>{name}</th><td class=\"number\">{}</td></tr>",
+            escaped(&value)
+        );
+    }
+    out.push_str("</table><div class=\"plots\">\n");
+    let series = |name: &str, values: &[f64]| Series {
+        name: name.to_owned(),
+        points: (1..).map(f64::from).zip(values.iter().copied()).collect(),
+    };
+    let plot = Plot {
+        title: "Prompts in a second".to_owned(),
+        x_label: "round",
+        y_label: "prompts/s",
+        series: vec![
+            series("kvrail", &report.requests_per_second_of_rounds),
+            series("raw", &report.raw_requests_per_second_of_rounds),
+        ],
+    };
+    plot.write(out);
+    out.push_str("</div>\n");
 }
 
 fn write_growth(growth: &GrowthReport, out: &mut String) {
