@@ -12,6 +12,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes of the length that precedes the JSON of a safetensors file.
 const LENGTH_BYTES: usize = 8;
+/// Digits of the root checksum.
+const ROOT_DIGITS: usize = 16;
 
 /// What stands in a head beside the lengths: all of it known before a file is opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -137,6 +139,20 @@ impl ChunkHead {
     /// # Errors
     /// [`ErrorKind::Damaged`], naming the first field that differs.
     pub fn check(page: &[u8], fields: &HeadFields, format: &ChunkFormat) -> Result<u64> {
+        // Nearly always the page is the expected one. Then nothing of it but the root checksum has
+        // to be read, which takes a quarter of the time.
+        if let Some(root) = root_in(page) {
+            let mut expected = [0; PAGE_BYTES];
+            let head = Self {
+                fields: fields.clone(),
+                format: *format,
+                root,
+            };
+            head.encode_into(&mut expected)?;
+            if expected == page {
+                return Ok(root);
+            }
+        }
         let found = Self::decode(page)?;
         let differs = |name: &str, found: String, expected: String| {
             let message = format!("head: {name} is {found}, expected {expected}");
@@ -211,6 +227,15 @@ impl ChunkHead {
             root: u64::from_str_radix(&metadata.root_xxh3, 16).ok()?,
         })
     }
+}
+
+/// Returns what a page has where a head has its root checksum. Whether the page is a head is for the
+/// caller to find out.
+fn root_in(page: &[u8]) -> Option<u64> {
+    let name = br#""root_xxh3":""#;
+    let at = page.windows(name.len()).position(|bytes| bytes == name)? + name.len();
+    let digits = page.get(at..at + ROOT_DIGITS)?;
+    u64::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
 }
 
 #[cfg(test)]
