@@ -17,7 +17,7 @@ PYTEST := python -m pytest -ra --durations=5 --timeout=600
 
 .PHONY: help environment model build demo test bench bench-loops bench-overhead soak fmt clean clean-cache requirements \
   tools kernels-check fmt-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test \
-  fuzz concurrency-test sanitize sanitize-all
+  fuzz concurrency-test sanitize sanitize-all instructions-check
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' Makefile
@@ -25,7 +25,7 @@ help: ## List the commands.
 demo: build model ## Show kvrail at work: a real vLLM, restarted, takes a long prompt from disk.
 	@$(STEP) 'demo: a long document, read once, then taken from disk' $(WITHIN) python scripts/demo.py
 
-test: fmt-check kernels-check clippy rust-test concurrency-test sanitize fuzz doc-test doc python-lint stub-test python-test e2e-test ## Run all checks and tests.
+test: fmt-check kernels-check clippy rust-test concurrency-test sanitize fuzz doc-test doc instructions-check python-lint stub-test python-test e2e-test ## Run all checks and tests.
 	@printf '\nall checks and tests passed\n'
 
 environment: ## Make the virtual environment with vLLM in the cache folder.
@@ -82,6 +82,10 @@ doc: tools ## Build the Rust documentation; warnings are errors.
 	  $(WITHIN) cargo doc --package kvrail-cli --locked --no-deps
 	@$(STEP) 'doc: the libraries' env RUSTDOCFLAGS='-D warnings' \
 	  $(WITHIN) cargo doc --workspace --exclude kvrail-cli --locked --no-deps
+
+instructions-check: build ## Count the instructions of the inner loops; more than their limits are an error.
+	@$(STEP) 'instructions-check: inner loops under callgrind' $(WITHIN) \
+	  bash -c 'scripts/system_packages && count-instructions'
 
 python-lint: environment ## Lint the Python code and check its format.
 	@$(STEP) 'python-lint: ruff check' $(WITHIN) ruff check python scripts

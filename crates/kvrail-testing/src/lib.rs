@@ -5,6 +5,7 @@
 //!   every operation of a file system; [`FaultMount`] runs and steers it
 //! - [`soak`] is the model checker over both
 //! - [`Rules`] is the script of both: which operations on which paths, what happens, how often
+//! - `count-instructions`, another program, guards what the inner loops of a chunk cost
 //! - [`Random`] is where every choice comes from: the same seed, the same faults
 #![allow(
     clippy::unwrap_used,
