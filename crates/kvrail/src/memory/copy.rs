@@ -56,7 +56,7 @@ impl<'a> Scatter<'a> {
             let range = self.plan.ranges().get(self.range).ok_or_else(mismatch)?;
             let bytes = rest.len().min(range.bytes - self.written);
             let (piece, left) = rest.split_at_checked(bytes).ok_or_else(mismatch)?;
-            region(self.regions, range.region)?.copy_in(range.offset + self.written, piece)?;
+            region(self.regions, range.region)?.stream_in(range.offset + self.written, piece)?;
             self.written += bytes;
             if self.written == range.bytes {
                 (self.range, self.written) = (self.range + 1, 0);

@@ -11,6 +11,7 @@ mod mapping;
 mod region;
 mod registered;
 mod staging;
+mod streaming;
 
 pub use arena::{Arena, DeviceArena, HostArena};
 pub use copy::{Scatter, gather};

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use kvrail_cuda::DevicePointer;
 
 use super::mapping::Mapping;
+use super::streaming;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Where memory lies.
@@ -136,6 +137,18 @@ impl Region {
         unsafe {
             std::ptr::copy_nonoverlapping(source.as_ptr(), target.as_ptr(), source.len());
         };
+        Ok(())
+    }
+
+    /// Copies `source` into the region, past the CPU's caches where it is long: for bytes that this
+    /// thread does not look at again.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] when the range lies outside the region.
+    pub fn stream_in(&self, offset: usize, source: &[u8]) -> Result<()> {
+        let target = self.host_span(offset, source.len())?;
+        // SAFETY: as in `copy_in`.
+        unsafe { streaming::copy(source.as_ptr(), target.as_ptr(), source.len()) };
         Ok(())
     }
 
