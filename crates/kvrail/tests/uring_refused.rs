@@ -60,6 +60,7 @@ fn where_a_seccomp_filter_forbids_io_uring_posix_moves_the_bytes_and_it_is_said(
                 let mut config = config(directory.path());
                 config.io_engine = wish;
                 let store = Store::open(&config, namespace(), OpenOptions::default()).unwrap();
+                store.wait_for_engines(LIMIT).unwrap();
                 let report = store.describe().remove(0);
                 assert_eq!(report.engine, "posix");
                 assert!(

@@ -39,6 +39,8 @@ impl Subject {
         let name = namespace.directory_name();
         let directories = paths.iter().map(|path| path.join(&name)).collect();
         let store = Store::open(&config, namespace, OpenOptions::default())?;
+        // What is measured is the engine that is chosen, alone with the disk.
+        store.wait_for_engines(WAIT_LIMIT)?;
         let attach = |memory: &KvMemory| -> Result<KvCache, Failure> {
             let regions = vec![memory.region()];
             Ok(store.attach(0, 0, memory.layout()?, regions, geometry.blocks_per_chunk())?)

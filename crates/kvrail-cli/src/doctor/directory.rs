@@ -331,11 +331,11 @@ fn try_uring(
         Err(error) => return ("posix", outcome(false, error.to_string())),
     };
     if !compare {
-        let reason = "not compared with posix now; a store does when it is opened".to_owned();
+        let reason = "not compared with posix now; a store does when it is open".to_owned();
         return ("posix", outcome(true, reason));
     }
     let compared = Folder::open(real, FolderRules::default())
-        .and_then(|folder| compare_engines(posix, &*engine, &folder, file_name, direct));
+        .and_then(|folder| compare_engines(posix, &*engine, &folder, file_name, direct, &|| true));
     match compared {
         Ok(found) if found.second_is_better => ("uring", outcome(true, found.reason)),
         Ok(found) => ("posix", outcome(true, found.reason)),

@@ -1,5 +1,9 @@
 //! A store with chunks that the tests of a faulty mount work on, and the limits that they have.
-#![allow(unreachable_pub, reason = "each test binary uses its own part of this")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "each test binary uses its own part of this"
+)]
 
 use std::path::Path;
 use std::time::{Duration, Instant};

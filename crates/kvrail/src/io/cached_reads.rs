@@ -38,6 +38,12 @@ pub struct CachedReads {
 #[derive(Debug)]
 struct Shared {
     engine: Arc<dyn IoEngine>,
+    cache: Arc<Cache>,
+}
+
+/// What is known of the page cache, whichever engine is behind it.
+#[derive(Debug, Default)]
+struct Cache {
     /// Whether the kernel does not tell what is cached, or the file system knows no reads that do
     /// not wait. Neither ever learns.
     is_unsupported: AtomicBool,
@@ -54,13 +60,18 @@ struct CachedRead {
 impl CachedReads {
     /// Puts the page cache in front of `engine`.
     pub fn new(engine: Arc<dyn IoEngine>) -> Self {
-        let shared = Shared {
-            engine,
-            is_unsupported: AtomicBool::new(false),
-            bytes: AtomicU64::new(0),
-        };
+        Self::over(engine, Arc::default())
+    }
+
+    /// Puts the page cache in front of another engine. What is known and counted stays.
+    #[must_use]
+    pub fn with_engine(&self, engine: Arc<dyn IoEngine>) -> Self {
+        Self::over(engine, Arc::clone(&self.shared.cache))
+    }
+
+    fn over(engine: Arc<dyn IoEngine>, cache: Arc<Cache>) -> Self {
         Self {
-            shared: Arc::new(shared),
+            shared: Arc::new(Shared { engine, cache }),
         }
     }
 
@@ -68,7 +79,7 @@ impl CachedReads {
     /// is there.
     #[must_use]
     pub fn look_at(&self, file: IoFile, folder: &Folder, below: &str) -> IoFile {
-        let is_off = self.shared.is_unsupported.load(Ordering::Relaxed);
+        let is_off = self.shared.cache.is_unsupported.load(Ordering::Relaxed);
         match !is_off && self.shared.cached_bytes(&file, 0, u64::MAX) > 0 {
             true => file.with_cached_view(folder, below),
             false => file,
@@ -77,7 +88,7 @@ impl CachedReads {
 
     /// Returns the bytes that came from the page cache.
     pub fn bytes(&self) -> u64 {
-        self.shared.bytes.load(Ordering::Relaxed)
+        self.shared.cache.bytes.load(Ordering::Relaxed)
     }
 }
 
@@ -86,7 +97,7 @@ impl Shared {
     fn note(&self, errno: Errno) {
         // What has no call or no such read now has none later. PERM is about a file of somebody else.
         if matches!(errno, Errno::NOSYS | Errno::OPNOTSUPP) {
-            self.is_unsupported.store(true, Ordering::Relaxed);
+            self.cache.is_unsupported.store(true, Ordering::Relaxed);
         }
     }
 
@@ -131,7 +142,7 @@ impl Shared {
         if done < buffer.len() {
             done = done / PAGE_BYTES * PAGE_BYTES;
         }
-        self.bytes.fetch_add(done as u64, Ordering::Relaxed);
+        self.cache.bytes.fetch_add(done as u64, Ordering::Relaxed);
         done
     }
 }

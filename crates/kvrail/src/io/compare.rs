@@ -4,15 +4,15 @@
 //! fifth of a second together. Times of one round are compared with each other only: what the disk
 //! does for others changes from one moment to the next.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Folder, IoEngine, IoFile, IoRequest, OpenMode, Operation};
+use super::trial::{Trial, fill};
+use super::{Folder, IoEngine};
 use crate::chunk::PAGE_BYTES;
-use crate::error::{Error, ErrorKind, Result};
-use crate::memory::{StagingPool, StagingRange};
+use crate::error::Result;
+use crate::memory::StagingPool;
 
-/// The time for all of it. Who opens a store waits for it, once for each file system.
+/// The time for all of it: loads and stores of others are disturbed for no longer.
 const BUDGET: Duration = Duration::from_millis(200);
 /// What one transfer of the file should take, so that all rounds fit.
 const TRANSFER: Duration = Duration::from_millis(8);
@@ -80,33 +80,37 @@ impl Comparison {
 /// Compares two engines in a folder, with O_DIRECT or without.
 ///
 /// `file_name` must be unique to the caller; the file is removed again. Where it cannot be told, or
-/// not in time, the first one is the better one, and the comparison says why.
+/// not in time, the first one is the better one, and the comparison says why. It may run beside
+/// loads and stores: they disturb both engines alike, for each round has both of them.
 ///
 /// # Errors
-/// [`ErrorKind::Damaged`] when the second one gives other bytes than were written, and what else
-/// writing and reading says.
+/// [`ErrorKind::Damaged`](crate::ErrorKind::Damaged) when the second one gives other bytes than
+/// were written, [`ErrorKind::Closed`](crate::ErrorKind::Closed) soon after `goes_on` says no, and
+/// what else writing and reading says.
 pub fn compare_engines(
     first: &dyn IoEngine,
     second: &dyn IoEngine,
     folder: &Folder,
     file_name: &str,
     direct: bool,
+    goes_on: &dyn Fn() -> bool,
 ) -> Result<Comparison> {
     let begin = Instant::now();
     let names = [first.name(), second.name()];
-    let place = Place {
+    let trial = Trial {
         folder,
         file_name,
         direct,
         deadline: begin + 10 * BUDGET,
+        goes_on,
     };
     let pool = StagingPool::new(*FILE_BYTES.end(), *FILE_BYTES.end())?;
     let mut buffer = pool.take(begin)?;
     fill(buffer.as_mut_slice());
     // Twice, for the first one finds everything cold.
-    let (cold, buffer) = place.round_trip(first, buffer, PILOT_BYTES)?;
-    let (pilot, buffer) = place.round_trip(first, buffer, PILOT_BYTES)?;
-    let pilot = pilot.min(cold);
+    let (cold, buffer) = trial.round_trip(first, buffer, PILOT_BYTES)?;
+    let (pilot, buffer) = trial.round_trip(first, buffer, PILOT_BYTES)?;
+    let pilot = pilot.sum().min(cold.sum());
     let scale = TRANSFER.as_secs_f64() * 2.0 / pilot.as_secs_f64().max(1e-6);
     let bytes = (PILOT_BYTES as f64 * scale) as usize / PAGE_BYTES * PAGE_BYTES;
     if bytes < *FILE_BYTES.start() {
@@ -131,10 +135,10 @@ pub fn compare_engines(
         // Each of them first in every other round: neither always finds the disk as it was left.
         for turn in [number % 2, 1 - number % 2] {
             let engine = if turn == 0 { first } else { second };
-            let (time, back) = place.round_trip(engine, buffer, bytes)?;
+            let (times_of_one, back) = trial.round_trip(engine, buffer, bytes)?;
             buffer = back;
-            if let Some(place) = times.get_mut(turn) {
-                *place = time;
+            if let Some(time) = times.get_mut(turn) {
+                *time = times_of_one.sum();
             }
         }
         longest = longest.max(round.elapsed());
@@ -145,119 +149,6 @@ pub fn compare_engines(
         }
     }
     Ok(Comparison::of(ratios, names))
-}
-
-/// Where and how files are written.
-struct Place<'a> {
-    folder: &'a Folder,
-    file_name: &'a str,
-    direct: bool,
-    deadline: Instant,
-}
-
-impl Place<'_> {
-    /// Writes and reads `bytes` bytes of the buffer, and compares them. Returns the time of both,
-    /// and the buffer.
-    fn round_trip(
-        &self,
-        engine: &dyn IoEngine,
-        buffer: StagingRange,
-        bytes: usize,
-    ) -> Result<(Duration, StagingRange)> {
-        let result = self.try_round_trip(engine, buffer, bytes);
-        drop(self.folder.remove_file(self.file_name));
-        result
-    }
-
-    fn try_round_trip(
-        &self,
-        engine: &dyn IoEngine,
-        mut buffer: StagingRange,
-        bytes: usize,
-    ) -> Result<(Duration, StagingRange)> {
-        let mut image = buffer.split_to(bytes);
-        let start = Instant::now();
-        image = self.transfer(engine, Operation::Write, OpenMode::CreateNew, image)?;
-        let written = start.elapsed();
-        // A few bytes of each page, so that what is not read shows.
-        poison(image.as_mut_slice());
-        let start = Instant::now();
-        image = self.transfer(engine, Operation::Read, OpenMode::Read, image)?;
-        let time = written + start.elapsed();
-        if !is_filled(image.as_slice()) {
-            let message = format!("{}: what was read is not what was written", engine.name());
-            let path = self.folder.path().join(self.file_name);
-            return Err(Error::new(ErrorKind::Damaged, message).with_path(&path));
-        }
-        image.rejoin(buffer).map_err(|_| lost(engine))?;
-        Ok((time, image))
-    }
-
-    /// Moves an image whole, as the store does.
-    fn transfer(
-        &self,
-        engine: &dyn IoEngine,
-        operation: Operation,
-        mode: OpenMode,
-        mut image: StagingRange,
-    ) -> Result<StagingRange> {
-        let file = IoFile::open_in(self.folder, self.file_name, mode, self.direct)?;
-        let file = Arc::new(file);
-        let mut requests = Vec::new();
-        let mut offset = 0;
-        while !image.is_empty() {
-            let buffer = image.split_to(engine.request_bytes(operation));
-            let bytes = buffer.len() as u64;
-            requests.push(IoRequest {
-                operation,
-                file: Arc::clone(&file),
-                offset,
-                buffer,
-            });
-            offset += bytes;
-        }
-        let mut moved: Option<StagingRange> = None;
-        for handle in engine.submit_all(requests) {
-            let part = handle.wait(self.deadline)?;
-            match &mut moved {
-                None => moved = Some(part),
-                Some(moved) => moved.rejoin(part).map_err(|_| lost(engine))?,
-            }
-        }
-        moved.ok_or_else(|| lost(engine))
-    }
-}
-
-fn lost(engine: &dyn IoEngine) -> Error {
-    let message = format!("{} gave back another buffer", engine.name());
-    Error::new(ErrorKind::InvalidArgument, message)
-}
-
-/// Marks each page with its number, behind bytes that no device compresses to nothing.
-fn fill(buffer: &mut [u8]) {
-    let mut state = 1_u64;
-    for bytes in buffer.chunks_exact_mut(8) {
-        state = state.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(1);
-        bytes.copy_from_slice(&(state ^ (state >> 29)).to_le_bytes());
-    }
-    mark(buffer, |number| number);
-}
-
-fn poison(buffer: &mut [u8]) {
-    mark(buffer, |number| !number);
-}
-
-fn mark(buffer: &mut [u8], what: impl Fn(u64) -> u64) {
-    for (number, page) in buffer.chunks_exact_mut(PAGE_BYTES).enumerate() {
-        if let Some(first) = page.first_chunk_mut() {
-            *first = what(number as u64).to_le_bytes();
-        }
-    }
-}
-
-fn is_filled(buffer: &[u8]) -> bool {
-    let mut pages = buffer.chunks_exact(PAGE_BYTES).enumerate();
-    pages.all(|(number, page)| page.first_chunk() == Some(&(number as u64).to_le_bytes()))
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ mod posix;
 mod probe;
 mod progress;
 mod small;
+mod trial;
 mod uring;
 
 pub use bounded::within;

@@ -2,11 +2,13 @@
 //!
 //! What the user asks for is taken where it works; else what measures best on the file system,
 //! and posix in case of doubt. Measuring takes a fifth of a second, so it is done once in a process
-//! for each file system.
+//! for each file system, when the store is open (see `comparisons`).
 
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use super::comparisons::MEANWHILE;
 use super::notice::{Notices, Topic};
 use crate::config::EngineChoice;
 use crate::error::{Error, ErrorKind, Result};
@@ -16,6 +18,8 @@ use crate::io::{Comparison, Folder, IoEngine, PosixEngine, UringEngine, compare_
 const REMEMBERED_MAX: usize = 64;
 /// Free space below which nothing is compared: many times what is written.
 const SPACE_BYTES_MIN: u64 = 1 << 30;
+/// How often a comparison looks whether that of another store on the same file system has ended.
+const TURN: Duration = Duration::from_millis(5);
 
 /// An engine for a path, and why that one.
 pub(super) type Chosen = (Arc<dyn IoEngine>, String);
@@ -112,47 +116,74 @@ impl Engines {
         self.given.is_none() && self.wish == EngineChoice::Uring && engine.name() == "uring"
     }
 
-    /// Chooses for a path that `first` works on, by measuring in one of its folders.
-    pub(super) fn choose(
+    /// Chooses for a path that `first` works on, by what was measured on its file system. Returns
+    /// whether that is still to be done, too, and the path starts with posix.
+    pub(super) fn start_with(
         &self,
         first: Chosen,
         folder: &Folder,
-        file_name: &str,
         direct: bool,
-    ) -> Chosen {
+    ) -> (Chosen, bool) {
         if self.given.is_some() || self.wish != EngineChoice::Auto {
-            return first;
+            return (first, false);
         }
         let (posix, _) = first;
+        match device(folder).and_then(|device| remembered(device, direct)) {
+            Some(found) => (self.decided(&posix, found), false),
+            None => ((posix, MEANWHILE.to_owned()), true),
+        }
+    }
+
+    /// Chooses for a path by measuring in one of its folders, unless that was done meanwhile.
+    pub(super) fn compare(
+        &self,
+        posix: &Arc<dyn IoEngine>,
+        folder: &Folder,
+        file_name: &str,
+        direct: bool,
+        goes_on: &dyn Fn() -> bool,
+    ) -> Chosen {
+        let stays = |reason: String| (Arc::clone(posix), reason);
         let uring = match self.uring() {
             Ok(uring) => uring,
-            Err(reason) => return (posix, reason),
+            Err(reason) => return stays(reason),
         };
         let device = device(folder);
-        if let Some(found) = device.and_then(|device| remembered(device, direct)) {
-            return decided(posix, uring, found);
+        let mut turn = None;
+        while let Some(device) = device {
+            turn = Turn::take(device, direct);
+            if let Some(found) = remembered(device, direct) {
+                return self.decided(posix, found);
+            }
+            if turn.is_some() {
+                break;
+            }
+            if !goes_on() {
+                return stays("uring could not be compared: another store is at it".to_owned());
+            }
+            std::thread::sleep(TURN);
         }
         if let Err(reason) = has_space(folder) {
-            return (posix, reason);
+            return stays(reason);
         }
-        match compare_engines(&*posix, &*uring, folder, file_name, direct) {
+        let compared = compare_engines(&**posix, &*uring, folder, file_name, direct, goes_on);
+        let chosen = match compared {
             Ok(found) => {
                 if let Some(device) = device {
                     remember(device, direct, &found);
                 }
-                self.notices.info(Topic::Engine, || {
-                    format!("{}: {}", folder.path().display(), found.reason)
-                });
-                decided(posix, uring, found)
+                self.decided(posix, found)
             }
             Err(error) => {
                 let reason = format!("uring could not be compared: {error}");
                 if error.kind() == ErrorKind::Damaged {
                     self.notices.warn(Topic::Engine, || reason.clone());
                 }
-                (posix, reason)
+                stays(reason)
             }
-        }
+        };
+        drop(turn);
+        chosen
     }
 
     /// Chooses for a path that nothing is written to: by what another store has measured there.
@@ -169,20 +200,19 @@ impl Engines {
             .and_then(device)
             .and_then(|device| remembered(device, direct));
         match (found, first) {
-            (Some(found), (posix, _)) if found.second_is_better => match self.uring() {
-                Ok(uring) => decided(posix, uring, found),
-                Err(reason) => (posix, reason),
-            },
-            (Some(found), (posix, _)) => (posix, found.reason),
+            (Some(found), (posix, _)) => self.decided(&posix, found),
             (None, (posix, _)) => (posix, "not compared where nothing is written".into()),
         }
     }
-}
 
-fn decided(posix: Arc<dyn IoEngine>, uring: Arc<dyn IoEngine>, found: Comparison) -> Chosen {
-    match found.second_is_better {
-        true => (uring, found.reason),
-        false => (posix, found.reason),
+    fn decided(&self, posix: &Arc<dyn IoEngine>, found: Comparison) -> Chosen {
+        if !found.second_is_better {
+            return (Arc::clone(posix), found.reason);
+        }
+        match self.uring() {
+            Ok(uring) => (uring, found.reason),
+            Err(reason) => (Arc::clone(posix), reason),
+        }
     }
 }
 
@@ -216,5 +246,47 @@ fn remember(device: u64, direct: bool, found: &Comparison) {
     known.retain(|(at, how, _)| (*at, *how) != (device, direct));
     if known.len() < REMEMBERED_MAX {
         known.push((device, direct, found.clone()));
+    }
+}
+
+/// File systems that a comparison is under way on, and whether with O_DIRECT.
+static COMPARED_NOW: Mutex<Vec<(u64, bool)>> = Mutex::new(Vec::new());
+
+/// The only comparison of this process on a file system.
+struct Turn {
+    place: (u64, bool),
+}
+
+impl Turn {
+    /// Returns `None` while somebody else has the turn.
+    fn take(device: u64, direct: bool) -> Option<Self> {
+        let place = (device, direct);
+        let mut now = COMPARED_NOW.lock().unwrap_or_else(PoisonError::into_inner);
+        if now.contains(&place) {
+            return None;
+        }
+        now.push(place);
+        Some(Self { place })
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let mut now = COMPARED_NOW.lock().unwrap_or_else(PoisonError::into_inner);
+        now.retain(|place| *place != self.place);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_system_has_one_comparison_at_a_time() {
+        let first = Turn::take(u64::MAX, true);
+        assert!(first.is_some() && Turn::take(u64::MAX, true).is_none());
+        assert!(Turn::take(u64::MAX, false).is_some(), "another question");
+        drop(first);
+        assert!(Turn::take(u64::MAX, true).is_some());
     }
 }

@@ -303,7 +303,7 @@ fn move_chunk(
         )),
         (LoadBuffer::Host(buffer), gpu) => {
             let loaded = match gpu {
-                None => load_host::load(mount.reader(), job, file, buffer, deadline)
+                None => load_host::load(&*mount.engine.reader(), job, file, buffer, deadline)
                     .inspect(|_| {
                         let bytes = job.payload.len();
                         mount.health.note(&mount.root, began, bytes, None);
@@ -415,7 +415,13 @@ fn read(
     let mut computed = vec![0_u64; if hash_here { extents.pages.len() } else { 0 }];
     let mut image: Option<StagingRange> = None;
     let ranges = &extents.ranges;
-    let parts = image::submit(mount.reader(), Operation::Read, file, ranges, buffer);
+    let parts = image::submit(
+        &*mount.engine.reader(),
+        Operation::Read,
+        file,
+        ranges,
+        buffer,
+    );
     for part in parts {
         let offset = part.offset;
         let bytes = part.wait(deadline)?;

@@ -10,10 +10,12 @@
 //! - `queue` decides what goes first, `batch` and `ticket` tell the caller how it ended
 //! - [`inspect`] reads a store without KV cache, for tools
 
+mod active_engine;
 mod bad;
 mod batch;
 mod breaker;
 pub mod capacity;
+mod comparisons;
 mod crew;
 mod directory;
 mod durable;
@@ -77,6 +79,9 @@ use crate::io::{IoEngine, MountReport};
 use crate::layout::KvLayout;
 use crate::memory::Region;
 use shared::Running;
+
+/// What a comparison of engines gets to end when the store is closed: far more than one transfer.
+const COMPARISON_ENDS: Duration = Duration::from_secs(2);
 
 /// A store of one namespace. Clones share it; its threads stop with the last of them.
 #[derive(Debug, Clone)]
@@ -186,6 +191,23 @@ impl Store {
             .collect()
     }
 
+    /// Waits until it is decided which engine moves the bytes of each path.
+    ///
+    /// With [`EngineChoice::Auto`](crate::config::EngineChoice::Auto) a path starts with posix, and
+    /// the engines are compared when the store is open; [`Store::describe`] says so until then.
+    /// Only who measures has a reason to wait.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TimedOut`] when a comparison is under way after `limit`.
+    pub fn wait_for_engines(&self, limit: Duration) -> Result<()> {
+        if self.running.shared.comparisons.wait(limit) {
+            return Ok(());
+        }
+        let seconds = limit.as_secs_f64();
+        let message = format!("the I/O engines were not compared within {seconds:.3} s");
+        Err(Error::new(ErrorKind::TimedOut, message))
+    }
+
     /// Waits until all stores submitted so far have ended.
     ///
     /// # Errors
@@ -200,16 +222,24 @@ impl Store {
 
     /// Waits for the stores, then ends everything: waiting loads end as failed, new calls too.
     ///
-    /// The janitors get what is left of `limit`, two seconds at most, to end their work.
+    /// A comparison of engines and the janitors get what is left of `limit`, two seconds at most,
+    /// to end their work.
     ///
     /// # Errors
     /// [`ErrorKind::TimedOut`] when stores were not done within `limit`; they are given up.
     pub fn close(&self, limit: Duration) -> Result<()> {
         let deadline = Instant::now().checked_add(limit);
+        self.running.shared.comparisons.stop();
         let flushed = self.flush(limit);
         self.running.queue.close();
-        let left = deadline.map_or(limit, |end| end.saturating_duration_since(Instant::now()));
-        self.running.janitors.stop(left);
+        let left = || deadline.map_or(limit, |end| end.saturating_duration_since(Instant::now()));
+        // So that its file is gone. Whether it ended in time changes nothing here.
+        let _ = self
+            .running
+            .shared
+            .comparisons
+            .wait(left().min(COMPARISON_ENDS));
+        self.running.janitors.stop(left());
         flushed
     }
 }

@@ -7,13 +7,15 @@ use std::time::{Duration, Instant};
 
 use twox_hash::XxHash3_64;
 
+use super::active_engine::ActiveEngine;
 use super::directory::NamespaceDirectory;
+use super::engine::Chosen;
 use super::gpu::CufileState;
 use super::health::{Health, tells_of_the_path};
 use crate::chunk::ChunkKey;
 use crate::config::{MinFree, PageCache, PathSharding};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{CachedReads, Folder, IoEngine, IoFile, MountReport, OpenMode};
+use crate::io::{Folder, IoFile, MountReport, OpenMode};
 
 /// How long stores leave a path alone after it failed.
 const PAUSE: Duration = Duration::from_secs(5);
@@ -33,9 +35,9 @@ pub(super) struct Mount {
     pub(super) directory: NamespaceDirectory,
     pub(super) report: MountReport,
     /// What moves bytes between files and staging memory of the host.
-    pub(super) engine: Arc<dyn IoEngine>,
-    /// The same for loads, with the page cache in front; `None` where that is not asked.
-    cached_reads: Option<CachedReads>,
+    pub(super) engine: ActiveEngine,
+    /// Whether the engine is still to be compared with the other one, from when the store is open.
+    pub(super) is_undecided: bool,
     /// Whether stores through the host leave what they write in the page cache.
     keeps_cached: bool,
     /// Whether cuFile moves the bytes, and how it fares.
@@ -71,7 +73,7 @@ impl Mount {
         root: PathBuf,
         directory: NamespaceDirectory,
         report: MountReport,
-        engine: Arc<dyn IoEngine>,
+        chosen: Chosen,
         min_free: MinFree,
         health: Health,
     ) -> Self {
@@ -80,8 +82,8 @@ impl Mount {
             root,
             directory,
             report,
-            engine,
-            cached_reads: None,
+            engine: ActiveEngine::new(chosen),
+            is_undecided: false,
             keeps_cached: false,
             cufile: CufileState::default(),
             health,
@@ -94,22 +96,14 @@ impl Mount {
     /// it anyway.
     pub(super) fn with_page_cache(mut self, wish: PageCache) -> Self {
         self.keeps_cached = wish == PageCache::Keep;
-        self.cached_reads = (self.report.direct && wish != PageCache::Bypass)
-            .then(|| CachedReads::new(Arc::clone(&self.engine)));
+        self.engine = self.engine.with_page_cache(wish, self.report.direct);
         self
     }
 
-    /// Returns what reads chunk files into staging memory of the host.
-    pub(super) fn reader(&self) -> &dyn IoEngine {
-        match &self.cached_reads {
-            Some(reads) => reads,
-            None => &*self.engine,
-        }
-    }
-
-    /// Returns the bytes that loads took from the page cache.
-    pub(super) fn page_cache_bytes(&self) -> u64 {
-        self.cached_reads.as_ref().map_or(0, CachedReads::bytes)
+    /// Sets whether the engine is still to be compared with the other one.
+    pub(super) fn with_undecided(mut self, is_undecided: bool) -> Self {
+        self.is_undecided = is_undecided;
+        self
     }
 
     /// Returns whether the files that the host's engine writes are opened direct.
@@ -124,15 +118,16 @@ impl Mount {
     pub(super) fn open_chunk(&self, namespace: &Folder, below: &str) -> Result<IoFile> {
         let file = IoFile::open_in(namespace, below, OpenMode::Read, self.report.direct)?;
         // cuFile goes past the page cache in any case.
-        match &self.cached_reads {
-            Some(reads) if !self.cufile.is_on() => Ok(reads.look_at(file, namespace, below)),
-            _ => Ok(file),
+        match self.cufile.is_on() {
+            true => Ok(file),
+            false => Ok(self.engine.look_at(file, namespace, below)),
         }
     }
 
     /// Returns what the path does now, and why.
     pub(super) fn describe(&self) -> MountReport {
         let mut report = self.report.clone();
+        (report.engine, report.engine_reason) = self.engine.describe();
         match self.cufile.describe() {
             Some((true, reason)) => {
                 report.engine = "cufile";
@@ -316,8 +311,9 @@ mod tests {
         let health = Health::new(Duration::from_secs(2), Arc::default(), Arc::default());
         let engine = Arc::new(PosixEngine::new(1, Arc::new(|| ())).unwrap());
         let root = PathBuf::from(root);
+        let chosen: Chosen = (engine, String::new());
         Arc::new(Mount::new(
-            root, directory, report, engine, min_free, health,
+            root, directory, report, chosen, min_free, health,
         ))
     }
 

@@ -32,6 +32,7 @@ pub struct Notice {
 pub(super) enum Topic {
     Start,
     Engine,
+    EngineChosen,
     Namespace,
     ReadOnly,
     NoSpace,
@@ -87,7 +88,7 @@ impl Notices {
         // What is said at the start, or once for each path, is said in full: there is no flood of it.
         if !matches!(
             topic,
-            Topic::Start | Topic::Namespace | Topic::CufileGivenUp
+            Topic::Start | Topic::EngineChosen | Topic::Namespace | Topic::CufileGivenUp
         ) {
             match state.topics.get_mut(&topic) {
                 Some(quiet) if now < quiet.until => {

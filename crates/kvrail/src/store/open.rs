@@ -8,6 +8,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::bad::BadChunks;
 use super::capacity::{Capacity, JanitorThreads};
+use super::comparisons::{self, Comparisons};
 use super::directory::{NamespaceDirectory, TEMPORARY_NAME};
 use super::engine::{Chosen, Engines};
 use super::gpu::{CufileWish, Gpus};
@@ -51,8 +52,13 @@ struct Opening {
     metrics: Arc<Metrics>,
 }
 
-/// What was found out about a path, and the engine for it.
-type Prepared = (MountReport, Arc<dyn IoEngine>);
+/// What was found out about a path.
+struct Prepared {
+    report: MountReport,
+    chosen: Chosen,
+    /// Whether the engine is still to be compared with the other one.
+    is_undecided: bool,
+}
 
 /// Opens a store, over `engine` or the one that the configuration asks for.
 pub(super) fn open(
@@ -102,7 +108,7 @@ pub(super) fn open(
             "one or more directories",
         ));
     }
-    // An engine that no path has chosen goes.
+    let engines = Arc::clone(&opening.engines);
     drop(opening);
     let capacity = Capacity::open(config, &mounts, &notices)?;
     let shared = Arc::new(StoreShared {
@@ -120,6 +126,7 @@ pub(super) fn open(
         lookup_limit: Duration::from_secs_f64(config.lookup_limit_seconds),
         known: KnownAnswers::new(Duration::from_secs_f64(config.lookup_hold_seconds)),
         watch: Watch::default(),
+        comparisons: Comparisons::default(),
         may_write: options.access == Access::ReadWrite,
         buffer_mib: config.buffer_mib,
         tier_bytes,
@@ -149,6 +156,8 @@ pub(super) fn open(
     };
     worker::start(&running.shared, &running.queue, threads, &on_start)?;
     watch::start(&running.shared, &on_start)?;
+    // Gives the engines back when it is through: one that no path has chosen goes.
+    comparisons::start(&running.shared, engines, &on_start);
     Ok(running)
 }
 
@@ -185,10 +194,10 @@ impl Opening {
         let rules = self.rules.clone();
         let directory = NamespaceDirectory::new(root, &self.namespace).with_rules(rules);
         let is_new = directory.open().is_err();
-        let (report, engine) = match self.access {
+        let prepared = match self.access {
             Access::ReadOnly => self.open_for_reading(root, &directory, "opened read-only")?,
             Access::ReadWrite => match self.prepare(root, &directory) {
-                Ok(report) => report,
+                Ok(prepared) => prepared,
                 Err(error) if is_refused(&error) && is_readable(root) => {
                     self.notices.warn(Topic::ReadOnly, || {
                         format!("cannot write here, chunks are loaded only: {error}")
@@ -210,12 +219,13 @@ impl Opening {
         Ok(Mount::new(
             root.to_path_buf(),
             directory,
-            report,
-            engine,
+            prepared.report,
+            prepared.chosen,
             self.config.min_free,
             health,
         )
-        .with_page_cache(self.config.page_cache))
+        .with_page_cache(self.config.page_cache)
+        .with_undecided(prepared.is_undecided))
     }
 
     /// Creates what is missing and finds out what the mount can do.
@@ -237,9 +247,11 @@ impl Opening {
                 format!("page_cache is bypass, but {}: {reason}", root.display())
             });
         }
-        let name = self.writer.file_name("compare");
-        let chosen = self.engines.choose(first, &temporary, &name, direct);
-        Ok(self.report(root, chosen, (direct, reason), true))
+        let (chosen, is_undecided) = self.engines.start_with(first, &temporary, direct);
+        Ok(Prepared {
+            is_undecided,
+            ..report(root, chosen, (direct, reason), true)
+        })
     }
 
     /// Finds out whether O_DIRECT works, with the engine that was asked for if that works here.
@@ -286,26 +298,7 @@ impl Opening {
         let chosen = self
             .engines
             .choose_unmeasured(first, folder.as_ref(), direct);
-        Ok(self.report(root, chosen, (direct, why.to_owned()), false))
-    }
-
-    fn report(
-        &self,
-        root: &Path,
-        (engine, engine_reason): Chosen,
-        (direct, reason): (bool, String),
-        writable: bool,
-    ) -> Prepared {
-        let report = MountReport {
-            path: root.to_path_buf(),
-            file_system: file_system_name(root).unwrap_or_else(|_| "not there yet".into()),
-            engine: engine.name(),
-            engine_reason,
-            direct,
-            writable,
-            reason,
-        };
-        (report, engine)
+        Ok(report(root, chosen, (direct, why.to_owned()), false))
     }
 
     /// Says what separates the namespace from its nearest relative, so that a user who expects hits
@@ -342,6 +335,28 @@ impl Opening {
             _ => return error,
         };
         Error::config("gds_path", root.display(), format!("{expected} ({error})"))
+    }
+}
+
+fn report(
+    root: &Path,
+    chosen: Chosen,
+    (direct, reason): (bool, String),
+    writable: bool,
+) -> Prepared {
+    let report = MountReport {
+        path: root.to_path_buf(),
+        file_system: file_system_name(root).unwrap_or_else(|_| "not there yet".into()),
+        engine: chosen.0.name(),
+        engine_reason: chosen.1.clone(),
+        direct,
+        writable,
+        reason,
+    };
+    Prepared {
+        report,
+        chosen,
+        is_undecided: false,
     }
 }
 

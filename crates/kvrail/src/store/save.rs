@@ -172,11 +172,11 @@ impl Save<'_> {
         let temporary = self.create_temporary(self.mount.writes_direct())?;
         let file = temporary.file()?;
         let bytes = image.len();
-        let engine = &*self.mount.engine;
+        let engine = self.mount.engine.get();
         let deadline = Instant::now() + store.wait_limit;
         let whole = 0..bytes;
         let whole = std::slice::from_ref(&whole);
-        let parts = image::submit(engine, Operation::Write, file, whole, image);
+        let parts = image::submit(&*engine, Operation::Write, file, whole, image);
         // All parts are waited for, so that no write goes on when the file is given up.
         let results: Vec<Result<StagingRange>> =
             parts.into_iter().map(|part| part.wait(deadline)).collect();

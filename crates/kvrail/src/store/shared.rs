@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::bad::BadChunks;
 use super::capacity::{Capacity, Claim, JanitorThreads};
+use super::comparisons::Comparisons;
 use super::gpu::{CufileWish, GpuSide, Gpus, Opened};
 use super::known::KnownAnswers;
 use super::lookup::LookupQueue;
@@ -41,6 +42,7 @@ pub(super) struct StoreShared {
     pub(super) lookup_limit: Duration,
     pub(super) known: KnownAnswers,
     pub(super) watch: Watch,
+    pub(super) comparisons: Comparisons,
     pub(super) may_write: bool,
     pub(super) buffer_mib: usize,
     /// Bytes of host memory that the tier may keep, 0 without one.
@@ -80,11 +82,9 @@ impl StoreShared {
     fn engines(&self) -> Vec<Arc<dyn IoEngine>> {
         let mut engines: Vec<Arc<dyn IoEngine>> = Vec::new();
         for mount in &self.mounts {
-            if !engines
-                .iter()
-                .any(|known| Arc::ptr_eq(known, &mount.engine))
-            {
-                engines.push(Arc::clone(&mount.engine));
+            let engine = mount.engine.get();
+            if !engines.iter().any(|known| Arc::ptr_eq(known, &engine)) {
+                engines.push(engine);
             }
         }
         engines
@@ -95,7 +95,7 @@ impl StoreShared {
         let from_page_cache = self
             .mounts
             .iter()
-            .map(|mount| mount.page_cache_bytes())
+            .map(|mount| mount.engine.page_cache_bytes())
             .sum();
         let none = IoCounts {
             from_page_cache,
@@ -136,6 +136,17 @@ impl StoreShared {
         // Without a thread for it they do without.
         let thread = std::thread::Builder::new().name("kvrail-prepare".to_owned());
         drop(thread.spawn(work));
+    }
+
+    /// Tells an engine that has just come into use of the staging memory, if there is some: what is
+    /// made later is told to all engines that are in use then.
+    pub(super) fn prepare_engine(&self, engine: &Arc<dyn IoEngine>) {
+        let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        let buffers = pool.as_ref().map(|pool| pool.buffers.clone());
+        drop(pool);
+        if let Some(Err(reason)) = buffers.map(|buffers| engine.prepare(&buffers)) {
+            self.notices.warn(Topic::Engine, || reason);
+        }
     }
 
     /// Takes note that cuFile failed where POSIX did not, or hung (`at_once`): says so, and leaves
@@ -228,6 +239,7 @@ pub(super) struct Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        self.shared.comparisons.stop();
         self.queue.close();
         self.shared.watch.close();
     }

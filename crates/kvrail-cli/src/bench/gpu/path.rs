@@ -94,6 +94,7 @@ impl StorePath {
         for compatible in modes {
             let config = way.config(plan, &path, *compatible);
             let store = Store::open(&config, namespace.clone(), setting.options.clone())?;
+            store.wait_for_engines(WAIT_LIMIT)?;
             let cache = store.attach(
                 0,
                 0,

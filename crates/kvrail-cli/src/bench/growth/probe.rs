@@ -69,6 +69,8 @@ pub(crate) fn run(arguments: &ProbeArguments) -> Result<ExitCode, Failure> {
     let (open_ms, small) =
         timed(|| Small::open(&arguments.directory, arguments.threads, arguments.engine))?;
     let open_bytes = resident_bytes()?.saturating_sub(before) as f64;
+    // Opening does not wait for it, and nothing after that should be disturbed by it.
+    small.wait_for_engines()?;
     let cache = small.attach()?;
     // All over the store, and no two beside each other.
     let step = arguments.chunks / LOOKED_UP as u64;
@@ -130,6 +132,11 @@ impl Small {
         let directory = path.join(namespace.directory_name());
         let store = Store::open(&config, namespace, OpenOptions::default())?;
         Ok(Self { store, directory })
+    }
+
+    /// Waits until it is decided which engine moves its bytes.
+    fn wait_for_engines(&self) -> Result<(), Failure> {
+        Ok(self.store.wait_for_engines(WAIT_LIMIT)?)
     }
 
     /// Gives it memory to store from and load into.

@@ -96,6 +96,8 @@ impl Server {
         let namespace = Namespace::new(geometry.name, serde_json::Map::new())?;
         let name = namespace.directory_name();
         let store = Store::open(&config, namespace, OpenOptions::default())?;
+        // What is measured is the engine that was found to be the better one.
+        store.wait_for_engines(WAIT_LIMIT)?;
         let regions = vec![memory.region()];
         let blocks = geometry.blocks_per_chunk();
         Ok(Self {

@@ -210,7 +210,7 @@ fn where_reads_cannot_be_asked_not_to_wait_that_is_remembered() {
     let open = || IoFile::open_in(&folder, "limits", OpenMode::Read, false).unwrap();
     let engine = recorder();
     let reads = CachedReads::new(Arc::clone(&engine) as Arc<dyn IoEngine>);
-    let is_off = || reads.shared.is_unsupported.load(Ordering::Relaxed);
+    let is_off = || reads.shared.cache.is_unsupported.load(Ordering::Relaxed);
     let pool = StagingPool::new(PAGE_BYTES, PAGE_BYTES).unwrap();
     let mut request = IoRequest {
         operation: Operation::Read,
@@ -264,4 +264,16 @@ fn the_second_view_is_of_the_same_file_or_there_is_none() {
             .cached_view()
             .is_none()
     );
+}
+
+#[test]
+fn with_another_engine_what_is_known_and_counted_stays() {
+    let engine = || Arc::new(PosixEngine::new(1, Arc::new(|| ())).unwrap());
+    let before = CachedReads::new(engine());
+    before.shared.cache.bytes.store(7, Ordering::Relaxed);
+    let after = before.with_engine(engine());
+    before.shared.note(Errno::NOSYS);
+    assert_eq!(after.bytes(), 7);
+    assert!(after.shared.cache.is_unsupported.load(Ordering::Relaxed));
+    assert!(!Arc::ptr_eq(&before.shared.engine, &after.shared.engine));
 }

@@ -5,13 +5,20 @@
     reason = "a test that meets an error has failed"
 )]
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use super::super::{FolderRules, IoHandle, PosixEngine};
+use super::super::{FolderRules, IoHandle, IoRequest, Operation, PosixEngine};
 use super::*;
+use crate::error::ErrorKind;
 
 fn folder(directory: &tempfile::TempDir) -> Folder {
     Folder::open(directory.path(), FolderRules::default()).unwrap()
+}
+
+fn always() -> bool {
+    true
 }
 
 fn posix() -> PosixEngine {
@@ -69,7 +76,15 @@ fn an_engine_that_is_slow_loses_and_nothing_is_left_behind() {
     let directory = tempfile::tempdir().unwrap();
     let begin = Instant::now();
     let folder = folder(&directory);
-    let found = compare_engines(&posix(), &odd(3, false), &folder, ".compare", false).unwrap();
+    let found = compare_engines(
+        &posix(),
+        &odd(3, false),
+        &folder,
+        ".compare",
+        false,
+        &always,
+    )
+    .unwrap();
     assert!(!found.second_is_better, "{found:?}");
     assert!(begin.elapsed() < 10 * BUDGET, "{:?}", begin.elapsed());
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
@@ -80,7 +95,15 @@ fn a_mount_that_is_slow_is_not_measured_for_long() {
     let directory = tempfile::tempdir().unwrap();
     let begin = Instant::now();
     let folder = folder(&directory);
-    let found = compare_engines(&odd(50, false), &posix(), &folder, ".compare", false).unwrap();
+    let found = compare_engines(
+        &odd(50, false),
+        &posix(),
+        &folder,
+        ".compare",
+        false,
+        &always,
+    )
+    .unwrap();
     assert!(
         !found.second_is_better && found.ratios.is_empty(),
         "{found:?}"
@@ -93,7 +116,8 @@ fn a_mount_that_is_slow_is_not_measured_for_long() {
 fn an_engine_that_lies_is_found_out() {
     let directory = tempfile::tempdir().unwrap();
     let folder = folder(&directory);
-    let error = compare_engines(&odd(0, true), &posix(), &folder, ".compare", false).unwrap_err();
+    let error =
+        compare_engines(&odd(0, true), &posix(), &folder, ".compare", false, &always).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Damaged, "{error}");
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
 }
@@ -103,5 +127,19 @@ fn a_folder_that_cannot_be_written_is_an_error() {
     let directory = tempfile::tempdir().unwrap();
     let folder = folder(&directory);
     let name = "missing/file";
-    assert!(compare_engines(&posix(), &posix(), &folder, name, false).is_err());
+    assert!(compare_engines(&posix(), &posix(), &folder, name, false, &always).is_err());
+}
+
+#[test]
+fn who_does_not_go_on_ends_before_the_next_transfer() {
+    let directory = tempfile::tempdir().unwrap();
+    let folder = folder(&directory);
+    for transfers in [0, 1, 5] {
+        let asked = AtomicUsize::new(0);
+        let goes_on = || asked.fetch_add(1, Ordering::Relaxed) < transfers;
+        let compared = compare_engines(&posix(), &posix(), &folder, ".compare", false, &goes_on);
+        assert_eq!(compared.unwrap_err().kind(), ErrorKind::Closed);
+        assert_eq!(asked.load(Ordering::Relaxed), transfers + 1);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
 }
