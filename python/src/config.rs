@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use kvrail::config::{
     Admission, ConfigSources, Durability, EngineChoice, EvictionPolicy, GdsBackend,
-    LoadFailurePolicy, MinFree, PageCache, PathSharding, ResolvedConfig, StoreConfig, resolve,
+    LoadFailurePolicy, MinFree, PageCache, PathSharding, PathWeights, ResolvedConfig, StoreConfig,
+    resolve,
 };
 use kvrail::{Error, Result};
 use pyo3::prelude::*;
@@ -154,6 +155,11 @@ fn values(store: &StoreConfig) -> Value {
         "extra_config.cufile_compat_mode": store.cufile_compat_mode,
         "extra_config.direct": store.direct,
         "extra_config.use_direct_io": store.use_direct_io,
+        "extra_config.path_weights": match &store.path_weights {
+            PathWeights::Measured => json!("measured"),
+            PathWeights::Equal => json!("equal"),
+            PathWeights::Listed(list) => json!(list),
+        },
         "extra_config.page_cache": match store.page_cache {
             PageCache::Auto => "auto",
             PageCache::Keep => "keep",

@@ -17,7 +17,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::mount;
-use kvrail::config::{Durability, EngineChoice};
+use kvrail::config::{Durability, EngineChoice, PathWeights};
+use kvrail::store::inspect::recorded_bandwidth;
 use kvrail::{ErrorKind, OpenOptions, Store};
 use kvrail_testing::FaultMount;
 use store::{Cache, Geometry, LIMIT, chunk_files, key, namespace, open};
@@ -376,6 +377,88 @@ fn one_path_that_hangs_leaves_the_others_alone() {
         assert!(start.elapsed() < SLACK);
     }
     mounted.heal();
+}
+
+#[test]
+fn a_record_of_a_bandwidth_that_hangs_or_fails_costs_no_other_path_s_chunks() {
+    let Some((mounted, folder)) = mount(27) else {
+        return;
+    };
+    let well = folder.path().join("well");
+    let mut config = limits(mounted.path());
+    config.path_weights = PathWeights::Measured;
+    config.gds_path.push(well.clone());
+    let reopen = || {
+        let store = Store::open(&config, namespace(), OpenOptions::default()).unwrap();
+        let cache = Cache::attach(&store, 0, Geometry::default());
+        Subject {
+            store,
+            cache,
+            longest: [Duration::ZERO; 3],
+        }
+    };
+    // Nothing can be recorded at first, so the faulty path has the weight that everybody knows.
+    mounted.set("create */.record.* error=EIO");
+    let mut subject = reopen();
+    let recorded = |path: &Path| recorded_bandwidth(path).unwrap().map(|one| one.mb_per_s);
+    assert_eq!(recorded(mounted.source()), None);
+    let its_own = recorded(&well).unwrap();
+    let notices = subject.store.take_notices();
+    assert!(
+        notices
+            .iter()
+            .any(|one| one.message.contains("as without a record")),
+        "{notices:?}"
+    );
+    mounted.heal();
+    let indices: Vec<u64> = (0..40).collect();
+    for index in &indices {
+        assert!(subject.store_chunk(*index));
+    }
+    // Weights as of two paths alike: they do not follow from this machine's noise.
+    drop(subject);
+    let record = |rate: u64| {
+        format!("{{\"format\":1,\"mb_per_s\":{rate},\"write_mb_per_s\":1,\"read_mb_per_s\":1}}")
+    };
+    std::fs::write(well.join(".kvrail/bandwidth"), record(3000)).unwrap();
+    let state = mounted.source().join(".kvrail");
+    std::fs::create_dir_all(&state).unwrap();
+    std::fs::write(state.join("bandwidth"), record(3000)).unwrap();
+    let mut subject = reopen();
+    for index in &indices {
+        subject.store_chunk(*index);
+        assert!(subject.load_chunk(*index));
+    }
+    drop(subject);
+    let is_well = |index: &u64| store::chunk_path(&well, 0, *index).exists();
+    let good: Vec<u64> = indices.iter().copied().filter(is_well).collect();
+    println!(
+        "{} of 40 on the path that is well, {its_own} MB/s",
+        good.len()
+    );
+    assert!(good.len() > 5);
+    for fault in [
+        "open *.kvrail/bandwidth error=EIO",
+        "open *.kvrail/bandwidth hang",
+    ] {
+        mounted.set(fault);
+        let start = Instant::now();
+        let mut subject = reopen();
+        println!("{fault}: open after {:.2?}", start.elapsed());
+        assert!(start.elapsed() < Duration::from_secs_f64(2.0 * WAIT_LIMIT) + SLACK);
+        let notices = subject.store.take_notices();
+        assert!(
+            notices
+                .iter()
+                .any(|one| one.message.contains("its weight is 1000")),
+            "{notices:?}"
+        );
+        // A third of the weight that it had: all chunks of the other path are where they were.
+        for index in &good {
+            assert!(subject.load_chunk(*index), "{fault}: chunk {index}");
+        }
+        mounted.heal();
+    }
 }
 
 #[test]

@@ -15,6 +15,7 @@ use super::cufile::{self, CufileOutcome};
 use super::machine::Machine;
 use super::measure::{self, Engine, FILE_BYTES, Measurement};
 use super::scratch_file::ScratchFile;
+use super::weight::Weight;
 use crate::output::human_bytes;
 
 /// Free space that a measurement asks for: three times its file, since others write, too.
@@ -36,6 +37,8 @@ pub(super) struct Directory {
     pub(super) space: Option<Space>,
     pub(super) direct_io: Option<DirectIo>,
     pub(super) uring: Option<Uring>,
+    /// By what the directory gets its share of the chunks beside others.
+    pub(super) weight: Option<Weight>,
     /// The engine that kvrail will use.
     pub(super) engine: Option<Choice>,
     pub(super) cufile: Option<CufileOutcome>,
@@ -130,6 +133,7 @@ impl Examination<'_> {
             space: None,
             direct_io: None,
             uring: None,
+            weight: None,
             engine: None,
             cufile: None,
             measurements: Vec::new(),
@@ -166,6 +170,7 @@ impl Examination<'_> {
         let has_uring = found.uring.works;
         directory.direct_io = Some(found.direct_io);
         directory.uring = Some(found.uring);
+        directory.weight = Some(found.weight);
         let bytes = match self.measure && is_roomy {
             true => FILE_BYTES,
             false => PROBE_BYTES,
@@ -278,6 +283,7 @@ struct Found {
     choice: Choice,
     direct_io: DirectIo,
     uring: Uring,
+    weight: Weight,
 }
 
 fn choose(real: &Path, compare: bool, limit: Duration) -> Result<Found, String> {
@@ -290,6 +296,7 @@ fn choose(real: &Path, compare: bool, limit: Duration) -> Result<Found, String> 
         .to_string_lossy();
     let (direct, reason) = probe_mount(&*posix, real, &name, None, limit)
         .map_err(|error| format!("cannot be written: {error}").replace('\n', " "))?;
+    let weight = Weight::examine(&*posix, real, &name, direct, compare);
     let (name, uring) = try_uring(&*posix, real, &name, direct, compare);
     // The file system's own words; what counts is that it was tried.
     let alignment = IoFile::open(scratch.path(), OpenMode::CreateNew, false)
@@ -311,6 +318,7 @@ fn choose(real: &Path, compare: bool, limit: Duration) -> Result<Found, String> 
         },
         direct_io,
         uring,
+        weight,
     })
 }
 

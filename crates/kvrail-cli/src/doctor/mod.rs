@@ -11,6 +11,7 @@ mod machine;
 mod measure;
 mod scratch_file;
 mod text;
+mod weight;
 
 use std::ffi::OsString;
 use std::io;

@@ -158,6 +158,9 @@ pub(super) fn write_directory(out: &mut impl Write, directory: &Directory) -> io
         let works = if uring.works { "works" } else { "no" };
         line(out, "io_uring", &format!("{works}: {}", uring.reason))?;
     }
+    if let Some(weight) = &directory.weight {
+        line(out, "weight", &weight.text())?;
+    }
     if let Some(cufile) = &directory.cufile {
         line(out, "cuFile", &cufile.reason)?;
         let refusal = cufile.refusal.as_ref();

@@ -209,6 +209,11 @@ pub(super) static KEYS: &[Key] = &[
         },
     },
     Key {
+        name: "extra_config.path_weights",
+        aliases: &[],
+        set: |config, given| value::weights(given).map(|weights| config.path_weights = weights),
+    },
+    Key {
         name: "extra_config.page_cache",
         aliases: &[],
         set: |config, given| {

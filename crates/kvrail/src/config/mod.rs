@@ -42,6 +42,6 @@ pub use resolve::{ResolvedConfig, resolve};
 pub use source::ConfigSources;
 pub use store_config::{
     Admission, Durability, EngineChoice, EvictionPolicy, GdsBackend, LoadFailurePolicy, MinFree,
-    PageCache, PathSharding, StoreConfig,
+    PageCache, PathSharding, PathWeights, StoreConfig,
 };
 pub use value::{age, size};

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::foreign;
 use super::key::{self, KEYS, Key};
 use super::source::{ConfigSources, Entry};
-use super::store_config::StoreConfig;
+use super::store_config::{PATH_WEIGHTS, StoreConfig};
 use super::value;
 use crate::error::{Error, Result};
 
@@ -59,6 +59,11 @@ pub fn resolve(sources: &ConfigSources<'_>) -> Result<ResolvedConfig> {
     }
     if store.gds_path.is_empty() {
         return Err(missing_path());
+    }
+    if let Some(expected) = store.weights_expected()
+        && let Some(entry) = winners.get(PATH_WEIGHTS)
+    {
+        return Err(entry.error(expected));
     }
     let origin = |name| {
         winners

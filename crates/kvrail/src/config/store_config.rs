@@ -30,6 +30,10 @@ pub(super) const LOOKUP_LIMIT_SECONDS: RangeInclusive<f64> = 0.1..=3600.0;
 pub(super) const LOOKUP_HOLD_SECONDS: RangeInclusive<f64> = 0.0..=3600.0;
 /// Seconds from which an operation is slow.
 pub(super) const SLOW_LIMIT_SECONDS: RangeInclusive<f64> = 0.01..=3600.0;
+/// The key of the weights of directories, the only one that has to go with another.
+pub(super) const PATH_WEIGHTS: &str = "extra_config.path_weights";
+/// Weights of directories; what counts is their ratio.
+pub(super) const PATH_WEIGHT: RangeInclusive<f64> = 0.001..=1_000_000.0;
 
 /// How chunks are spread when `gds_path` names several directories.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -73,6 +77,18 @@ pub enum PageCache {
     Keep,
     /// Neither loads nor stores touch it.
     Bypass,
+}
+
+/// How large a share of the chunks each of several directories gets.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub enum PathWeights {
+    /// By the bandwidth that was measured and recorded when a directory was first one of several.
+    #[default]
+    Measured,
+    /// All get the same.
+    Equal,
+    /// By these numbers, one for each directory in the order of `gds_path`.
+    Listed(Vec<f64>),
 }
 
 /// What a published chunk survives.
@@ -167,6 +183,9 @@ pub struct StoreConfig {
     /// Whether files are opened with `O_DIRECT`; `None` leaves it to a probe of each mount.
     /// Default: `None`.
     pub use_direct_io: Option<bool>,
+    /// How large a share of the chunks each directory gets, placed by hash
+    /// (`extra_config.path_weights`). Default: [`PathWeights::Measured`].
+    pub path_weights: PathWeights,
     /// What loads and stores have to do with the page cache (`extra_config.page_cache`). Default:
     /// [`PageCache::Auto`].
     pub page_cache: PageCache,
@@ -235,6 +254,7 @@ impl StoreConfig {
             cufile_compat_mode: false,
             direct: None,
             use_direct_io: None,
+            path_weights: PathWeights::default(),
             page_cache: PageCache::default(),
             io_engine: EngineChoice::default(),
             disk_io_threads: 4,
@@ -314,7 +334,26 @@ impl StoreConfig {
             ));
         }
         check_paths(&self.gds_path)
-            .map_err(|(value, expected)| Error::config("gds_path", value, expected))
+            .map_err(|(value, expected)| Error::config("gds_path", value, expected))?;
+        if let PathWeights::Listed(list) = &self.path_weights {
+            list.iter()
+                .try_for_each(|weight| check_number(PATH_WEIGHTS, *weight, &PATH_WEIGHT))?;
+            if let Some(expected) = self.weights_expected() {
+                return Err(Error::config(PATH_WEIGHTS, format!("{list:?}"), expected));
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns what the list of weights should be where it does not go with the directories.
+    pub(super) fn weights_expected(&self) -> Option<String> {
+        let paths = self.gds_path.len();
+        match &self.path_weights {
+            PathWeights::Listed(list) if list.len() != paths => Some(format!(
+                "as many numbers as gds_path has directories ({paths})"
+            )),
+            _ => None,
+        }
     }
 }
 

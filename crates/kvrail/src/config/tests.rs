@@ -118,6 +118,7 @@ fn defaults_are_those_of_the_documentation() {
         (None, Durability::None, FileMode::default())
     );
     assert_eq!(config.gds_path_sharding, PathSharding::ByHash);
+    assert_eq!(config.path_weights, PathWeights::Measured);
     assert_eq!(config.page_cache, PageCache::Auto);
     assert_eq!(config.io_engine, EngineChoice::Auto);
     assert_eq!(config.load_failure_policy, LoadFailurePolicy::Recompute);
@@ -184,6 +185,7 @@ fn every_key_is_taken_in_every_source_under_every_name() {
         ("extra_config.cufile_compat_mode", json!(true), "on"),
         ("extra_config.direct", json!(false), "no"),
         ("extra_config.use_direct_io", json!(true), "true"),
+        ("extra_config.path_weights", json!([2.5]), "2.5"),
         ("extra_config.page_cache", json!("keep"), "Keep"),
         ("extra_config.io_engine", json!("uring"), "uring"),
         ("extra_config.disk_io_threads", json!(9), "9"),

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use serde_json::Value;
 
 use super::file_mode::FileMode;
-use super::store_config::{MinFree, check_paths};
+use super::store_config::{MinFree, PATH_WEIGHT, PathWeights, check_paths};
 
 /// A typed value, or what was expected instead.
 pub(super) type Parsed<T> = std::result::Result<T, String>;
@@ -242,6 +242,28 @@ pub(super) fn paths(value: &Value) -> Parsed<Vec<PathBuf>> {
         Err((path, expected)) if paths.len() > 1 => Err(format!("{expected}, got {path}")),
         Err((_, expected)) => Err(expected),
     }
+}
+
+/// Reads the weights of directories: a word, or numbers.
+pub(super) fn weights(value: &Value) -> Parsed<PathWeights> {
+    if is_word(value, "measured") {
+        return Ok(PathWeights::Measured);
+    }
+    if is_word(value, "equal") {
+        return Ok(PathWeights::Equal);
+    }
+    let weight = |item: &Value| number(item, &PATH_WEIGHT, "").ok();
+    let text = |item: &str| weight(&Value::String(item.to_owned()));
+    let list: Option<Vec<f64>> = match value {
+        Value::Array(items) => items.iter().map(weight).collect(),
+        Value::String(items) => items.split(',').map(text).collect(),
+        // One path has one weight, though it changes nothing.
+        one => weight(one).map(|weight| vec![weight]),
+    };
+    list.map(PathWeights::Listed).ok_or_else(|| {
+        let (least, most) = (PATH_WEIGHT.start(), PATH_WEIGHT.end());
+        format!("measured, equal, or a number from {least} to {most} for each path of gds_path")
+    })
 }
 
 /// Reads one of a few words.

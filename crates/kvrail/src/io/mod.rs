@@ -9,6 +9,7 @@
 //! A [`Folder`] is an open directory: what the store touches is reached relative to one, and no
 //! symbolic link is followed on the way.
 
+mod bandwidth;
 mod bounded;
 mod cached_reads;
 mod cachestat;
@@ -27,6 +28,7 @@ mod small;
 mod trial;
 mod uring;
 
+pub use bandwidth::{Bandwidth, measure_bandwidth};
 pub use bounded::within;
 pub use cached_reads::CachedReads;
 pub use compare::{Comparison, compare_engines};

@@ -6,6 +6,7 @@
 
 use serde_json::{Map, Value};
 
+use super::bandwidth_record::{encode_record, parse_record};
 use super::directory::{chunk_name, is_fan_out_name, parse_chunk_name, parse_rank_name, rank_name};
 use super::inspect::ScrubState;
 use super::manifest::parse_manifest;
@@ -103,6 +104,15 @@ pub fn state(bytes: &[u8]) {
     let _ = Reason::parse(bytes);
 }
 
+/// The record of a path's bandwidth.
+pub fn bandwidth(bytes: &[u8]) {
+    if let Ok(found) = parse_record(bytes) {
+        let again = parse_record(&encode_record(found));
+        assert!(matches!(again, Ok(again) if again == found));
+        assert!(found.mb_per_s > 0, "a weight is never 0");
+    }
+}
+
 /// A configuration file, and the same as the value of a variable.
 pub fn config(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else {
@@ -142,12 +152,13 @@ mod tests {
 
     type Target = (&'static str, fn(&[u8]));
 
-    const TARGETS: [Target; 6] = [
+    const TARGETS: [Target; 7] = [
         ("head", head),
         ("page_table", page_table),
         ("manifest", manifest),
         ("names", names),
         ("state", state),
+        ("bandwidth", bandwidth),
         ("config", config),
     ];
 
@@ -178,6 +189,7 @@ mod tests {
         assert!(any("head", |bytes| ChunkHead::decode(bytes).is_ok()));
         assert!(any("manifest", |bytes| parse_manifest(bytes).is_ok()));
         assert!(any("state", |bytes| ScrubState::parse(bytes).is_ok()));
+        assert!(any("bandwidth", |bytes| parse_record(bytes).is_ok()));
         assert!(any("state", |bytes| Reason::parse(bytes).is_some()));
         let name = |bytes: &[u8]| std::str::from_utf8(bytes).unwrap_or_default().to_owned();
         assert!(

@@ -12,6 +12,7 @@
 
 mod active_engine;
 mod bad;
+mod bandwidth_record;
 mod batch;
 mod breaker;
 pub mod capacity;
@@ -45,6 +46,7 @@ mod open;
 mod open_folders;
 mod options;
 mod parked;
+mod placement;
 mod present;
 mod publish;
 mod quarantine;
@@ -57,6 +59,7 @@ mod ticket;
 mod tier;
 mod verify;
 mod watch;
+mod weights;
 mod worker;
 mod writer;
 

@@ -2,18 +2,15 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
-
-use twox_hash::XxHash3_64;
 
 use super::active_engine::ActiveEngine;
 use super::directory::NamespaceDirectory;
 use super::engine::Chosen;
 use super::gpu::CufileState;
 use super::health::{Health, tells_of_the_path};
-use crate::chunk::ChunkKey;
-use crate::config::{MinFree, PageCache, PathSharding};
+use crate::config::{MinFree, PageCache};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Folder, IoFile, MountReport, OpenMode};
 
@@ -263,35 +260,10 @@ fn device_below(path: &Path) -> std::io::Result<u64> {
     found.unwrap_or_else(|| Err(std::io::ErrorKind::NotFound.into()))
 }
 
-/// Returns the index of the mount that holds a chunk.
-///
-/// By hash: rendezvous (highest random weight), so that a path that is added or removed moves
-/// only its own share of the chunks. By GPU: the rank modulo the number of paths, as LMCache does.
-pub(super) fn mount_index(
-    mounts: &[Arc<Mount>],
-    sharding: PathSharding,
-    rank: u32,
-    key: &ChunkKey,
-) -> usize {
-    match sharding {
-        PathSharding::ByGpu => rank as usize % mounts.len().max(1),
-        PathSharding::ByHash if mounts.len() <= 1 => 0,
-        PathSharding::ByHash => {
-            let weight = |mount: &Arc<Mount>| {
-                let seed = XxHash3_64::oneshot(mount.root.as_os_str().as_encoded_bytes());
-                XxHash3_64::oneshot_with_seed(seed, key.as_bytes())
-            };
-            let best = mounts
-                .iter()
-                .enumerate()
-                .max_by_key(|(_, mount)| weight(mount));
-            best.map_or(0, |(index, _)| index)
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::super::Namespace;
     use super::*;
     use crate::io::PosixEngine;
@@ -315,30 +287,6 @@ mod tests {
         Arc::new(Mount::new(
             root, directory, report, chosen, min_free, health,
         ))
-    }
-
-    #[test]
-    fn adding_a_path_moves_only_its_share() {
-        let paths = ["/a", "/b", "/c", "/d"];
-        let four: Vec<Arc<Mount>> = paths
-            .iter()
-            .map(|path| mount(path, MinFree::Share(0.05)))
-            .collect();
-        let mut counts = [0; 4];
-        for index in 0..4000_u64 {
-            let key = ChunkKey::from_bytes(blake3::hash(&index.to_le_bytes()).as_bytes()).unwrap();
-            let with = mount_index(&four, PathSharding::ByHash, 0, &key);
-            let without = mount_index(&four[..3], PathSharding::ByHash, 0, &key);
-            counts[with] += 1;
-            assert!(
-                with == 3 || with == without,
-                "a chunk moved between old paths"
-            );
-        }
-        assert!(
-            counts.iter().all(|count| (800..1200).contains(count)),
-            "{counts:?}"
-        );
     }
 
     #[test]

@@ -22,11 +22,13 @@ use super::namespace::Namespace;
 use super::nearest::Nearest;
 use super::notice::{Notices, Topic};
 use super::options::{Access, OpenOptions};
+use super::placement::Placement;
 use super::present::PresentChunks;
 use super::queue::TransferQueue;
 use super::shared::{Running, StoreShared};
 use super::tier::Tier;
 use super::watch::{self, Watch};
+use super::weights::weights;
 use super::worker;
 use super::writer::{Writer, remove_leftovers};
 use crate::config::{Durability, PageCache, StoreConfig};
@@ -108,13 +110,16 @@ pub(super) fn open(
             "one or more directories",
         ));
     }
+    let weights = weights(config, &mounts, &writer, &notices);
+    let paths = mounts.iter().map(|mount| mount.root.as_path());
+    let placement = Placement::new(config.gds_path_sharding, paths.zip(weights));
     let engines = Arc::clone(&opening.engines);
     drop(opening);
     let capacity = Capacity::open(config, &mounts, &notices)?;
     let shared = Arc::new(StoreShared {
         namespace,
         mounts,
-        sharding: config.gds_path_sharding,
+        placement,
         writer,
         metrics,
         notices,

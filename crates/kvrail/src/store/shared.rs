@@ -10,17 +10,18 @@ use super::gpu::{CufileWish, GpuSide, Gpus, Opened};
 use super::known::KnownAnswers;
 use super::lookup::LookupQueue;
 use super::metrics::Metrics;
-use super::mount::{Mount, mount_index};
+use super::mount::Mount;
 use super::namespace::Namespace;
 use super::notice::{Notices, Topic};
 use super::open::thread_start;
+use super::placement::Placement;
 use super::present::PresentChunks;
 use super::queue::TransferQueue;
 use super::tier::Tier;
 use super::watch::Watch;
 use super::writer::Writer;
 use crate::chunk::ChunkKey;
-use crate::config::{Durability, PathSharding};
+use crate::config::Durability;
 use crate::error::{Error, Result};
 use crate::io::{IoCounts, IoEngine};
 use crate::memory::{HostArena, StagingPool};
@@ -30,7 +31,7 @@ use crate::memory::{HostArena, StagingPool};
 pub(super) struct StoreShared {
     pub(super) namespace: Namespace,
     pub(super) mounts: Vec<Arc<Mount>>,
-    pub(super) sharding: PathSharding,
+    pub(super) placement: Placement,
     pub(super) writer: Arc<Writer>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) notices: Arc<Notices>,
@@ -75,7 +76,7 @@ impl StoreShared {
 
     /// Returns the index of the mount that holds a chunk of `rank`.
     pub(super) fn mount_index(&self, rank: u32, key: &ChunkKey) -> usize {
-        mount_index(&self.mounts, self.sharding, rank, key)
+        self.placement.index(rank, key)
     }
 
     /// Returns the engines that move bytes between files and staging memory, each once.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvrail::config::{EngineChoice, MinFree, StoreConfig};
+use kvrail::config::{EngineChoice, MinFree, PathWeights, StoreConfig};
 use kvrail::io::IoEngine;
 use kvrail::{
     ChunkKey, ChunkRef, KvCache, KvLayout, LayerSpan, LoadChunk, LoadReport, Namespace,
@@ -58,6 +58,7 @@ pub fn config(path: &Path) -> StoreConfig {
     config.min_free = MinFree::Bytes(0);
     // Not what measures best: a test shall do the same each time.
     config.io_engine = engine();
+    config.path_weights = PathWeights::Equal;
     // Tests change what is there behind the store's back, and look what it says then.
     config.lookup_hold_seconds = 0.0;
     config

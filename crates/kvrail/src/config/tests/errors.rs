@@ -165,6 +165,20 @@ fn a_wrong_value_names_key_value_expectation_and_place() {
             "3: expected auto, true or false".to_owned(),
         ),
         (
+            "path_weights",
+            json!([1, -3]),
+            "[1,-3]: expected measured, equal, or a number from 0.001 to 1000000 for each path of \
+             gds_path"
+                .to_owned(),
+        ),
+        (
+            "path_weights",
+            json!("fast, slow"),
+            "\"fast, slow\": expected measured, equal, or a number from 0.001 to 1000000 for each \
+             path of gds_path"
+                .to_owned(),
+        ),
+        (
             "page_cache",
             json!("off"),
             "\"off\": expected auto or keep or bypass".to_owned(),
@@ -243,6 +257,27 @@ fn a_wrong_value_is_found_also_where_a_higher_source_hides_it() {
         message(&error.unwrap_err()),
         "`chunk_size` = \"many\": expected a whole number, 1 or more (tokens) \
          (set by `a.yaml`, key `chunk_size`)"
+    );
+}
+
+#[test]
+fn weights_go_with_the_directories() {
+    let text =
+        |weights: &str| format!("gds_path: /a,/b\nextra_config: {{path_weights: {weights}}}");
+    for (weights, expected) in [
+        ("[1, 2.5]", PathWeights::Listed(vec![1.0, 2.5])),
+        ("\"1, 2.5\"", PathWeights::Listed(vec![1.0, 2.5])),
+        ("Equal", PathWeights::Equal),
+        ("measured", PathWeights::Measured),
+    ] {
+        let store = from_file(&text(weights)).unwrap().store;
+        assert_eq!(store.path_weights, expected);
+        assert!(store.validate().is_ok());
+    }
+    assert_eq!(
+        message(&from_file(&text("[1, 2, 3]")).unwrap_err()),
+        "`extra_config.path_weights` = [1,2,3]: expected as many numbers as gds_path has \
+         directories (2) (set by `/etc/gds.yaml`, key `extra_config.path_weights`)"
     );
 }
 

@@ -70,6 +70,7 @@ use chain::Chains;
 use progress::Progress;
 use room::Room;
 use root::Root;
+pub(super) use root::STATE_NAME;
 
 /// What a store keeps about the capacity of its paths.
 #[derive(Debug)]

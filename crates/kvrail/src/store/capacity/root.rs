@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::io::{Folder, FolderRules, Observer, Permissions};
 
-/// Folder below each path for accounts and the janitor's lease.
-const STATE_NAME: &str = ".kvrail";
+/// Folder below each path for accounts, the janitor's lease and the record of its bandwidth.
+pub(in crate::store) const STATE_NAME: &str = ".kvrail";
 /// The folder of accounts, below the path.
 const ACCOUNT_NAME: &str = ".kvrail/account";
 

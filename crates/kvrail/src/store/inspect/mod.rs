@@ -19,6 +19,7 @@ pub use removal::{Removed, empty_quarantine, remove_namespace};
 pub use scrub::ScrubState;
 pub use verify::{ChunkSummary, read_head, verify_chunk};
 
+pub use super::bandwidth_record::recorded_bandwidth;
 use super::directory::NamespaceDirectory;
 pub use super::namespace::differences;
 use crate::error::Result;
