@@ -15,7 +15,7 @@ SOAK_PROCESSES ?= 8
 # A test that hangs is ended with a stack trace after its timeout.
 PYTEST := python -m pytest -ra --durations=5 --timeout=600
 
-.PHONY: help environment model build demo test bench bench-loops bench-overhead bench-ttft soak fmt clean clean-cache requirements \
+.PHONY: help environment model build demo test bench bench-loops bench-overhead bench-ttft bench-layerwise soak fmt clean clean-cache requirements \
   tools kernels-check fmt-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test \
   fuzz concurrency-test sanitize sanitize-all instructions-check
 
@@ -114,6 +114,9 @@ bench-overhead: build model ## Measure what kvrail costs a vLLM whose prompts ne
 bench-ttft: build ## Measure the first token of a prompt whose KV comes from files, against bare reads.
 	@$(STEP) 'bench-ttft: first token against bare reads' $(WITHIN) python scripts/bench_ttft.py
 
+bench-layerwise: build ## Measure whether a load layer by layer would beat the asynchronous one.
+	@$(STEP) 'bench-layerwise: ways to load' $(WITHIN) python scripts/bench_layerwise.py
+
 soak: tools ## Run the model checker for SOAK_SECONDS (an hour) in SOAK_PROCESSES (8), with a report.
 	@$(STEP) 'soak: many processes, faults and crashes against a model' $(WITHIN) \
 	  cargo run --release --locked --package kvrail-testing --bin soak -- --seconds $(SOAK_SECONDS) --processes $(SOAK_PROCESSES)
@@ -132,4 +135,4 @@ clean: ## Remove what was built in the checkout.
 
 clean-cache: ## Remove what the cache folder holds: environments, model, tools. All checkouts share it.
 	@cd "$$(scripts/cache_folder)" && rm -rf venv-* uv-* uv.lock cargo-tools* model.lock \
-	  SmolLM2-* .SmolLM2-* wide-kv-* .wide-kv-* demo-* overhead-* ttft-*
+	  SmolLM2-* .SmolLM2-* wide-kv-* .wide-kv-* demo-* overhead-* ttft-* layerwise-*
