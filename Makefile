@@ -15,7 +15,7 @@ SOAK_PROCESSES ?= 8
 # A test that hangs is ended with a stack trace after its timeout.
 PYTEST := python -m pytest -ra --durations=5 --timeout=600
 
-.PHONY: help environment model build demo test bench bench-loops bench-overhead bench-ttft bench-layerwise soak fmt clean clean-cache requirements \
+.PHONY: help environment model build demo test bench bench-loops bench-overhead bench-step bench-ttft bench-layerwise soak fmt clean clean-cache requirements \
   tools kernels-check fmt-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test \
   fuzz concurrency-test sanitize sanitize-all instructions-check
 
@@ -111,6 +111,9 @@ bench-loops: tools ## Measure hashing and copying of a chunk's bytes.
 bench-overhead: build model ## Measure what kvrail costs a vLLM whose prompts never hit.
 	@$(STEP) 'bench-overhead: vLLM with and without kvrail' $(WITHIN) python scripts/bench_overhead.py
 
+bench-step: build ## Measure what the connector adds to a vLLM step in which it has nothing to do.
+	@$(STEP) 'bench-step: hooks of steps with nothing to do' $(WITHIN) python scripts/bench_step.py
+
 bench-ttft: build ## Measure the first token of a prompt whose KV comes from files, against bare reads.
 	@$(STEP) 'bench-ttft: first token against bare reads' $(WITHIN) python scripts/bench_ttft.py
 
@@ -135,4 +138,4 @@ clean: ## Remove what was built in the checkout.
 
 clean-cache: ## Remove what the cache folder holds: environments, model, tools. All checkouts share it.
 	@cd "$$(scripts/cache_folder)" && rm -rf venv-* uv-* uv.lock cargo-tools* model.lock \
-	  SmolLM2-* .SmolLM2-* wide-kv-* .wide-kv-* demo-* overhead-* ttft-* layerwise-*
+	  SmolLM2-* .SmolLM2-* wide-kv-* .wide-kv-* demo-* overhead-* step-* ttft-* layerwise-*

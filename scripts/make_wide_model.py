@@ -1,9 +1,8 @@
-"""Makes the model of the benchmarks of loading: 64 KiB of KV per token and little else.
+"""Makes the models of the benchmarks: one with 64 KiB of KV per token and one with many layers.
 
-Its KV cache has 16 layers with 4 heads of 128 in float32, which CPUs compute with more quickly than
-with bfloat16; its hidden size is so small that little is left but to read the KV once for each
-token, and its weights are random from a fixed seed.
-The folder lies in the cache and appears under its name only when it is whole.
+They are in float32, which CPUs compute with more quickly than with bfloat16; their hidden size is
+so small that little is left but to read the KV once for each token, and their weights are random
+from a fixed seed. A folder lies in the cache and appears under its name only when it is whole.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from make_model import cache_folder
@@ -26,10 +26,24 @@ HIDDEN = 128
 VOCABULARY = 1024
 MAX_POSITIONS = 16384
 SEED = 7
-NAME = f"wide-kv-{KV_BYTES_PER_TOKEN >> 10}k-float32"
 
 
-def write_model(target: Path) -> None:
+@dataclass(frozen=True)
+class Shape:
+    """A model's name, and the size of its KV cache."""
+
+    name: str
+    layers: int
+    kv_heads: int
+    head_size: int
+
+
+WIDE = Shape(f"wide-kv-{KV_BYTES_PER_TOKEN >> 10}k-float32", LAYERS, KV_HEADS, HEAD_SIZE)
+# As many layers as Llama-3.1-8B has.
+DEEP = Shape("wide-kv-32-layers-float32", 32, 1, 64)
+
+
+def write_model(target: Path, shape: Shape) -> None:
     """Saves weights and configuration to the folder `target`."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TQDM_DISABLE"] = "1"
@@ -38,10 +52,10 @@ def write_model(target: Path) -> None:
 
     torch.manual_seed(SEED)
     config = LlamaConfig(
-        num_hidden_layers=LAYERS,
-        num_attention_heads=KV_HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_SIZE,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.kv_heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,
         vocab_size=VOCABULARY,
@@ -55,15 +69,15 @@ def write_model(target: Path) -> None:
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(target)
 
 
-def make_wide_model(cache: Path) -> Path:
-    """Returns the model's folder in `cache`, made first if it is not there."""
-    target = cache / NAME
+def make_wide_model(cache: Path, shape: Shape = WIDE) -> Path:
+    """Returns a model's folder in `cache`, made first if it is not there."""
+    target = cache / shape.name
     if target.is_dir():
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=cache))
+    staged = Path(tempfile.mkdtemp(prefix=f".{shape.name}-", dir=cache))
     try:
-        write_model(staged)
+        write_model(staged, shape)
         staged.chmod(0o755)
         staged.rename(target)
     except OSError:
@@ -76,11 +90,12 @@ def make_wide_model(cache: Path) -> Path:
 
 
 def main() -> int:
-    """Parses the command line and prints the model's folder."""
+    """Parses the command line and prints the models' folders."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder to keep it in")
     arguments = parser.parse_args()
-    print(make_wide_model(arguments.cache.absolute()))
+    for shape in (WIDE, DEEP):
+        print(make_wide_model(arguments.cache.absolute(), shape))
     return 0
 
 
