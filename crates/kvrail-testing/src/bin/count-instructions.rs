@@ -111,7 +111,7 @@ const LOOPS: [Loop; 8] = [
     },
     Loop {
         name: "gather and scatter a chunk",
-        limit: 59_800,
+        limit: 75_000,
         prepare: || {
             let (layout, regions, blocks) = ground();
             let plan = TransferPlan::new(&layout, &blocks).unwrap();
