@@ -229,7 +229,7 @@ def test_a_chunk_that_failed_is_absent_for_others_for_a_while(clock):
     scheduler.on_new_request(first)
     scheduler.update_connector_output(KvrailWorkerMetadata({"a": (keys[1],)}))
     assert scheduler.get_num_new_matched_tokens(second, 0) == (CHUNK, True)
-    clock.now += bad_keys.BAD_KEY_SECONDS + 1
+    clock.now += bad_keys.FIRST_PAUSE_SECONDS
     assert scheduler.get_num_new_matched_tokens(make_request("c", 300), 0) == (4 * CHUNK, True)
 
 
