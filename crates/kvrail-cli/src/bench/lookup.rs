@@ -4,9 +4,11 @@
 //! files does not matter. What is timed: from the call of `Store::lookup` until its ticket is done.
 //! `present` and `missing` use a store opened anew for each measurement, so that it knows nothing
 //! and asks the file system (whose own cache of names is warm); `repeated` asks the same store
-//! again.
+//! again. `bare` is what the file system itself takes: one thread that asks for the status of the
+//! same files, one system call each, in turn with the others.
 
-use std::path::Path;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use kvrail::config::{GdsBackend, StoreConfig};
@@ -14,6 +16,7 @@ use kvrail::{
     Access, ChunkKey, ChunkRef, KvLayout, LayerSpan, Namespace, OpenOptions, Region, Store,
     StoreChunk,
 };
+use rustix::fs::{AtFlags, statat};
 use serde::Serialize;
 
 use super::statistics::Spread;
@@ -40,6 +43,10 @@ pub(crate) struct LookupTimes {
     pub(crate) repeated_ms: Spread,
     /// None present.
     pub(crate) missing_ms: Spread,
+    /// One thread that asks the system for the status of the same files, one after the other.
+    pub(crate) bare_ms: Spread,
+    /// `present` over `bare`, measurement by measurement.
+    pub(crate) present_to_bare: Spread,
 }
 
 /// Measures lookups below `directory`.
@@ -56,15 +63,23 @@ pub(crate) fn measure(directory: &Path, threads: usize) -> Result<LookupTimes, F
     let absent = (0..CHUNKS as u64).map(|item| key_of(item + (1 << 40)));
     let absent = absent.collect::<Result<Vec<_>, _>>()?;
     fill(&config, &keys)?;
+    let root = directory.join("lookup");
+    let files = chunk_files(&root)?;
+    let root = File::open(&root).map_err(|error| Failure::io("open", &root, &error))?;
     let (mut present, mut repeated, mut missing) = (Vec::new(), Vec::new(), Vec::new());
+    let mut bare = Vec::new();
     for _ in 0..REPEATS {
         let store = open(&config, Access::ReadOnly)?;
         present.push(time(&store, &keys, CHUNKS)?);
         repeated.push(time(&store, &keys, CHUNKS)?);
         missing.push(time(&store, &absent, 0)?);
         store.close(WAIT_LIMIT)?;
+        bare.push(time_bare(&root, &files)?);
     }
+    let ratios = present.iter().zip(&bare).map(|(found, bare)| found / bare);
     Ok(LookupTimes {
+        present_to_bare: Spread::of(ratios),
+        bare_ms: Spread::of(bare),
         chunks: CHUNKS,
         repeats: REPEATS,
         present_ms: Spread::of(present),
@@ -127,4 +142,39 @@ fn time(store: &Store, keys: &[ChunkKey], expected: usize) -> Result<f64, Failur
         )));
     }
     Ok(milliseconds)
+}
+
+/// Returns the chunk files below `root`, by their names relative to it, in the order of their keys.
+fn chunk_files(root: &Path) -> Result<Vec<PathBuf>, Failure> {
+    let (mut files, mut folders) = (Vec::new(), vec![root.to_path_buf()]);
+    while let Some(folder) = folders.pop() {
+        let failed = |error| Failure::io("list", &folder, &error);
+        for entry in fs::read_dir(&folder).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path
+                .extension()
+                .is_some_and(|ending| ending == "safetensors")
+            {
+                files.push(path.strip_prefix(root).unwrap_or(&path).to_path_buf());
+            }
+        }
+    }
+    if files.len() != CHUNKS {
+        let message = format!("{} chunk files were written, not {CHUNKS}", files.len());
+        return Err(Failure::new(message));
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Returns the milliseconds in which one thread asks for the status of all `files`.
+fn time_bare(root: &File, files: &[PathBuf]) -> Result<f64, Failure> {
+    let start = Instant::now();
+    for file in files {
+        statat(root, file, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|errno| Failure::io("stat", file, &errno.into()))?;
+    }
+    Ok(start.elapsed().as_secs_f64() * 1e3)
 }

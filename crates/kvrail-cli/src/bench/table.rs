@@ -78,12 +78,15 @@ impl Report {
             writeln!(
                 out,
                 "\nlookup of {} chunks, median of {}: {:.2} ms present, {:.2} ms asked again, \
-                 {:.2} ms missing",
+                 {:.2} ms missing; one thread that asks for their status: {:.2} ms, of which the first \
+                 is {:.2}",
                 lookup.chunks,
                 lookup.repeats,
                 lookup.present_ms.median,
                 lookup.repeated_ms.median,
                 lookup.missing_ms.median,
+                lookup.bare_ms.median,
+                lookup.present_to_bare.median,
             )?;
         }
         match &self.growth {

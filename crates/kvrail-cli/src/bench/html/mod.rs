@@ -45,12 +45,14 @@ pub(crate) fn page(report: &Report) -> Result<String, Failure> {
         let _ = writeln!(
             out,
             "<h2>Lookup</h2><p>{} chunks, median of {}: {} ms present, {} ms asked again, {} ms \
-             missing.</p>",
+             missing; one thread that asks for their status: {} ms, of which the first is {}.</p>",
             lookup.chunks,
             lookup.repeats,
             short(lookup.present_ms.median),
             short(lookup.repeated_ms.median),
             short(lookup.missing_ms.median),
+            short(lookup.bare_ms.median),
+            short(lookup.present_to_bare.median),
         );
     }
     if let Some(growth) = &report.growth {
