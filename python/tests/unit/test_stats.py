@@ -46,6 +46,31 @@ def test_increments_of_totals():
     assert collector.due(0.0)
 
 
+def test_what_happened_before_the_store_opened_is_due_with_it():
+    collector = StatsCollector()
+    collector.touch()
+    assert not collector.due(0.0), "there are no totals"
+    collector.follow(dict)
+    assert collector.due(0.0)
+    assert collector.take({"hit_tokens": 1.0}).data == {"hit_tokens": 1.0}
+    assert not collector.due(0.0)
+    collector.touch()
+    collector.unfollow()
+    assert not collector.due(1e9)
+    assert collector.take() is None
+
+
+def test_a_total_that_falls_is_no_increment():
+    totals = {"chunks_stored": 3.0, "chunks_loaded": 0.0}
+    collector = StatsCollector()
+    collector.follow(lambda: totals)
+    assert collector.take().data == {"chunks_stored": 3.0}
+    totals["chunks_stored"] = 2.0
+    assert collector.take() is None
+    totals |= {"chunks_stored": 4.0, "chunks_loaded": 1.0}
+    assert collector.take().data == {"chunks_stored": 1.0, "chunks_loaded": 1.0}
+
+
 def test_gauges_are_values_and_no_increments():
     totals = {"usage_bytes": 100.0, "janitor_paths": 0.0}
     collector = StatsCollector()
