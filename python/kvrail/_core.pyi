@@ -23,6 +23,7 @@ __all__ = [
     "MismatchError",
     "Namespace",
     "NoSpaceError",
+    "PresenceTicket",
     "Store",
     "StoreIoError",
     "StoreReport",
@@ -184,6 +185,16 @@ class Store:
         Raises ``ConfigError`` for a key of another length.
         """
 
+    def lookup_each(
+        self, keys: Sequence[bytes], *, group: int = 0, ranks: Sequence[int] = ...
+    ) -> PresenceTicket:
+        """Tells which of ``keys`` are present for ``group`` on all ``ranks``, missing ones or not.
+
+        As ``lookup`` otherwise. A lookup that takes too long finds nothing.
+
+        Raises ``ConfigError`` for a key of another length.
+        """
+
     def attach(
         self,
         layers: Sequence[tuple[int, int, int, int]],
@@ -296,6 +307,19 @@ class LookupTicket:
 
     def wait(self, limit_seconds: float) -> int:
         """Waits for the number of leading chunks present.
+
+        Raises ``WaitTimeoutError`` after ``limit_seconds``; the ticket stays good.
+        """
+
+@final
+class PresenceTicket:
+    """A lookup of each of several chunks in the background."""
+
+    def poll(self) -> list[bool] | None:
+        """Returns which chunks are present, in the order of the keys, or None while unknown."""
+
+    def wait(self, limit_seconds: float) -> list[bool]:
+        """Waits for which chunks are present.
 
         Raises ``WaitTimeoutError`` after ``limit_seconds``; the ticket stays good.
         """

@@ -29,7 +29,9 @@ mod _core {
     #[pymodule_export]
     use crate::store::{Store, answer_cufile_probe, direct_path_problem};
     #[pymodule_export]
-    use crate::ticket::{LoadReport, LoadTicket, LookupTicket, StoreReport, StoreTicket};
+    use crate::ticket::{
+        LoadReport, LoadTicket, LookupTicket, PresenceTicket, StoreReport, StoreTicket,
+    };
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -17,7 +17,7 @@ use crate::error::IntoPython;
 use crate::kv_cache::KvCache;
 use crate::namespace::Namespace;
 use crate::pointer;
-use crate::ticket::{LookupTicket, limit};
+use crate::ticket::{LookupTicket, PresenceTicket, limit};
 
 /// A store of chunks in one or more directories.
 #[pyclass(frozen, module = "kvrail._core")]
@@ -88,13 +88,22 @@ impl Store {
         group: u32,
         ranks: Vec<u32>,
     ) -> PyResult<LookupTicket> {
-        let keys = keys
-            .iter()
-            .map(|key| ChunkKey::from_bytes(key))
-            .collect::<kvrail::Result<Vec<_>>>()
-            .into_python(py)?;
+        let keys = chunk_keys(&keys).into_python(py)?;
         let inner = py.detach(|| self.inner.lookup(group, &ranks, keys));
         Ok(LookupTicket { inner })
+    }
+
+    #[pyo3(signature = (keys, *, group=0, ranks=vec![0]))]
+    fn lookup_each(
+        &self,
+        py: Python<'_>,
+        keys: Vec<PyBackedBytes>,
+        group: u32,
+        ranks: Vec<u32>,
+    ) -> PyResult<PresenceTicket> {
+        let keys = chunk_keys(&keys).into_python(py)?;
+        let inner = py.detach(|| self.inner.lookup_each(group, &ranks, keys));
+        Ok(PresenceTicket { inner })
     }
 
     #[pyo3(signature = (
@@ -180,6 +189,10 @@ impl Store {
         let limit = limit(limit_seconds).into_python(py)?;
         py.detach(|| self.inner.close(limit)).into_python(py)
     }
+}
+
+fn chunk_keys(keys: &[PyBackedBytes]) -> kvrail::Result<Vec<ChunkKey>> {
+    keys.iter().map(|key| ChunkKey::from_bytes(key)).collect()
 }
 
 /// Takes a command line apart; `None` for an empty one.

@@ -33,6 +33,24 @@ impl LookupTicket {
     }
 }
 
+/// A lookup of each of several chunks in the background.
+#[pyclass(frozen, module = "kvrail._core")]
+pub(crate) struct PresenceTicket {
+    pub(crate) inner: kvrail::PresenceTicket,
+}
+
+#[pymethods]
+impl PresenceTicket {
+    fn poll(&self) -> Option<Vec<bool>> {
+        self.inner.poll()
+    }
+
+    fn wait(&self, py: Python<'_>, limit_seconds: f64) -> PyResult<Vec<bool>> {
+        let limit = limit(limit_seconds).into_python(py)?;
+        py.detach(|| self.inner.wait(limit)).into_python(py)
+    }
+}
+
 /// A store in the background.
 #[pyclass(frozen, module = "kvrail._core")]
 pub(crate) struct StoreTicket {

@@ -60,5 +60,5 @@ pub use layout::{KvLayout, LayerSpan};
 pub use memory::{ComputeStream, Device, Region};
 pub use store::{
     Access, KvCache, LoadChunk, LoadReport, LoadTicket, LookupTicket, Namespace, OpenOptions,
-    Store, StoreChunk, StoreReport, StoreTicket,
+    PresenceTicket, Store, StoreChunk, StoreReport, StoreTicket,
 };

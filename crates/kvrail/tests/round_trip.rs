@@ -247,6 +247,44 @@ fn a_long_prefix_is_found_whole_and_a_hole_ends_it() {
 }
 
 #[test]
+fn each_chunk_is_found_whatever_is_missing() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = open(directory.path());
+    let caches = [0, 1].map(|rank| Cache::attach(&store, rank, Geometry::default()));
+    for index in 0..200_u64 {
+        // The second rank lacks every fifth.
+        for cache in caches
+            .iter()
+            .take(if index.is_multiple_of(5) { 1 } else { 2 })
+        {
+            while cache.store(&[(index, vec![0, 1])]).dropped > 0 {}
+        }
+    }
+    for index in [0, 7, 8, 199] {
+        std::fs::remove_file(chunk_path(directory.path(), 0, index)).unwrap();
+    }
+    // A store that knows nothing, and the same one when it knows what it found.
+    let fresh = open(directory.path());
+    for _ in 0..2 {
+        for (ranks, lacks_fifths) in [(&[0][..], false), (&[0, 1], true)] {
+            let keys: Vec<_> = (0..210).map(key).collect();
+            let found = fresh.lookup_each(0, ranks, keys).wait(LIMIT).unwrap();
+            let expected = |index: u64| {
+                index < 199
+                    && ![0, 7, 8].contains(&index)
+                    && !(lacks_fifths && index.is_multiple_of(5))
+            };
+            assert_eq!(found, (0..210).map(expected).collect::<Vec<_>>());
+        }
+    }
+    let metrics = fresh.metrics();
+    assert_eq!((metrics.lookups, metrics.chunks_looked_up), (4, 840));
+    let nothing = |ranks: &[u32], keys| fresh.lookup_each(0, ranks, keys).wait(LIMIT).unwrap();
+    assert_eq!(nothing(&[0], vec![]), Vec::<bool>::new());
+    assert_eq!(nothing(&[], vec![key(1), key(2)]), [false, false]);
+}
+
+#[test]
 fn several_paths_share_the_chunks() {
     let directory = tempfile::tempdir().unwrap();
     let paths: Vec<_> = ["a", "b", "c"]

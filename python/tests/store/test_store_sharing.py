@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from store_harness import (
+    LIMIT_SECONDS,
     Geometry,
     HostMemory,
+    key,
     load_chunks,
     lookup,
     namespace,
@@ -17,7 +19,7 @@ from store_harness import (
 )
 from store_process import StoreProcess
 
-from kvrail._core import MismatchError
+from kvrail._core import ConfigError, MismatchError
 
 
 def test_two_processes_read_what_the_other_wrote(tmp_path: Path) -> None:
@@ -82,3 +84,15 @@ def test_a_new_namespace_says_how_it_differs_from_its_relative(tmp_path: Path) -
     manifest.write_text(text.replace("test/model", "another/model"))
     with pytest.raises(MismatchError, match="another/model"), open_store(tmp_path):
         pass
+
+
+def test_each_of_several_chunks_is_looked_up(tmp_path: Path) -> None:
+    memory = HostMemory(Geometry(), seed=1)
+    with open_store(tmp_path) as store:
+        store_chunks(memory.attach(store), {index: [0, 1, 2, 3] for index in (1, 3)})
+        ticket = store.lookup_each([key(index) for index in range(5)])
+        assert ticket.wait(LIMIT_SECONDS) == [False, True, False, True, False]
+        assert ticket.poll() == [False, True, False, True, False]
+        assert store.lookup_each([key(1)], group=1).wait(LIMIT_SECONDS) == [False]
+        with pytest.raises(ConfigError, match="expected 8 to 32"):
+            store.lookup_each([b"short"])

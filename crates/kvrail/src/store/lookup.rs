@@ -1,4 +1,4 @@
-//! Lookup: the longest prefix of chunks that all ranks have, in one batched call.
+//! Lookup: the longest prefix of chunks that all ranks have, or each chunk, in one batched call.
 //!
 //! What is known from earlier lookups is answered at once. For the rest, several threads claim
 //! chunks in ascending order and stop at the first that is missing. No thread waits for another, so
@@ -15,7 +15,7 @@ use super::notice::Topic;
 use super::open_folders::{OpenFolders, SeenFolders};
 use super::present::Place;
 use super::shared::StoreShared;
-use super::ticket::{Issuer, LookupTicket};
+use super::ticket::{Issuer, LookupTicket, PresenceTicket};
 use super::watch::{Overdue, Watched};
 use crate::chunk::ChunkKey;
 use crate::error::Result;
@@ -56,7 +56,16 @@ pub(super) struct Lookup {
     /// Whether the answer was given: by the last thread, or by the watch.
     is_answered: AtomicBool,
     submitted: Instant,
-    issuer: Issuer<usize>,
+    question: Question,
+}
+
+/// What is asked, and where the answer goes.
+#[derive(Debug)]
+enum Question {
+    /// How many leading chunks are present.
+    Prefix(Issuer<usize>),
+    /// Which chunks are present, and those found so far.
+    Each(Issuer<Vec<bool>>, Vec<AtomicBool>),
 }
 
 /// The threads that answer lookups; they stop when this is dropped.
@@ -108,7 +117,7 @@ impl LookupQueue {
         })
     }
 
-    /// Submits a lookup.
+    /// Submits a lookup of the longest prefix.
     pub(super) fn submit(
         &self,
         shared: &StoreShared,
@@ -116,17 +125,48 @@ impl LookupQueue {
         ranks: &[u32],
         keys: Vec<ChunkKey>,
     ) -> LookupTicket {
+        let (issuer, ticket) = LookupTicket::issue();
         // What no rank was asked about is not present on all of them.
         let keys = if ranks.is_empty() { Vec::new() } else { keys };
+        self.ask(shared, group, ranks, keys, Question::Prefix(issuer));
+        ticket
+    }
+
+    /// Submits a lookup of each chunk.
+    pub(super) fn submit_each(
+        &self,
+        shared: &StoreShared,
+        group: u32,
+        ranks: &[u32],
+        keys: Vec<ChunkKey>,
+    ) -> PresenceTicket {
+        let (issuer, ticket) = PresenceTicket::issue();
+        if ranks.is_empty() {
+            issuer.complete(vec![false; keys.len()]);
+            return ticket;
+        }
+        let found = keys.iter().map(|_| AtomicBool::new(false)).collect();
+        self.ask(shared, group, ranks, keys, Question::Each(issuer, found));
+        ticket
+    }
+
+    fn ask(
+        &self,
+        shared: &StoreShared,
+        group: u32,
+        ranks: &[u32],
+        keys: Vec<ChunkKey>,
+        question: Question,
+    ) {
         let known = known(shared, group, ranks, &keys);
         shared.metrics.lookup_chunks_known.add(known as u64);
         let unknown = keys.len() - known;
         let threads = unknown.div_ceil(CHUNKS_PER_THREAD).clamp(1, self.threads);
-        let (ticket, lookup) = Lookup::new(group, ranks, keys, threads);
-        lookup.next.store(known, Ordering::Release);
+        let lookup = Lookup::asking(question, group, ranks, keys, threads);
+        lookup.take_known(known);
         if unknown == 0 {
             lookup.answer(&shared.metrics, known, false);
-            return ticket;
+            return;
         }
         let lookup = Arc::new(lookup);
         for _ in 0..threads {
@@ -139,7 +179,6 @@ impl LookupQueue {
             }
         }
         end_waiting(shared, &self.waiting, &self.crew);
-        ticket
     }
 }
 
@@ -187,7 +226,8 @@ fn end_waiting(shared: &StoreShared, waiting: &Receiver<Arc<Lookup>>, crew: &Cre
 }
 
 impl Lookup {
-    /// Makes a lookup that `threads` threads will work on.
+    /// Makes a lookup of the longest prefix that `threads` threads will work on.
+    #[cfg(all(test, feature = "shuttle"))]
     pub(super) fn new(
         group: u32,
         ranks: &[u32],
@@ -195,7 +235,32 @@ impl Lookup {
         threads: usize,
     ) -> (LookupTicket, Self) {
         let (issuer, ticket) = LookupTicket::issue();
-        let lookup = Self {
+        let question = Question::Prefix(issuer);
+        (ticket, Self::asking(question, group, ranks, keys, threads))
+    }
+
+    /// As [`Lookup::new`], for each chunk.
+    #[cfg(all(test, feature = "shuttle"))]
+    pub(super) fn of_each(
+        group: u32,
+        ranks: &[u32],
+        keys: Vec<ChunkKey>,
+        threads: usize,
+    ) -> (PresenceTicket, Self) {
+        let (issuer, ticket) = PresenceTicket::issue();
+        let found = keys.iter().map(|_| AtomicBool::new(false)).collect();
+        let question = Question::Each(issuer, found);
+        (ticket, Self::asking(question, group, ranks, keys, threads))
+    }
+
+    fn asking(
+        question: Question,
+        group: u32,
+        ranks: &[u32],
+        keys: Vec<ChunkKey>,
+        threads: usize,
+    ) -> Self {
+        Self {
             group,
             ranks: ranks.to_vec(),
             next: AtomicUsize::new(0),
@@ -205,13 +270,22 @@ impl Lookup {
             folders: OpenFolders::default(),
             is_answered: AtomicBool::new(false),
             submitted: Instant::now(),
-            issuer,
+            question,
             keys,
-        };
-        (ticket, lookup)
+        }
     }
 
-    /// Claims and checks chunks until one is missing or none is left.
+    /// Takes the leading `known` chunks for present without a look.
+    fn take_known(&self, known: usize) {
+        self.next.store(known, Ordering::Release);
+        if let Question::Each(_, found) = &self.question {
+            for found in found.iter().take(known) {
+                found.store(true, Ordering::Release);
+            }
+        }
+    }
+
+    /// Claims and checks chunks until none is left, or one is missing whose like ends a prefix.
     pub(super) fn check(&self, mut is_present: impl FnMut(usize, &ChunkKey) -> bool) {
         loop {
             let index = self.next.fetch_add(1, Ordering::AcqRel);
@@ -221,8 +295,17 @@ impl Lookup {
             let Some(key) = self.keys.get(index) else {
                 return;
             };
-            if !is_present(index, key) {
-                self.missing.fetch_min(index, Ordering::AcqRel);
+            let is_present = is_present(index, key);
+            match &self.question {
+                Question::Each(_, found) => {
+                    if let Some(found) = found.get(index) {
+                        found.store(is_present, Ordering::Release);
+                    }
+                }
+                Question::Prefix(_) if !is_present => {
+                    self.missing.fetch_min(index, Ordering::AcqRel);
+                }
+                Question::Prefix(_) => {}
             }
         }
     }
@@ -238,7 +321,7 @@ impl Lookup {
         self.answer(metrics, if checked { missing } else { 0 }, false);
     }
 
-    /// Gives the answer, unless it was given.
+    /// Gives the answer, unless it was given: nothing is known beyond the leading `found` chunks.
     fn answer(&self, metrics: &Metrics, found: usize, is_overdue: bool) {
         if self.is_answered.swap(true, Ordering::AcqRel) {
             return;
@@ -246,11 +329,25 @@ impl Lookup {
         metrics.lookups_overdue.add(u64::from(is_overdue));
         metrics.lookups.add(1);
         metrics.chunks_looked_up.add(self.keys.len() as u64);
-        metrics.chunks_found.add(found as u64);
         metrics
             .lookup_seconds
             .add_duration(self.submitted.elapsed());
-        self.issuer.complete(found);
+        match &self.question {
+            Question::Prefix(issuer) => {
+                metrics.chunks_found.add(found as u64);
+                issuer.complete(found);
+            }
+            Question::Each(issuer, present) => {
+                let present = present.iter().enumerate();
+                let is_there = |(index, present): (usize, &AtomicBool)| {
+                    index < found && present.load(Ordering::Acquire)
+                };
+                let present: Vec<bool> = present.map(is_there).collect();
+                let count = present.iter().filter(|present| **present).count();
+                metrics.chunks_found.add(count as u64);
+                issuer.complete(present);
+            }
+        }
     }
 
     /// Answers "nothing there" because it took too long. Threads that come back find no work left.

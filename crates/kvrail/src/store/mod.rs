@@ -73,7 +73,9 @@ pub use metrics::MetricsSnapshot;
 pub use namespace::Namespace;
 pub use notice::{Notice, NoticeLevel};
 pub use options::{Access, OpenOptions};
-pub use ticket::{LoadReport, LoadTicket, LookupTicket, StoreReport, StoreTicket, Ticket};
+pub use ticket::{
+    LoadReport, LoadTicket, LookupTicket, PresenceTicket, StoreReport, StoreTicket, Ticket,
+};
 
 use crate::chunk::ChunkKey;
 use crate::config::StoreConfig;
@@ -136,6 +138,16 @@ impl Store {
         self.running
             .lookups
             .submit(&self.running.shared, group, ranks, keys)
+    }
+
+    /// Looks up which of `keys` are present for `group` on all of `ranks`, whichever are missing.
+    ///
+    /// For groups that need a window of chunks and not all of them. As [`Store::lookup`] otherwise;
+    /// a lookup that takes too long finds nothing.
+    pub fn lookup_each(&self, group: u32, ranks: &[u32], keys: Vec<ChunkKey>) -> PresenceTicket {
+        self.running
+            .lookups
+            .submit_each(&self.running.shared, group, ranks, keys)
     }
 
     /// Attaches the KV cache of `group` on `rank`, `blocks_per_chunk` blocks to a chunk.

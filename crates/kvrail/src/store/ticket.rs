@@ -7,6 +7,8 @@ use crate::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// The answer to come of a lookup: the number of leading chunks present.
 pub type LookupTicket = Ticket<usize>;
+/// The answer to come of a lookup of each of several chunks: which are present, in their order.
+pub type PresenceTicket = Ticket<Vec<bool>>;
 /// The report to come of a store.
 pub type StoreTicket = Ticket<StoreReport>;
 /// The report to come of a load.

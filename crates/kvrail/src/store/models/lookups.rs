@@ -42,6 +42,35 @@ fn there_is_one_answer() {
     });
 }
 
+/// As above for a lookup of each chunk: what was found is all there or the answer is "nothing".
+#[test]
+fn there_is_one_answer_for_each() {
+    explore(2000, || {
+        let metrics = Arc::new(Metrics::default());
+        let (ticket, lookup) = Lookup::of_each(0, &[0], keys(4), 2);
+        let lookup = Arc::new(lookup);
+        let mut threads: Vec<_> = (0..2)
+            .map(|_| {
+                let (lookup, metrics) = (Arc::clone(&lookup), Arc::clone(&metrics));
+                thread::spawn(move || {
+                    lookup.check(|index, _| index != 1);
+                    lookup.end_one(&metrics, false);
+                })
+            })
+            .collect();
+        let (theirs, counted) = (Arc::clone(&lookup), Arc::clone(&metrics));
+        threads.push(thread::spawn(move || theirs.give_up(&counted)));
+        let answer = ticket.wait(LONG).unwrap();
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        let whole = [true, false, true, true];
+        assert!(answer == whole || answer == [false; 4], "{answer:?}");
+        assert_eq!(ticket.poll(), Some(answer), "the answer changed");
+        assert_eq!(metrics.snapshot().lookups, 1);
+    });
+}
+
 /// There was room in the queue for one of two threads only: what it finds counts, whichever of the
 /// two is through last.
 #[test]
