@@ -42,6 +42,8 @@ class KvMemory:
     owner: object
     block_count: int
     device: str = "cpu"
+    names: tuple[str, ...] = ()
+    """The layers' names, for messages and identities."""
 
     @property
     def block_bytes(self) -> int:
@@ -183,7 +185,8 @@ def _describe(
         layers.append(
             LayerSpan(region, view.address - view.region_address, block_stride, block_bytes)
         )
-    return KvMemory(tuple(layers), tuple(regions), owner, block_count, device)
+    names = tuple(view.name for view in views)
+    return KvMemory(tuple(layers), tuple(regions), owner, block_count, device, names)
 
 
 def _block_geometry(view: _View, block_count: int) -> tuple[int, int]:

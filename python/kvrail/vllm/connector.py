@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
@@ -23,14 +24,14 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvrail import STARTUP_CPUS
 from kvrail._core import Config, ConfigError, KvrailError
-from kvrail.vllm import version
+from kvrail.vllm import layout, version
 from kvrail.vllm.config import effective_value, resolve_config
 from kvrail.vllm.direct import wanted_layout
 from kvrail.vllm.fingerprint import AdapterFingerprints
+from kvrail.vllm.geometry import ChunkGeometry
 from kvrail.vllm.identity import engine_none_hash
 from kvrail.vllm.lookup import Agreement, DisagreementError, LookupStore, agree
 from kvrail.vllm.metadata import KvrailMetadata
-from kvrail.vllm.request_state import ChunkGeometry
 from kvrail.vllm.scheduler import ConnectorScheduler, SchedulerOptions
 from kvrail.vllm.stats import KvrailPromMetrics, KvrailStats, StatsCollector
 from kvrail.vllm.worker import CLOSE_LIMIT_SECONDS, ConnectorWorker
@@ -134,6 +135,14 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._worker is not None
         metadata = self._step_metadata() if self.has_connector_metadata() else None
         return None, self._worker.take_finished_loads(metadata) or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        assert self._worker is not None
+        _, finished = self.get_finished(finished_req_ids)
+        return KVConnectorTransferResults(
+            finished_recving=finished or set(),
+            failed_recving=self._worker.take_failed_requests(),
+        )
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         assert self._worker is not None
@@ -249,15 +258,19 @@ class _SchedulerSide:
             min_load_tokens=effective_value(config, "min_load_tokens"),
             max_step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         )
-        block_tokens, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
         self._misfit: str | None = None
+        geometry = ChunkGeometry(config.chunk_size, config.chunk_size, config.chunk_size)
         try:
-            geometry = ChunkGeometry(config.chunk_size, block_tokens, hash_tokens)
-        except ValueError as error:
-            # The worker has refused this size already where it applies to the model; otherwise the
-            # model has groups that are not stored, and nothing will be asked of this geometry.
+            geometry = layout.chunk_geometry(
+                layout.select_groups(
+                    kv_cache_config, config.chunk_size, parallel.decode_context_parallel_size
+                ),
+                config.chunk_size,
+                *resolve_kv_cache_block_sizes(kv_cache_config, vllm_config),
+            )
+        except (layout.UnsupportedModelError, ConfigError, ValueError) as error:
+            # The workers have said so already, and nothing will be asked of this geometry.
             self._misfit = str(error)
-            geometry = ChunkGeometry(config.chunk_size, config.chunk_size, config.chunk_size)
         self.requests = ConnectorScheduler(
             geometry, options, adapter_fingerprint=AdapterFingerprints().of
         )
@@ -276,7 +289,8 @@ class _SchedulerSide:
             logger.error("kvrail: nothing is stored or loaded: %s", self._misfit)
             return
         try:
-            self._store = LookupStore(self._config, agreement, STARTUP_CPUS)
+            groups = self.requests.geometry.groups
+            self._store = LookupStore(self._config, agreement, STARTUP_CPUS, groups)
         except ConfigError:
             raise
         except KvrailError as error:

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,11 +41,10 @@ def model_name(vllm_config: VllmConfig) -> str:
 def build_identity(
     vllm_config: VllmConfig,
     kv_cache_config: KVCacheConfig,
-    group: KVCacheGroupSpec,
-    memory: KvMemory,
+    groups: Sequence[tuple[KVCacheGroupSpec, KvMemory]],
     chunk_size: int,
 ) -> dict[str, Any]:
-    """The identity as plain JSON values.
+    """The identity as plain JSON values, for all KV cache groups with their memory.
 
     Raises ``UnsupportedModelError`` when a part of it cannot be known.
     """
@@ -68,17 +68,18 @@ def build_identity(
         "dtype": str(model.dtype),
         "quantization": model.quantization,
         "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
-        "attention": _attention(vllm_config, group),
+        "attention": _attention(vllm_config, [group for group, _ in groups]),
         "layout": _layout_name(vllm_config, kv_cache_config),
         "chunk_size": chunk_size,
-        "groups": [_group(vllm_config, group, memory)],
+        "groups": [_group(vllm_config, group, memory) for group, memory in groups],
         "parallel": {
             "tensor": parallel.tensor_parallel_size,
             "pipeline": parallel.pipeline_parallel_size,
             "decode_context": parallel.decode_context_parallel_size,
             "interleave": parallel.cp_kv_cache_interleave_size,
         },
-        "prefix_hash": prefix_hash(vllm_config.cache_config.prefix_caching_hash_algo),
+        "prefix_hash": prefix_hash(vllm_config.cache_config.prefix_caching_hash_algo)
+        | _hash_tokens(vllm_config, kv_cache_config),
     }
 
 
@@ -99,6 +100,16 @@ def prefix_hash(algorithm: str) -> dict[str, str]:
             "PYTHONHASHSEED to the same number for all instances, or use sha256"
         )
     return {"algorithm": algorithm, "none_hash": bytes(hash_function(seed)).hex()}
+
+
+def _hash_tokens(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> dict[str, int]:
+    """Tokens of one block hash, where they do not follow from the only group's block size."""
+    from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+
+    if len(kv_cache_config.kv_cache_groups) == 1:
+        return {}
+    _, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
+    return {"block_tokens": hash_tokens}
 
 
 def engine_none_hash() -> str | None:
@@ -184,7 +195,7 @@ def _long_rope_limits(config: dict[str, Any]) -> list[int]:
     return limits
 
 
-def _attention(vllm_config: VllmConfig, group: KVCacheGroupSpec) -> list[str]:
+def _attention(vllm_config: VllmConfig, groups: Sequence[KVCacheGroupSpec]) -> list[str]:
     """Names of the attention backends, which order the bytes inside a block.
 
     vLLM's CPU backend packs keys differently for each instruction set, so the instruction set that
@@ -192,7 +203,7 @@ def _attention(vllm_config: VllmConfig, group: KVCacheGroupSpec) -> list[str]:
     """
     layers = vllm_config.compilation_config.static_forward_context
     names = set()
-    for layer_name in group.layer_names:
+    for layer_name in (name for group in groups for name in group.layer_names):
         layer = layers.get(layer_name)
         if layer is None:
             raise UnsupportedModelError(f"the attention backend of {layer_name} is not known")
@@ -217,14 +228,12 @@ def _group(vllm_config: VllmConfig, group: KVCacheGroupSpec, memory: KvMemory) -
     spec = group.kv_cache_spec
     entry: dict[str, Any] = {
         "spec": type(spec).__name__,
-        "fields": {
-            field.name: _plain(getattr(spec, field.name)) for field in dataclasses.fields(spec)
-        },
+        "fields": _fields(spec),
     }
     if vllm_config.parallel_config.pipeline_parallel_size == 1:
         entry["layers"] = [
             [name, layer.block_bytes]
-            for name, layer in zip(group.layer_names, memory.layers, strict=True)
+            for name, layer in zip(memory.names, memory.layers, strict=True)
         ]
     else:
         # Every stage has other layers but one identity must hold for all, so the split stands in.
@@ -234,7 +243,14 @@ def _group(vllm_config: VllmConfig, group: KVCacheGroupSpec, memory: KvMemory) -
     return entry
 
 
+def _fields(spec: Any) -> dict[str, Any]:
+    return {field.name: _plain(getattr(spec, field.name)) for field in dataclasses.fields(spec)}
+
+
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        # One spec for each layer, where layers of a group differ in size.
+        return {key: [type(spec).__name__, _fields(spec)] for key, spec in value.items()}
     if isinstance(value, Enum):
         return value.name
     if value is None or isinstance(value, bool | int | float | str):

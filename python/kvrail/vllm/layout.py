@@ -6,22 +6,40 @@ never with blocks that may be wrong.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+    iter_layer_specs,
+)
 
 from kvrail._core import ConfigError
 from kvrail.kv_cache import KvMemory, UnsupportedMemoryError, from_tensors
+from kvrail.vllm.geometry import ChunkGeometry, GroupGeometry
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 # Subclasses add state or visibility rules of their own, so only these very classes count.
-SUPPORTED_SPECS = (FullAttentionSpec, MLAAttentionSpec)
+FULL_SPECS = (FullAttentionSpec, MLAAttentionSpec)
 
 
 class UnsupportedModelError(RuntimeError):
     """Nothing of this model is stored or looked up; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredGroup:
+    """A KV cache group of vLLM, and what of it is stored."""
+
+    spec: KVCacheGroupSpec
+    geometry: GroupGeometry
 
 
 def describe_group(index: int, group: KVCacheGroupSpec) -> str:
@@ -34,37 +52,90 @@ def describe_group(index: int, group: KVCacheGroupSpec) -> str:
     )
 
 
-def select_group(kv_cache_config: KVCacheConfig) -> KVCacheGroupSpec:
-    """The one group that is stored.
+def select_groups(
+    kv_cache_config: KVCacheConfig, chunk_size: int, context_parallel_size: int
+) -> tuple[StoredGroup, ...]:
+    """All KV cache groups of the model: a hit needs what each of them needs at its end.
 
-    Raises ``UnsupportedModelError`` when the model has other groups too: a hit on one of them would
-    promise tokens that the rest cannot back.
+    Raises ``UnsupportedModelError`` when one of them is not understood, because a hit on the others
+    would promise tokens that it cannot back, and ``ConfigError`` when the chunk size does not fit.
     """
     groups = kv_cache_config.kv_cache_groups
+    if not groups:
+        raise UnsupportedModelError("the model has no KV cache")
     for index, group in enumerate(groups):
         problem = _group_problem(group)
         if problem is not None:
             raise UnsupportedModelError(f"{describe_group(index, group)}: {problem}")
-    if len(groups) != 1:
-        raise UnsupportedModelError(
-            f"the model has {len(groups)} KV cache groups, this version stores models with one"
-        )
-    return groups[0]
+    return tuple(
+        StoredGroup(group, _geometry(index, group, chunk_size, context_parallel_size))
+        for index, group in enumerate(groups)
+    )
+
+
+def chunk_geometry(
+    groups: tuple[StoredGroup, ...], chunk_size: int, block_tokens: int, hash_tokens: int
+) -> ChunkGeometry:
+    """The geometry of requests; ``block_tokens`` and ``hash_tokens`` are the scheduler's."""
+    check_chunk_size(chunk_size, block_tokens)
+    return ChunkGeometry(
+        chunk_size, block_tokens, hash_tokens, tuple(group.geometry for group in groups)
+    )
+
+
+def _geometry(
+    index: int, group: KVCacheGroupSpec, chunk_size: int, context_parallel_size: int
+) -> GroupGeometry:
+    block_tokens = tokens_per_block(group, context_parallel_size)
+    check_chunk_size(chunk_size, block_tokens)
+    spec = _first_spec(group.kv_cache_spec)
+    look_back = segment = None
+    if isinstance(spec, SlidingWindowSpec):
+        look_back = spec.sliding_window - 1 + spec.extra_retained_tokens
+    elif isinstance(spec, ChunkedLocalAttentionSpec):
+        segment = spec.attention_chunk_size
+    try:
+        return GroupGeometry(index, block_tokens, chunk_size, look_back, segment)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{describe_group(index, group)}: {error}") from error
+
+
+def _first_spec(spec: KVCacheSpec) -> KVCacheSpec:
+    return next(iter(iter_layer_specs(spec)))
 
 
 def _group_problem(group: KVCacheGroupSpec) -> str | None:
-    spec = group.kv_cache_spec
-    if not isinstance(spec, FullAttentionSpec) or type(spec) not in SUPPORTED_SPECS:
-        return "only full attention and MLA are supported"
-    if spec.sliding_window is not None:
-        return f"its sliding window of {spec.sliding_window} tokens is not supported"
-    if spec.attention_chunk_size is not None:
-        return f"its attention chunks of {spec.attention_chunk_size} tokens are not supported"
-    if spec.non_causal:
-        return "its tokens depend on later ones"
     if not group.enable_kv_transfer or group.host_resident:
         return "vLLM does not offer it for transfer"
-    return None
+    spec = group.kv_cache_spec
+    specs = list(iter_layer_specs(spec))
+    if not specs or (
+        isinstance(spec, UniformTypeKVCacheSpecs) and len({_reach(layer) for layer in specs}) > 1
+    ):
+        return "its layers do not look back equally far"
+    return next((problem for problem in map(_spec_problem, specs) if problem is not None), None)
+
+
+def _reach(spec: KVCacheSpec) -> tuple[object, ...]:
+    """What decides how far back a layer looks, to compare layers of one group."""
+    if type(spec) in FULL_SPECS:
+        return ("full",)
+    names = ("sliding_window", "extra_retained_tokens", "attention_chunk_size")
+    return (type(spec), *(getattr(spec, name, None) for name in names))
+
+
+def _spec_problem(spec: KVCacheSpec) -> str | None:
+    if type(spec) in FULL_SPECS:
+        # Where vLLM's hybrid manager is off, windows are fields of this class; vLLM then keeps the
+        # KV cache of all tokens, and so do chunks.
+        assert isinstance(spec, FullAttentionSpec)
+        return "its tokens depend on later ones" if spec.non_causal else None
+    if type(spec) in (SlidingWindowSpec, ChunkedLocalAttentionSpec):
+        return None
+    return (
+        "only full attention, MLA, sliding windows and chunked local attention are supported, "
+        f"not {type(spec).__name__}"
+    )
 
 
 def tokens_per_block(group: KVCacheGroupSpec, context_parallel_size: int) -> int:
@@ -73,25 +144,36 @@ def tokens_per_block(group: KVCacheGroupSpec, context_parallel_size: int) -> int
     return spec.block_size * (context_parallel_size if spec.dcp_sharded else 1)
 
 
-def blocks_per_chunk(chunk_size: int, block_tokens: int) -> int:
-    """Blocks in one chunk. Raises ``ConfigError`` when the sizes do not fit."""
+def check_chunk_size(chunk_size: int, block_tokens: int) -> None:
+    """Raises ``ConfigError`` when a chunk is not a number of blocks."""
     if chunk_size < block_tokens or chunk_size % block_tokens:
         raise ConfigError(
             f"`chunk_size` = {chunk_size}: expected a multiple of vLLM's block size, {block_tokens}"
         )
-    return chunk_size // block_tokens
 
 
 def plan_memory(group: KVCacheGroupSpec, kv_caches: dict[str, Any], block_count: int) -> KvMemory:
     """The memory of a group's layers, in the order of the group's layer names.
 
-    Raises ``UnsupportedModelError`` for memory that cannot be moved.
+    Layers that share the KV cache of another are left out: its bytes are moved once. Raises
+    ``UnsupportedModelError`` for memory that cannot be moved.
     """
+    if not group.layer_names:
+        raise UnsupportedModelError("a KV cache group has no layers on this rank")
     missing = [name for name in group.layer_names if name not in kv_caches]
     if missing:
         raise UnsupportedModelError(f"vLLM registered no KV cache for layer {missing[0]}")
-    tensors = [kv_caches[name] for name in group.layer_names]
+    names = stored_layers(group, kv_caches)
     try:
-        return from_tensors(tensors, block_count, group.layer_names)
+        return from_tensors([kv_caches[name] for name in names], block_count, names)
     except UnsupportedMemoryError as error:
         raise UnsupportedModelError(str(error)) from error
+
+
+def stored_layers(group: KVCacheGroupSpec, kv_caches: dict[str, Any]) -> list[str]:
+    """The group's layers without those whose tensor is the same memory as an earlier layer's."""
+    first_of: dict[tuple[int, tuple[int, ...]], str] = {}
+    for name in group.layer_names:
+        tensor = kv_caches[name]
+        first_of.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)
+    return list(first_of.values())

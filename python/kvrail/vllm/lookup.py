@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvrail._core import Config, LookupTicket, Namespace, Store
+from kvrail._core import Config, Namespace, PresenceTicket, Store
+from kvrail.vllm.boundary import BoundaryTicket
+from kvrail.vllm.geometry import GroupGeometry
 from kvrail.vllm.metadata import KvrailHandshake
+from kvrail.vllm.request_state import Ticket
 
 
 class DisagreementError(RuntimeError):
@@ -73,12 +76,22 @@ class LookupStore:
         config: Config,
         agreement: Agreement,
         cpus: Sequence[int] | None,
+        groups: Sequence[GroupGeometry],
         open_store: Callable[..., Store] = Store,
     ) -> None:
         namespace = Namespace(agreement.model, agreement.identity_json)
         self.store = open_store(config, namespace, read_only=True, quiet=True, cpus=cpus)
         self._ranks = agreement.ranks
+        self._groups = tuple(groups)
 
-    def lookup(self, keys: Sequence[bytes]) -> LookupTicket:
-        """Asks for the longest prefix of `keys` that all ranks have."""
-        return self.store.lookup(keys, ranks=self._ranks)
+    def lookup(self, keys: Sequence[bytes]) -> Ticket:
+        """Asks for the longest prefix of `keys` at whose end all groups can go on, on all ranks."""
+        if len(self._groups) == 1 and not self._groups[0].is_windowed:
+            return self._lookup_prefix(keys, self._groups[0].index)
+        return BoundaryTicket(self._lookup_prefix, self._lookup_each, self._groups, keys)
+
+    def _lookup_prefix(self, keys: Sequence[bytes], group: int) -> Ticket:
+        return self.store.lookup(keys, group=group, ranks=self._ranks)
+
+    def _lookup_each(self, keys: Sequence[bytes], group: int) -> PresenceTicket:
+        return self.store.lookup_each(keys, group=group, ranks=self._ranks)

@@ -18,7 +18,7 @@ class LoadChunk(NamedTuple):
     key: bytes
     parent: bytes | None
     first_block: int
-    """Blocks of the chunk before this one are vLLM's own already and are not written to."""
+    """Blocks of the chunk's file before this one are not wanted and not written to."""
     block_ids: tuple[int, ...]
 
 
@@ -30,11 +30,25 @@ class StoreChunk(NamedTuple):
     block_ids: tuple[int, ...]
 
 
+class GroupLoad(NamedTuple):
+    """What is loaded for one KV cache group; ``group`` counts the groups that are stored."""
+
+    group: int
+    chunks: tuple[LoadChunk, ...]
+
+
+class GroupStore(NamedTuple):
+    """What is stored for one KV cache group; ``group`` counts the groups that are stored."""
+
+    group: int
+    chunks: tuple[StoreChunk, ...]
+
+
 class RequestLoad(NamedTuple):
     """All that is loaded for one request; vLLM holds the request back until it is done."""
 
     request_id: str
-    chunks: tuple[LoadChunk, ...]
+    parts: tuple[GroupLoad, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +56,7 @@ class KvrailMetadata(KVConnectorMetadata):
     """The work of one engine step."""
 
     loads: tuple[RequestLoad, ...] = ()
-    stores: tuple[StoreChunk, ...] = ()
+    stores: tuple[GroupStore, ...] = ()
     no_forward: bool = False
     """The step computes nothing, so the worker may spend a moment on waiting for a load."""
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvrail.vllm.fingerprint import AdapterFingerprints
-from kvrail.vllm.request_state import ChunkGeometry, RequestState
+from kvrail.vllm.geometry import ChunkGeometry
+from kvrail.vllm.request_state import RequestState
 
 
 class UnknownHashError(ValueError):
@@ -47,17 +48,20 @@ class HashRecipe:
         try:
             identity = json.loads(manifest_json)["identity"]
             prefix_hash = identity["prefix_hash"]
-            (group,) = identity["groups"]
-            fields = group["fields"]
-            sharded = fields.get("dcp_sharded", True)
-            block_tokens = _whole(fields["block_size"]) * (
-                _whole(identity["parallel"]["decode_context"]) if sharded else 1
-            )
+            # With one KV cache group vLLM hashes block by block; else the identity says how.
+            hash_tokens = prefix_hash.get("block_tokens")
+            if hash_tokens is None:
+                (group,) = identity["groups"]
+                fields = group["fields"]
+                sharded = fields.get("dcp_sharded", True)
+                hash_tokens = _whole(fields["block_size"]) * (
+                    _whole(identity["parallel"]["decode_context"]) if sharded else 1
+                )
+            hash_tokens = _whole(hash_tokens)
             return cls(
                 algorithm=str(prefix_hash["algorithm"]),
                 none_hash=bytes.fromhex(prefix_hash["none_hash"]),
-                # With one KV cache group vLLM hashes block by block.
-                geometry=ChunkGeometry(_whole(identity["chunk_size"]), block_tokens, block_tokens),
+                geometry=ChunkGeometry(_whole(identity["chunk_size"]), hash_tokens, hash_tokens),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UnknownHashError(

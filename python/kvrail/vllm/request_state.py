@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from kvrail.vllm.geometry import ChunkGeometry
     from kvrail.vllm.load_or_compute import Verdict
 
 
@@ -18,32 +19,6 @@ class Ticket(Protocol):
     def poll(self) -> int | None: ...
 
     def wait(self, limit_seconds: float) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkGeometry:
-    """Sizes in tokens: of a chunk, of what one block id and one block hash stand for."""
-
-    chunk_size: int
-    block_tokens: int
-    hash_tokens: int
-
-    def __post_init__(self) -> None:
-        for name, size in (("block", self.block_tokens), ("block hash", self.hash_tokens)):
-            if size <= 0 or self.chunk_size % size:
-                raise ValueError(
-                    f"a chunk of {self.chunk_size} tokens is no multiple of the {name}'s {size}"
-                )
-
-    @property
-    def blocks_per_chunk(self) -> int:
-        """Blocks in one chunk."""
-        return self.chunk_size // self.block_tokens
-
-    @property
-    def hashes_per_chunk(self) -> int:
-        """Block hashes in one chunk."""
-        return self.chunk_size // self.hash_tokens
 
 
 @dataclass(slots=True)

@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvrail._core import KvrailError, WaitTimeoutError
 from kvrail.vllm.bad_keys import BadKeys
+from kvrail.vllm.geometry import NULL_BLOCK, ChunkGeometry, GroupGeometry
 from kvrail.vllm.load_or_compute import LoadOrCompute, prompt_tokens
 from kvrail.vllm.metadata import (
     NO_WORK,
     NO_WORK_NO_FORWARD,
+    GroupLoad,
+    GroupStore,
     KvrailMetadata,
     KvrailWorkerMetadata,
     LoadChunk,
     RequestLoad,
     StoreChunk,
 )
-from kvrail.vllm.request_state import ChunkGeometry, RequestState, Ticket
+from kvrail.vllm.request_state import RequestState, Ticket
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -111,14 +114,22 @@ class ConnectorScheduler:
         self._storing.clear()
 
     @property
+    def geometry(self) -> ChunkGeometry:
+        """How tokens, blocks and chunks relate."""
+        return self._geometry
+
+    @property
     def enabled(self) -> bool:
         """Whether anything is looked up or stored."""
         return self._lookup is not None
 
     def take_counters(self) -> dict[str, float]:
         """What was counted since the last call, with the gauges when there is anything."""
+        # Asked for in every step, and nearly always in vain.
+        if not self._counters:
+            return {}
         counters, self._counters = self._counters, {}
-        return counters | self._load_or_compute.gauges() if counters else counters
+        return counters | self._load_or_compute.gauges()
 
     # Hooks, in the order of a request's life.
 
@@ -170,9 +181,12 @@ class ConnectorScheduler:
         if num_external_tokens <= 0 or end == 0:
             return
         start = end - num_external_tokens
-        block_ids = blocks.get_block_ids()[0]
-        chunks = self._load_chunks(state, start, end, block_ids)
-        self._loads.append(RequestLoad(request.request_id, chunks))
+        tables = blocks.get_block_ids()
+        parts = (
+            GroupLoad(place, self._load_chunks(state, start, end, group, tables[group.index]))
+            for place, group in enumerate(self._geometry.groups)
+        )
+        self._loads.append(RequestLoad(request.request_id, tuple(p for p in parts if p.chunks)))
         is_trial = verdict is not None and verdict.is_trial
         self._load_or_compute.load_began(request.request_id, num_external_tokens, is_trial=is_trial)
         state.stored_chunks = max(state.stored_chunks, end // self._geometry.chunk_size)
@@ -182,19 +196,21 @@ class ConnectorScheduler:
         no_forward = scheduler_output.total_num_scheduled_tokens == 0
         if no_forward and self._waiting:
             self._wait_for_an_answer()
-        stores: list[StoreChunk] = []
+        stores: tuple[GroupStore, ...] = ()
         if self._storing and not no_forward:
-            self._plan_stores(scheduler_output, stores)
+            stores = self._plan_stores(scheduler_output)
         self._note_step(scheduler_output)
         if not self._loads and not stores:
             return NO_WORK_NO_FORWARD if no_forward else NO_WORK
         loads, self._loads = tuple(self._loads), []
-        return KvrailMetadata(loads, tuple(stores), no_forward)
+        return KvrailMetadata(loads, stores, no_forward)
 
     def update_connector_output(
         self, worker_metadata: object, finished_loads: Collection[str] = ()
     ) -> None:
         """Learns which loads ended, and which of them failed."""
+        if worker_metadata is None and not finished_loads:
+            return
         failures: Mapping[str, tuple[bytes, ...]] = {}
         if isinstance(worker_metadata, KvrailWorkerMetadata):
             failures = worker_metadata.failures
@@ -388,25 +404,34 @@ class ConnectorScheduler:
         self._load_or_compute.step_began(prompt_tokens(output) if worth_a_look else 0, tokens)
 
     def _load_chunks(
-        self, state: RequestState, start: int, end: int, block_ids: Sequence[int]
+        self,
+        state: RequestState,
+        start: int,
+        end: int,
+        group: GroupGeometry,
+        block_ids: Sequence[int],
     ) -> tuple[LoadChunk, ...]:
-        size, block_tokens = self._geometry.chunk_size, self._geometry.block_tokens
-        keys = state.chunk_keys(self._geometry, end // size)
+        """What of the tokens from `start` on is needed at the boundary `end`, chunk by chunk."""
+        per_chunk = group.blocks_per_chunk
+        keys = state.chunk_keys(self._geometry, end // self._geometry.chunk_size)
+        first = max(start, group.needed_from(end)) // group.block_tokens
         chunks = []
-        for index in range(start // size, end // size):
-            chunk_start = index * size
-            begin = max(start, chunk_start)
+        for index in range(first // per_chunk, len(keys)):
+            chunk_end = (index + 1) * per_chunk
+            file_begin = chunk_end - group.kept_blocks
+            begin = max(first, file_begin)
             chunks.append(
                 LoadChunk(
                     keys[index],
                     keys[index - 1] if index else None,
-                    (begin - chunk_start) // block_tokens,
-                    tuple(block_ids[begin // block_tokens : (chunk_start + size) // block_tokens]),
+                    begin - file_begin,
+                    tuple(block_ids[begin:chunk_end]),
                 )
             )
         return tuple(chunks)
 
-    def _plan_stores(self, output: SchedulerOutput, stores: list[StoreChunk]) -> None:
+    def _plan_stores(self, output: SchedulerOutput) -> tuple[GroupStore, ...]:
+        stores: tuple[list[StoreChunk], ...] = tuple([] for _ in self._geometry.groups)
         for new in output.scheduled_new_reqs:
             if new.req_id in self._storing:
                 self._plan_request(new.req_id, new.num_computed_tokens, output, stores)
@@ -414,9 +439,15 @@ class ConnectorScheduler:
         for req_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             if req_id in self._storing:
                 self._plan_request(req_id, computed, output, stores)
+        parts = enumerate(stores)
+        return tuple(GroupStore(place, tuple(chunks)) for place, chunks in parts if chunks)
 
     def _plan_request(
-        self, req_id: str, computed: int, output: SchedulerOutput, stores: list[StoreChunk]
+        self,
+        req_id: str,
+        computed: int,
+        output: SchedulerOutput,
+        stores: tuple[list[StoreChunk], ...],
     ) -> None:
         """Stores the chunks that are complete when this step's forward is done."""
         state = self._states[req_id]
@@ -432,17 +463,10 @@ class ConnectorScheduler:
             block_state = output.kv_connector_block_state
             assert block_state is not None
             # Never remembered: a request that was preempted has other blocks now.
-            block_ids = block_state.resolve_block_ids(req_id)[0]
+            tables = block_state.resolve_block_ids(req_id)
             keys = state.chunk_keys(geometry, end)
-            per_chunk = geometry.blocks_per_chunk
-            stores.extend(
-                StoreChunk(
-                    keys[index],
-                    keys[index - 1] if index else None,
-                    tuple(block_ids[index * per_chunk : (index + 1) * per_chunk]),
-                )
-                for index in range(first, end)
-            )
+            for group, chunks in zip(geometry.groups, stores, strict=True):
+                chunks.extend(_store_chunks(keys, first, group, tables[group.index]))
             state.stored_chunks = end
         if (
             not self._options.save_decode_cache
@@ -487,6 +511,24 @@ class ConnectorScheduler:
         if kind not in self._reported and len(self._reported) < 100:
             self._reported.add(kind)
             logger.warning("kvrail: %s: %s", kind, problem)
+
+
+def _store_chunks(
+    keys: Sequence[bytes], first: int, group: GroupGeometry, block_ids: Sequence[int]
+) -> Iterator[StoreChunk]:
+    """The chunks from `first` on, as far as the group still has what their files hold.
+
+    A window lets go of blocks as a request proceeds. Those of a chunk that was completed in this
+    step are all there: the next token looks at them, or vLLM has not freed any since.
+    """
+    for index in range(first, len(keys)):
+        if not group.is_ever_needed(index):
+            continue
+        end = (index + 1) * group.blocks_per_chunk
+        blocks = tuple(block_ids[end - group.kept_blocks : end])
+        if group.is_windowed and NULL_BLOCK in blocks:
+            continue
+        yield StoreChunk(keys[index], keys[index - 1] if index else None, blocks)
 
 
 def merge_counters(target: dict[str, float], source: Mapping[str, float]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+    from kvrail.kv_cache import KvMemory
     from kvrail.vllm.stats import KvrailStats
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -77,18 +78,71 @@ class WorkerRank:
         )
 
 
+Reports = list[LoadReport | None]
+
+
+class _Loading:
+    """A request's loads under way, one for each KV cache group that takes part."""
+
+    def __init__(self, load: RequestLoad, tickets: list[LoadTicket | None]) -> None:
+        self.load = load
+        self.tickets = tickets
+        """Those that were submitted and are not done."""
+        self.reports: Reports = [None] * len(load.parts)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing writes to the request's blocks any more."""
+        return all(ticket is None for ticket in self.tickets)
+
+    def poll(self, report_error: Callable[[str, object], None]) -> None:
+        """Takes what is done; an error ends a load without a report."""
+        for place, ticket in enumerate(self.tickets):
+            if ticket is None:
+                continue
+            try:
+                report = ticket.poll()
+            except KvrailError as error:
+                report_error("load", error)
+                self.tickets[place] = None
+                continue
+            if report is not None:
+                self._take(place, report)
+
+    def wait(self, limit_seconds: float, report_error: Callable[[str, object], None]) -> None:
+        """Waits a moment for the first that is not done.
+
+        A load is never given up here: the store may still write to the blocks, and it ends every
+        load within its own limit.
+        """
+        place, ticket = next((p, t) for p, t in enumerate(self.tickets) if t is not None)
+        try:
+            self._take(place, ticket.wait(limit_seconds))
+        except WaitTimeoutError:
+            return
+        except KvrailError as error:
+            report_error("load", error)
+            self.tickets[place] = None
+
+    def _take(self, place: int, report: LoadReport) -> None:
+        self.tickets[place] = None
+        self.reports[place] = report
+
+
 class ConnectorWorker:
     """One worker's store, its attached KV cache and the loads under way."""
 
     def __init__(self, open_store: Callable[..., Store] = Store) -> None:
         self._open_store = open_store
         self._store: Store | None = None
-        self._kv_cache: KvCache | None = None
+        self._kv_caches: tuple[KvCache, ...] = ()
+        self._fails_by_block = True
         self._device = "cpu"
         self._stores_here = True
-        self._loading: dict[str, tuple[RequestLoad, LoadTicket]] = {}
-        self._settled: list[tuple[RequestLoad, LoadReport | None]] = []
+        self._loading: dict[str, _Loading] = {}
+        self._settled: list[tuple[RequestLoad, Reports]] = []
         self._failed_blocks: set[int] = set()
+        self._failed_requests: set[str] = set()
         self._failures: dict[str, tuple[bytes, ...]] = {}
         self._reported: set[str] = set()
         self._stats = StatsCollector()
@@ -135,13 +189,22 @@ class ConnectorWorker:
         kv_caches: dict[str, Any],
         rank: WorkerRank,
     ) -> str:
-        group = layout.select_group(kv_cache_config)
-        block_tokens = layout.tokens_per_block(
-            group, vllm_config.parallel_config.decode_context_parallel_size
+        groups = layout.select_groups(
+            kv_cache_config,
+            config.chunk_size,
+            vllm_config.parallel_config.decode_context_parallel_size,
         )
-        blocks_per_chunk = layout.blocks_per_chunk(config.chunk_size, block_tokens)
-        memory = layout.plan_memory(group, kv_caches, kv_cache_config.num_blocks)
-        identity = build_identity(vllm_config, kv_cache_config, group, memory, config.chunk_size)
+        memories = [
+            layout.plan_memory(group.spec, kv_caches, kv_cache_config.num_blocks)
+            for group in groups
+        ]
+        specs = [group.spec for group in groups]
+        identity = build_identity(
+            vllm_config,
+            kv_cache_config,
+            list(zip(specs, memories, strict=True)),
+            config.chunk_size,
+        )
         identity_json = json.dumps(identity, sort_keys=True)
         namespace = Namespace(model_name(vllm_config), identity_json)
         store = self._open_store(
@@ -153,14 +216,15 @@ class ConnectorWorker:
             **cufile.store_options(),
         )
         self._store = store
-        kv_cache = memory.attach(store, blocks_per_chunk=blocks_per_chunk, rank=rank.storage_rank)
-        self.adopt(store, kv_cache, memory.device)
+        kv_caches_by_group = self._attach_groups(store, groups, memories, rank)
+        fails_by_block = len(groups) == 1 and not groups[0].geometry.is_windowed
+        self.adopt(store, kv_caches_by_group, memories[0].device, fails_by_block=fails_by_block)
         if rank.global_rank == 0:
             logger.info(
-                "kvrail: %s: chunks of %d tokens, %d bytes each per rank; %s",
+                "kvrail: %s: chunks of %d tokens, %s bytes each per rank; %s",
                 namespace.directory_name,
                 config.chunk_size,
-                kv_cache.payload_bytes,
+                " + ".join(str(kv_cache.payload_bytes) for kv_cache in kv_caches_by_group),
                 "; ".join(
                     ", ".join(f"{key} {value}" for key, value in mount.items())
                     for mount in store.describe()
@@ -169,11 +233,47 @@ class ConnectorWorker:
         self._log_notices()
         return identity_json
 
-    def adopt(self, store: Store, kv_cache: KvCache, device: str = "cpu") -> None:
-        """Works with a store that is open and a KV cache on ``device`` that is attached to it."""
+    def _attach_groups(
+        self,
+        store: Store,
+        groups: Sequence[layout.StoredGroup],
+        memories: Sequence[KvMemory],
+        rank: WorkerRank,
+    ) -> list[KvCache]:
+        """Attaches all groups, that with the largest chunks first: they cut the staging memory."""
+        pairs = list(zip(groups, memories, strict=True))
+        largest_first = sorted(
+            range(len(pairs)),
+            key=lambda place: -pairs[place][0].geometry.kept_blocks * pairs[place][1].block_bytes,
+        )
+        attached: dict[int, KvCache] = {}
+        for place in largest_first:
+            group, memory = pairs[place]
+            attached[place] = memory.attach(
+                store,
+                blocks_per_chunk=group.geometry.kept_blocks,
+                group=group.geometry.index,
+                rank=rank.storage_rank,
+            )
+        return [attached[place] for place in range(len(pairs))]
+
+    def adopt(
+        self,
+        store: Store,
+        kv_caches: Sequence[KvCache],
+        device: str = "cpu",
+        *,
+        fails_by_block: bool = True,
+    ) -> None:
+        """Works with an open store and the KV cache on ``device`` attached to it, by groups.
+
+        ``fails_by_block`` says that vLLM can go on from any block that failed to load: with one
+        group, of which all blocks before that one were loaded.
+        """
         self._store = store
         self._device = device
-        self._kv_cache = kv_cache
+        self._kv_caches = tuple(kv_caches)
+        self._fails_by_block = fails_by_block
         self._stats.follow(store.metrics)
 
     def handshake(self) -> KvrailHandshake | None:
@@ -182,7 +282,7 @@ class ConnectorWorker:
 
     def shutdown(self) -> None:
         """Closes the store; stores under way get a few seconds."""
-        store, self._store, self._kv_cache = self._store, None, None
+        store, self._store, self._kv_caches = self._store, None, ()
         if store is None:
             return
         self._stats.unfollow()
@@ -197,26 +297,33 @@ class ConnectorWorker:
         """Submits this step's loads."""
         for load in metadata.loads:
             self._stats.touch()
-            if self._kv_cache is None:
-                self._settled.append((load, None))
-                continue
-            try:
-                ticket = self._kv_cache.load(load.chunks, **self._in_order())
-                self._loading[load.request_id] = (load, ticket)
-            except KvrailError as error:
-                self._report("load", error)
-                self._settled.append((load, None))
+            # Whatever was submitted is waited for: it may still write to the request's blocks.
+            loading = _Loading(load, [None] * len(load.parts))
+            for place, part in enumerate(load.parts):
+                if not self._kv_caches:
+                    break
+                try:
+                    ticket = self._kv_caches[part.group].load(part.chunks, **self._in_order())
+                except KvrailError as error:
+                    self._report("load", error)
+                    break
+                loading.tickets[place] = ticket
+            if loading.is_over:
+                self._settled.append((load, loading.reports))
+            else:
+                self._loading[load.request_id] = loading
 
     def submit_stores(self, metadata: KvrailMetadata) -> None:
         """Copies this step's chunks into staging memory; they are written in the background.
 
         On a GPU the copy is put on the compute stream and this returns at once.
         """
-        if not metadata.stores or self._kv_cache is None or not self._stores_here:
+        if not metadata.stores or not self._kv_caches or not self._stores_here:
             return
         self._stats.touch()
         try:
-            self._kv_cache.store(metadata.stores, **self._in_order())
+            for part in metadata.stores:
+                self._kv_caches[part.group].store(part.chunks, **self._in_order())
         except KvrailError as error:
             self._report("store", error)
 
@@ -236,13 +343,28 @@ class ConnectorWorker:
         if not self._settled and metadata is not None and metadata.no_forward:
             self._wait_for_a_load()
         settled, self._settled = self._settled, []
-        for load, report in settled:
+        for load, reports in settled:
             self._stats.touch()
-            self._note_failures(load, report)
+            self._note_failures(load, reports)
         return {load.request_id for load, _ in settled}
 
+    def take_failed_requests(self) -> set[str]:
+        """Requests whose load failed, of a model with several KV cache groups or with a window.
+
+        vLLM computes such a request from its start (``_handle_failed_recving`` of its scheduler):
+        it cannot tell from block ids where each group stands, and before a block that failed a
+        window was not loaded, so that computing on from there would see blocks of nothing.
+        """
+        if not self._failed_requests:
+            return set()
+        requests, self._failed_requests = self._failed_requests, set()
+        return requests
+
     def take_failed_blocks(self) -> set[int]:
-        """Blocks that hold nothing because their load failed; vLLM computes them instead."""
+        """Blocks that hold nothing because their load failed; vLLM computes them instead.
+
+        Only of a model with one KV cache group that looks at all tokens.
+        """
         if not self._failed_blocks:
             return set()
         blocks, self._failed_blocks = self._failed_blocks, set()
@@ -265,48 +387,37 @@ class ConnectorWorker:
     # Loads.
 
     def _poll_loads(self) -> None:
-        for request_id, (load, ticket) in list(self._loading.items()):
-            try:
-                report = ticket.poll()
-            except KvrailError as error:
-                self._settle_error(request_id, load, error)
-                continue
-            if report is not None:
-                self._settle(request_id, load, report)
+        for loading in list(self._loading.values()):
+            loading.poll(self._report)
+            self._settle_if_over(loading)
 
     def _wait_for_a_load(self) -> None:
-        request_id, (load, ticket) = next(iter(self._loading.items()))
-        try:
-            report = ticket.wait(IDLE_WAIT_SECONDS)
-        except WaitTimeoutError:
-            # A load is never given up here: the store may still write to the blocks, and it ends
-            # every load within its own limit.
-            return
-        except KvrailError as error:
-            self._settle_error(request_id, load, error)
-            return
-        self._settle(request_id, load, report)
+        loading = next(iter(self._loading.values()))
+        loading.wait(IDLE_WAIT_SECONDS, self._report)
+        self._settle_if_over(loading)
 
-    def _settle(self, request_id: str, load: RequestLoad, report: LoadReport | None) -> None:
-        del self._loading[request_id]
-        self._settled.append((load, report))
+    def _settle_if_over(self, loading: _Loading) -> None:
+        if loading.is_over:
+            del self._loading[loading.load.request_id]
+            self._settled.append((loading.load, loading.reports))
 
-    def _settle_error(self, request_id: str, load: RequestLoad, error: KvrailError) -> None:
-        self._report("load", error)
-        self._settle(request_id, load, None)
-
-    def _note_failures(self, load: RequestLoad, report: LoadReport | None) -> None:
+    def _note_failures(self, load: RequestLoad, reports: Reports) -> None:
         """Without a report nothing is known to have arrived, so everything failed."""
-        failed = range(len(load.chunks)) if report is None else report.failed
-        if report is not None and report.errors:
-            self._report(f"load of {load.request_id}", report.errors[0])
-        keys = []
-        for index in failed:
-            chunk = load.chunks[index]
-            self._failed_blocks.update(chunk.block_ids)
-            keys.append(chunk.key)
-        if keys:
-            self._failures[load.request_id] = tuple(keys)
+        keys: dict[bytes, None] = {}
+        for part, report in zip(load.parts, reports, strict=True):
+            failed = range(len(part.chunks)) if report is None else report.failed
+            if report is not None and report.errors:
+                self._report(f"load of {load.request_id}", report.errors[0])
+            for index in failed:
+                chunk = part.chunks[index]
+                keys[chunk.key] = None
+                if self._fails_by_block:
+                    self._failed_blocks.update(chunk.block_ids)
+        if not keys:
+            return
+        if not self._fails_by_block:
+            self._failed_requests.add(load.request_id)
+        self._failures[load.request_id] = tuple(keys)
 
     # Reporting.
 

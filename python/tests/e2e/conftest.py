@@ -43,14 +43,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sliding_window(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Mistral whose layers see a window of tokens."""
-    import tiny_model
-
-    return tiny_model.build_sliding_window(tmp_path_factory.mktemp("models") / "tiny-window")
-
-
-@pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Starts engines; ends those that a failed test left."""
     from harness import Engines

@@ -215,16 +215,20 @@ def assert_same_answers(
 
 def assert_loaded_is_stored(stored: list[Running], loaded: list[Running]) -> int:
     """Asserts that every block loaded has the bytes it was stored with; returns their number."""
-    known: dict[tuple[int, str], list[str]] = {}
+
+    def place(record: dict[str, Any]) -> tuple[int, int, str]:
+        return record["group"], record["rank"], record["key"]
+
+    known: dict[tuple[int, int, str], list[str]] = {}
     for running in stored:
         for record in running.records("store"):
-            known.setdefault((record["rank"], record["key"]), record["blocks"])
+            known.setdefault(place(record), record["blocks"])
     blocks = 0
     for running in loaded:
         for record in running.records("load"):
             if record["failed"]:
                 continue
-            original = known[record["rank"], record["key"]][record["first_block"] :]
+            original = known[place(record)][record["first_block"] :]
             assert record["blocks"] == original, f"chunk {record['key']}: other bytes than stored"
             blocks += len(original)
     return blocks
@@ -241,10 +245,10 @@ def chunk_keys(running: Running, tokens: list[int], salt: str | None = None) -> 
     raise AssertionError("the engine never saw this prompt")
 
 
-def chunk_path(store: Path, key: str, rank: int = 0) -> Path:
+def chunk_path(store: Path, key: str, rank: int = 0, group: int = 0) -> Path:
     """Where the one chunk with this key lies."""
-    paths = list(store.glob(f"*/g0r{rank}/*/{key}.safetensors"))
-    assert len(paths) == 1, f"chunk {key} of rank {rank}: {paths}"
+    paths = list(store.glob(f"*/g{group}r{rank}/*/{key}.safetensors"))
+    assert len(paths) == 1, f"chunk {key} of group {group}, rank {rank}: {paths}"
     return paths[0]
 
 

@@ -34,15 +34,15 @@ class RecordingStore:
     def attach(self, *arguments: Any, **options: Any) -> Any:
         """Attaches, and watches what is attached."""
         cache = self._store.attach(*arguments, **options)
-        return RecordingKvCache(cache, options.get("rank", 0))
+        return RecordingKvCache(cache, options.get("group", 0), options.get("rank", 0))
 
 
 class RecordingKvCache:
-    """Memory of one rank; records blocks before they are stored and after they were loaded."""
+    """Memory of a group on a rank; records blocks before stores and after loads."""
 
-    def __init__(self, cache: Any, rank: int) -> None:
+    def __init__(self, cache: Any, group: int, rank: int) -> None:
         self._cache = cache
-        self._rank = rank
+        self._place = {"group": group, "rank": rank}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -52,7 +52,7 @@ class RecordingKvCache:
         for key, parent, block_ids in chunks:
             _record(
                 event="store",
-                rank=self._rank,
+                **self._place,
                 key=key.hex(),
                 parent=parent.hex() if parent else None,
                 blocks=[block_hash(block) for block in block_ids],
@@ -65,16 +65,18 @@ class RecordingKvCache:
         if control == "delete":
             for key, *_ in chunks[-1:]:
                 _delete(key.hex())
-        return RecordingTicket(self._cache.load(chunks), chunks, self._rank, control)
+        return RecordingTicket(self._cache.load(chunks), chunks, self._place, control)
 
 
 class RecordingTicket:
     """A load under way; records the blocks once, when it is done."""
 
-    def __init__(self, ticket: Any, chunks: Sequence[Any], rank: int, control: str) -> None:
+    def __init__(
+        self, ticket: Any, chunks: Sequence[Any], place: dict[str, int], control: str
+    ) -> None:
         self._ticket = ticket
         self._chunks = chunks
-        self._rank = rank
+        self._place = place
         self._control = control
         self._report: Any = None
 
@@ -94,7 +96,7 @@ class RecordingTicket:
         for index, (key, _, first_block, block_ids) in enumerate(self._chunks):
             _record(
                 event="load",
-                rank=self._rank,
+                **self._place,
                 key=key.hex(),
                 first_block=first_block,
                 blocks=[block_hash(block) for block in block_ids],

@@ -1,4 +1,4 @@
-"""Other shapes of a model: two tensor-parallel ranks, and attention over a sliding window."""
+"""A model on two tensor-parallel ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from harness import (
     moved,
     step,
 )
-from prompts import CHUNK_TOKENS, chunks_in, loadable_tokens, main_prompts, reuse_prompts, select
+from prompts import CHUNK_TOKENS, chunks_in, loadable_tokens, reuse_prompts, select
 
 HITS = "vllm:external_prefix_cache_hits_total"
 
@@ -50,25 +50,3 @@ def test_a_hit_needs_the_chunks_of_all_ranks(
     blocks = assert_loaded_is_stored([writer], [reader])
     print(f"compared the bytes of {blocks} blocks")
     assert blocks == 2 * 2 * (sum(hits.values()) // CHUNK_TOKENS)
-
-
-def test_a_sliding_window_is_left_alone(
-    engines: Engines, sliding_window: Path, store: Path, tmp_path: Path
-) -> None:
-    prompts = {name: main_prompts()[name] for name in ("tail", "long")}
-    steps = [
-        step("generate", "first", prompts=prompts),
-        step("pause", seconds=0.5),
-        step("generate", "second", prompts=prompts),
-        step("list_chunks", "chunks", directory=str(tmp_path / "kv")),
-    ]
-    result, running = engines.run(Job(sliding_window, steps, tmp_path / "kv"))
-    without, _ = engines.run(Job(sliding_window, [step("generate", prompts=prompts)]))
-    assert result["chunks"] == {} and running.records("store") == []
-    for answer in result["second"].values():
-        assert moved(answer, HITS) == 0 and answer["cached_tokens"] == 0
-    assert_same_answers("window first", without["generate"], result["first"])
-    assert_same_answers("window second", without["generate"], result["second"])
-    reasons = [line for line in running.log().splitlines() if "nothing is stored" in line]
-    print(reasons)
-    assert len(reasons) == 1 and "SlidingWindow" in reasons[0]

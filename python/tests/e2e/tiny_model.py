@@ -6,6 +6,7 @@ moves the log-probabilities far more than rounding does. The folders are ordinar
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +26,6 @@ MAX_POSITIONS = 8192
 # Scores are q.k / sqrt(head size) of two normalised vectors; this gain gives them a standard
 # deviation of several units, so that softmax picks a few tokens instead of averaging all of them.
 ATTENTION_GAIN = 2.0
-SLIDING_WINDOW = 256
 
 
 def build_llama(folder: Path, seed: int = 7) -> Path:
@@ -35,11 +35,14 @@ def build_llama(folder: Path, seed: int = 7) -> Path:
     return folder
 
 
-def build_sliding_window(folder: Path, seed: int = 7) -> Path:
-    """Writes a Mistral whose layers see `SLIDING_WINDOW` tokens only, and returns the folder."""
-    config = _llama_config("MistralForCausalLM", "mistral")
-    config["sliding_window"] = SLIDING_WINDOW
-    _write_model(folder, config, _llama_weights(seed))
+def build_mixed(folder: Path, windowed: Sequence[bool], window: int, seed: int = 7) -> Path:
+    """Writes a Llama of which some layers see a window of `window` tokens, others all tokens."""
+    config = _llama_config("LlamaForCausalLM", "llama")
+    kinds = {True: "sliding_attention", False: "full_attention"}
+    config["layer_types"] = [kinds[layer] for layer in windowed]
+    config["sliding_window"] = window
+    config["num_hidden_layers"] = len(windowed)
+    _write_model(folder, config, _llama_weights(seed, len(windowed)))
     return folder
 
 
@@ -67,7 +70,7 @@ def _llama_config(architecture: str, model_type: str) -> dict[str, object]:
     }
 
 
-def _llama_weights(seed: int) -> dict[str, torch.Tensor]:
+def _llama_weights(seed: int, layers: int = LAYERS) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
@@ -79,7 +82,7 @@ def _llama_weights(seed: int) -> dict[str, torch.Tensor]:
         "model.norm.weight": torch.ones(HIDDEN),
         "lm_head.weight": matrix(VOCABULARY, HIDDEN, 2.0),
     }
-    for layer in range(LAYERS):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}"
         weights |= {
             f"{prefix}.input_layernorm.weight": torch.ones(HIDDEN),

@@ -114,6 +114,12 @@ def test_context_parallelism_makes_blocks_longer() -> None:
     assert recipe.keys(Prompt(TOKENS)) == expected
 
 
+def test_with_several_groups_the_identity_says_how_long_a_hash_is() -> None:
+    known = identity(groups=[SPEC, SPEC], prefix_hash=prefix_hash("sha256") | {"block_tokens": 32})
+    expected = hashes(TOKENS, block=32)[1::2][:5]
+    assert HashRecipe.of_manifest(manifest(known)).keys(Prompt(TOKENS)) == expected
+
+
 def test_an_adapter_s_keys_hold_its_weights(tmp_path: Path) -> None:
     import hashlib
 

@@ -18,7 +18,7 @@ from vllm.v1.core.sched.output import (
 from vllm.v1.request import Request
 
 from kvrail._core import KvrailError, WaitTimeoutError
-from kvrail.vllm.request_state import ChunkGeometry
+from kvrail.vllm.geometry import ChunkGeometry
 from kvrail.vllm.scheduler import ConnectorScheduler, SchedulerOptions
 
 BLOCK = 16

@@ -85,7 +85,7 @@ def setup(tmp_path):
 def identify(setup) -> dict:
     caches = {name: torch.zeros(4, 2, 16, 16) for name in LAYERS}
     memory = layout.plan_memory(setup.group, caches, 4)
-    identity = build_identity(setup.vllm, setup.kv, setup.group, memory, setup.chunk_size)
+    identity = build_identity(setup.vllm, setup.kv, [(setup.group, memory)], setup.chunk_size)
     assert json.loads(json.dumps(identity)) == identity, "an identity is plain JSON"
     return identity
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     MambaSpec,
     MLAAttentionSpec,
+    SlidingWindowMLASpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
 
 from kvrail._core import ConfigError
 from kvrail.vllm import layout
+from kvrail.vllm.geometry import GroupGeometry
 from kvrail.vllm.layout import UnsupportedModelError
 
 SIZES = {"block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.float32}
@@ -34,36 +39,75 @@ def config(*specs, **group) -> KVCacheConfig:
     "spec", [FULL, MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.half)]
 )
 def test_full_attention_and_mla_are_stored(spec):
-    assert layout.select_group(config(spec)).kv_cache_spec is spec
+    (group,) = layout.select_groups(config(spec), 64, 1)
+    assert group.spec.kv_cache_spec is spec
+    assert group.geometry == GroupGeometry(0, 16, 64)
+
+
+WINDOW = SlidingWindowSpec(**SIZES, sliding_window=40)
+LOCAL = ChunkedLocalAttentionSpec(**SIZES, attention_chunk_size=128)
+
+
+@pytest.mark.parametrize(
+    ("specs", "expected"),
+    [
+        ([WINDOW], [GroupGeometry(0, 16, 64, look_back=39)]),
+        ([FULL, WINDOW], [GroupGeometry(0, 16, 64), GroupGeometry(1, 16, 64, look_back=39)]),
+        ([LOCAL, FULL], [GroupGeometry(0, 16, 64, segment=128), GroupGeometry(1, 16, 64)]),
+        ([FULL, FULL], [GroupGeometry(0, 16, 64), GroupGeometry(1, 16, 64)]),
+        (
+            [dataclasses.replace(WINDOW, extra_retained_tokens=3, dcp_sharded=False)],
+            [GroupGeometry(0, 16, 64, look_back=42)],
+        ),
+        # Without vLLM's hybrid manager a window is a field, and the KV of all tokens is kept.
+        ([FullAttentionSpec(**SIZES, sliding_window=40)], [GroupGeometry(0, 16, 64)]),
+        (
+            [UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": WINDOW, "b": WINDOW})],
+            [GroupGeometry(0, 16, 64, look_back=39)],
+        ),
+        (
+            [dataclasses.replace(FULL, block_size=32), dataclasses.replace(WINDOW, block_size=8)],
+            [GroupGeometry(0, 32, 64), GroupGeometry(1, 8, 64, look_back=39)],
+        ),
+    ],
+)
+def test_how_far_each_group_looks_back(specs, expected):
+    groups = layout.select_groups(config(*specs), 64, 1)
+    assert [group.geometry for group in groups] == expected
 
 
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (config(SlidingWindowSpec(**SIZES, sliding_window=64)), ["group 0", "SlidingWindowSpec"]),
+        (config(SlidingWindowSpec(**SIZES, sliding_window=1)), ["group 0", "0 tokens"]),
         (
-            config(FULL, SlidingWindowSpec(**SIZES, sliding_window=64)),
-            ["group 1", "SlidingWindowSpec", "layer.1.a, layer.1.b"],
+            config(FULL, SlidingWindowMLASpec(**SIZES, sliding_window=64)),
+            ["group 1", "SlidingWindowMLASpec", "layer.1.a, layer.1.b"],
         ),
-        (config(FullAttentionSpec(**SIZES, sliding_window=64)), ["sliding window of 64"]),
-        (config(FullAttentionSpec(**SIZES, attention_chunk_size=32)), ["chunks of 32"]),
+        (
+            config(ChunkedLocalAttentionSpec(**SIZES, attention_chunk_size=96)),
+            ["attention chunks of 96", "64"],
+        ),
         (config(FullAttentionSpec(**SIZES, non_causal=True)), ["later ones"]),
         (
             config(MambaSpec(block_size=16, shapes=((2, 2),), dtypes=(torch.float32,))),
             ["MambaSpec"],
         ),
         (
-            config(UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"layer.0.a": FULL})),
-            ["UniformTypeKVCacheSpecs"],
+            config(UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": FULL, "b": WINDOW})),
+            ["UniformTypeKVCacheSpecs", "equally far"],
         ),
-        (config(FULL, FULL), ["2 KV cache groups"]),
+        (
+            config(FULL, MambaSpec(block_size=16, shapes=((2, 2),), dtypes=(torch.float32,))),
+            ["group 1", "MambaSpec"],
+        ),
         (config(FULL, enable_kv_transfer=False), ["for transfer"]),
-        (config(), ["0 KV cache groups"]),
+        (config(), ["no KV cache"]),
     ],
 )
 def test_everything_else_is_refused_by_name(made, words):
     with pytest.raises(UnsupportedModelError) as caught:
-        layout.select_group(made)
+        layout.select_groups(made, 64, 1)
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -79,6 +123,14 @@ def test_memory_of_a_group_follows_its_layer_names():
     assert memory.regions == ((backing.data_ptr(), backing.nbytes),)
 
 
+def test_layers_that_share_kv_are_moved_once():
+    group = config(FULL).kv_cache_groups[0]
+    tensor = torch.zeros(4, 2, 16, 16)
+    memory = layout.plan_memory(group, {"layer.0.a": tensor, "layer.0.b": tensor}, 4)
+    assert memory.names == ("layer.0.a",)
+    assert memory.block_bytes == 2 * 16 * 16 * 4
+
+
 def test_missing_and_unsuitable_tensors():
     group = config(FULL).kv_cache_groups[0]
     good = torch.zeros(4, 8)
@@ -92,11 +144,11 @@ def test_missing_and_unsuitable_tensors():
 def test_a_chunk_size_that_is_no_multiple_of_the_block_size(chunk_size):
     expected = rf"`chunk_size` = {chunk_size}: expected a multiple of .* 128"
     with pytest.raises(ConfigError, match=expected):
-        layout.blocks_per_chunk(chunk_size, 128)
+        layout.check_chunk_size(chunk_size, 128)
 
 
-def test_blocks_per_chunk():
-    assert layout.blocks_per_chunk(256, 128) == 2
+def test_tokens_per_block():
+    layout.check_chunk_size(256, 128)
     group = config(FULL).kv_cache_groups[0]
     assert layout.tokens_per_block(group, 1) == 16
     assert layout.tokens_per_block(group, 4) == 64

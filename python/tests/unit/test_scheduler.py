@@ -21,18 +21,22 @@ from fakes import (
 from kvrail._core import ClosedError
 from kvrail.vllm import bad_keys
 from kvrail.vllm import scheduler as module
+from kvrail.vllm.geometry import ChunkGeometry
 from kvrail.vllm.metadata import (
     NO_WORK,
     NO_WORK_NO_FORWARD,
     KvrailMetadata,
     KvrailWorkerMetadata,
 )
-from kvrail.vllm.request_state import ChunkGeometry
 from kvrail.vllm.scheduler import ConnectorScheduler, SchedulerOptions
 
 
 def stored_keys(metadata: KvrailMetadata) -> list[bytes]:
-    return [chunk.key for chunk in metadata.stores]
+    return [chunk.key for chunk in stored_chunks(metadata)]
+
+
+def stored_chunks(metadata: KvrailMetadata) -> tuple:
+    return tuple(chunk for part in metadata.stores for chunk in part.chunks)
 
 
 def test_nothing_happens_before_the_workers_agree(clock):
@@ -103,7 +107,7 @@ def test_the_load_starts_inside_a_chunk_that_vllm_has_in_part(clock):
     metadata = scheduler.build_connector_meta(step())
     (load,) = metadata.loads
     assert load.request_id == "a"
-    assert load.chunks == (
+    assert load.parts[0].chunks == (
         (keys[1], keys[0], 2, (106, 107)),
         (keys[2], keys[1], 0, (108, 109, 110, 111)),
     )
@@ -128,7 +132,7 @@ def test_a_preempted_request_loads_again_into_its_new_blocks(clock):
         tokens, _ = scheduler.get_num_new_matched_tokens(request, 0)
         scheduler.update_state_after_alloc(request, FakeBlocks(blocks), tokens)
         (load,) = scheduler.build_connector_meta(step()).loads
-        assert load.chunks[0].block_ids == tuple(blocks[:PER_CHUNK])
+        assert load.parts[0].chunks[0].block_ids == tuple(blocks[:PER_CHUNK])
 
 
 def test_chunked_prefill_stores_each_chunk_when_it_is_complete(clock):
@@ -138,9 +142,9 @@ def test_chunked_prefill_stores_each_chunk_when_it_is_complete(clock):
     scheduler.on_new_request(request)
     table = {"a": range(20, 39)}
     first = scheduler.build_connector_meta(step(new=[(request, 0, 100)], blocks=table))
-    assert first.stores == ((keys[0], None, (20, 21, 22, 23)),)
+    assert stored_chunks(first) == ((keys[0], None, (20, 21, 22, 23)),)
     second = scheduler.build_connector_meta(step(cached=[(request, 100, 120)], blocks=table))
-    assert second.stores == (
+    assert stored_chunks(second) == (
         (keys[1], keys[0], (24, 25, 26, 27)),
         (keys[2], keys[1], (28, 29, 30, 31)),
     )
@@ -169,7 +173,7 @@ def test_a_resumed_request_stores_from_its_new_blocks(clock):
     output = step(cached=[(request, 0, 300)], resumed=["a"], blocks={"a": range(70, 89)})
     metadata = scheduler.build_connector_meta(output)
     assert stored_keys(metadata) == keys[2:]
-    assert metadata.stores[0].block_ids == (78, 79, 80, 81)
+    assert stored_chunks(metadata)[0].block_ids == (78, 79, 80, 81)
 
 
 @pytest.mark.parametrize("save_decode_cache", [False, True])
@@ -202,7 +206,7 @@ def test_roles(clock):
     assert producer.get_num_new_matched_tokens(request, 0) == (0, False)
     assert lookup.tickets == []
     output = step(new=[(request, 0, 300)], blocks={"a": range(19)})
-    assert len(producer.build_connector_meta(output).stores) == 4
+    assert len(stored_chunks(producer.build_connector_meta(output))) == 4
 
     consumer = make(FakeLookup(keys_of(request, 1)), clock, may_store=False)
     assert consumer.get_num_new_matched_tokens(request, 0) == (CHUNK, True)
@@ -326,7 +330,7 @@ def test_a_request_that_must_not_read_the_cache_is_only_stored(clock):
     assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
     assert lookup.tickets == []
     output = step(new=[(request, 0, 300)], blocks={"a": range(19)})
-    assert len(scheduler.build_connector_meta(output).stores) == 4
+    assert len(stored_chunks(scheduler.build_connector_meta(output))) == 4
 
 
 def test_a_continued_session_is_left_alone(clock):
@@ -424,8 +428,8 @@ def test_hashes_finer_than_blocks(clock):
     scheduler.update_state_after_alloc(request, FakeBlocks(range(2)), tokens)
     output = step(new=[(request, CHUNK, CHUNK)], blocks={"a": range(10)})
     metadata = scheduler.build_connector_meta(output)
-    assert metadata.loads[0].chunks == ((keys[0], None, 0, (0, 1)),)
-    assert metadata.stores == ((keys[1], keys[0], (2, 3)),)
+    assert metadata.loads[0].parts[0].chunks == ((keys[0], None, 0, (0, 1)),)
+    assert stored_chunks(metadata) == ((keys[1], keys[0], (2, 3)),)
 
 
 @pytest.mark.parametrize("sizes", [(CHUNK, 48, BLOCK), (CHUNK, BLOCK, 48), (CHUNK, 128, 128)])

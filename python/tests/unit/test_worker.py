@@ -12,6 +12,8 @@ from kvrail.vllm import worker as module
 from kvrail.vllm.metadata import (
     NO_WORK,
     NO_WORK_NO_FORWARD,
+    GroupLoad,
+    GroupStore,
     KvrailMetadata,
     KvrailWorkerMetadata,
     LoadChunk,
@@ -20,13 +22,17 @@ from kvrail.vllm.metadata import (
 )
 from kvrail.vllm.worker import ConnectorWorker
 
-LOAD = RequestLoad(
-    "a",
-    (
-        LoadChunk(b"k0" * 16, None, 2, (12, 13)),
-        LoadChunk(b"k1" * 16, b"k0" * 16, 0, (14, 15, 16, 17)),
-    ),
+CHUNKS = (
+    LoadChunk(b"k0" * 16, None, 2, (12, 13)),
+    LoadChunk(b"k1" * 16, b"k0" * 16, 0, (14, 15, 16, 17)),
 )
+WINDOW = (LoadChunk(b"k1" * 16, b"k0" * 16, 1, (21,)),)
+LOAD = RequestLoad("a", (GroupLoad(0, CHUNKS),))
+LOAD_OF_TWO = RequestLoad("a", (GroupLoad(0, CHUNKS), GroupLoad(1, WINDOW)))
+
+
+def storing(*chunks: StoreChunk) -> KvrailMetadata:
+    return KvrailMetadata(stores=(GroupStore(0, chunks),))
 
 
 def report(failed=(), errors=()):
@@ -46,13 +52,13 @@ def store() -> FakeStore:
 @pytest.fixture
 def worker(store, kv_cache) -> ConnectorWorker:
     made = ConnectorWorker()
-    made.adopt(store, kv_cache)
+    made.adopt(store, [kv_cache])
     return made
 
 
 def test_a_load_is_reported_when_it_is_done_and_not_before(worker, kv_cache):
     worker.start_loads(KvrailMetadata(loads=(LOAD,)))
-    assert kv_cache.loads == [list(LOAD.chunks)]
+    assert kv_cache.loads == [list(CHUNKS)]
     assert worker.take_finished_loads(NO_WORK) == set()
     kv_cache.tickets[0].report = report()
     assert worker.take_finished_loads(NO_WORK) == {"a"}
@@ -65,11 +71,11 @@ def test_on_a_gpu_transfers_are_ordered_with_the_stream_that_computes(store, kv_
     streams = {"cuda:1": 77}
     monkeypatch.setattr(module, "_current_stream", streams.__getitem__)
     worker = ConnectorWorker()
-    worker.adopt(store, kv_cache, "cuda:1")
+    worker.adopt(store, [kv_cache], "cuda:1")
     chunk = StoreChunk(b"k0" * 16, None, (1, 2))
     worker.start_loads(KvrailMetadata(loads=(LOAD,)))
-    worker.submit_stores(KvrailMetadata(stores=(chunk,)))
-    assert (kv_cache.loads, kv_cache.stores) == ([list(LOAD.chunks)], [[chunk]])
+    worker.submit_stores(storing(chunk))
+    assert (kv_cache.loads, kv_cache.stores) == ([list(CHUNKS)], [[chunk]])
     assert kv_cache.streams == [77, 77]
 
 
@@ -78,7 +84,7 @@ def test_a_failed_chunk_is_reported_by_block_in_the_same_step(worker, kv_cache):
     kv_cache.tickets[0].report = report(failed=[0], errors=["damaged"])
     assert worker.take_finished_loads(NO_WORK) == {"a"}
     assert worker.take_failed_blocks() == {12, 13}, "only the blocks that were to be loaded"
-    assert worker.take_worker_metadata() == KvrailWorkerMetadata({"a": (LOAD.chunks[0].key,)})
+    assert worker.take_worker_metadata() == KvrailWorkerMetadata({"a": (CHUNKS[0].key,)})
     assert worker.take_failed_blocks() == set()
     assert worker.take_worker_metadata() is None
 
@@ -115,7 +121,7 @@ def test_only_a_step_without_forward_waits(worker, kv_cache):
 
 def test_stores_of_a_step_go_in_one_call(worker, kv_cache):
     chunks = (StoreChunk(b"a" * 32, None, (1, 2)), StoreChunk(b"b" * 32, b"a" * 32, (3, 4)))
-    worker.submit_stores(KvrailMetadata(stores=chunks))
+    worker.submit_stores(storing(*chunks))
     worker.submit_stores(NO_WORK)
     assert kv_cache.stores == [list(chunks)]
 
@@ -125,13 +131,13 @@ def test_a_store_that_refuses_does_not_disturb_the_step(worker, kv_cache, monkey
     monkeypatch.setattr(module.logger, "warning", lambda text, *rest: lines.append(text % rest))
     kv_cache.error = ClosedError("closed")
     for _ in range(2):
-        worker.submit_stores(KvrailMetadata(stores=(StoreChunk(b"a" * 32, None, (1, 2)),)))
+        worker.submit_stores(storing(StoreChunk(b"a" * 32, None, (1, 2))))
     assert lines == ["kvrail: store: closed"], "one line for all of one kind"
 
 
 def test_a_replica_loads_but_does_not_store(worker, kv_cache):
     worker._stores_here = False
-    worker.submit_stores(KvrailMetadata(stores=(StoreChunk(b"a" * 32, None, (1, 2)),)))
+    worker.submit_stores(storing(StoreChunk(b"a" * 32, None, (1, 2))))
     assert kv_cache.stores == []
 
 
@@ -139,6 +145,76 @@ def test_failures_of_two_ranks_are_merged():
     one = KvrailWorkerMetadata({"a": (b"1", b"2")})
     other = KvrailWorkerMetadata({"a": (b"2", b"3"), "b": (b"4",)})
     assert one.aggregate(other) == KvrailWorkerMetadata({"a": (b"1", b"2", b"3"), "b": (b"4",)})
+
+
+@pytest.fixture
+def two_groups(store) -> tuple[ConnectorWorker, FakeKvCache, FakeKvCache]:
+    made, first, second = ConnectorWorker(), FakeKvCache(), FakeKvCache()
+    made.adopt(store, [first, second], fails_by_block=False)
+    return made, first, second
+
+
+def test_a_load_of_two_groups_ends_with_the_last_of_them(two_groups):
+    worker, first, second = two_groups
+    worker.start_loads(KvrailMetadata(loads=(LOAD_OF_TWO,)))
+    assert (first.loads, second.loads) == ([list(CHUNKS)], [list(WINDOW)])
+    second.tickets[0].report = report()
+    assert worker.take_finished_loads(NO_WORK_NO_FORWARD) == set()
+    assert first.tickets[0].waits and not second.tickets[0].waits
+    first.tickets[0].report = report()
+    assert worker.take_finished_loads(NO_WORK) == {"a"}
+    assert worker.take_failed_requests() == worker.take_failed_blocks() == set()
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_with_two_groups_a_request_fails_as_a_whole(two_groups, group):
+    """vLLM stops with an error when it is told block ids of a model with several groups."""
+    worker, *caches = two_groups
+    worker.start_loads(KvrailMetadata(loads=(LOAD_OF_TWO,)))
+    for place, cache in enumerate(caches):
+        bad = place == group
+        cache.tickets[0].report = report([0], ["damaged"]) if bad else report()
+    assert worker.take_finished_loads(NO_WORK) == {"a"}
+    assert worker.take_failed_blocks() == set()
+    assert worker.take_failed_requests() == {"a"}
+    key = (CHUNKS if group == 0 else WINDOW)[0].key
+    assert worker.take_worker_metadata() == KvrailWorkerMetadata({"a": (key,)})
+    assert worker.take_failed_requests() == set()
+
+
+@pytest.mark.parametrize("when", ["submit", "poll", "wait"])
+def test_a_group_that_cannot_be_loaded_does_not_end_the_load_of_another(two_groups, when):
+    """The other may still write to the blocks, so the request must not have them yet."""
+    worker, first, second = two_groups
+    if when == "submit":
+        second.error = ClosedError("closed")
+    worker.start_loads(KvrailMetadata(loads=(LOAD_OF_TWO,)))
+    if when != "submit":
+        second.tickets[0].error = ClosedError("closed")
+    step = NO_WORK_NO_FORWARD if when == "wait" else NO_WORK
+    assert worker.take_finished_loads(step) == set()
+    first.tickets[0].report = report()
+    assert worker.take_finished_loads(step) == {"a"}
+    assert worker.take_failed_requests() == {"a"}
+    assert worker.take_failed_blocks() == set()
+
+
+def test_with_a_window_a_request_fails_as_a_whole(store, kv_cache):
+    """What lies before the window was not loaded, so vLLM must not go on from a failed block."""
+    worker = ConnectorWorker()
+    worker.adopt(store, [kv_cache], fails_by_block=False)
+    worker.start_loads(KvrailMetadata(loads=(LOAD,)))
+    kv_cache.tickets[0].report = report([1], ["damaged"])
+    assert worker.take_finished_loads(NO_WORK) == {"a"}
+    assert (worker.take_failed_blocks(), worker.take_failed_requests()) == (set(), {"a"})
+
+
+def test_after_its_end_a_worker_of_two_groups_fails_requests_and_no_blocks(two_groups):
+    worker, _, _ = two_groups
+    worker.shutdown()
+    worker.start_loads(KvrailMetadata(loads=(LOAD_OF_TWO,)))
+    assert worker.take_finished_loads(NO_WORK) == {"a"}
+    assert (worker.take_failed_blocks(), worker.take_failed_requests()) == (set(), {"a"})
 
 
 def test_stats_are_increments_and_notices_are_taken(worker, store):
@@ -150,7 +226,7 @@ def test_stats_are_increments_and_notices_are_taken(worker, store):
     assert store.notices == []
     store.totals["chunks_stored"] = 5.0
     assert worker.take_stats() is None, "not due yet"
-    worker.submit_stores(KvrailMetadata(stores=(StoreChunk(b"a" * 32, None, (1,)),)))
+    worker.submit_stores(storing(StoreChunk(b"a" * 32, None, (1,))))
     second = worker.take_stats()
     assert second is not None
     assert second.data == {"chunks_stored": 2.0}
