@@ -35,6 +35,9 @@ const ROUND_TRIP: Duration = if cfg!(feature = "shuttle") {
 } else {
     Duration::from_micros(250)
 };
+/// So many checks of a thread in a row must take round trips until more threads join. One alone may
+/// have been the system that gave the core to somebody else, and threads cost more than checks.
+const ROUND_TRIPS_MIN: usize = 2;
 /// Threads that wait for round trips at most, of all lookups together. 512 chunks are 8 rounds.
 const WAITING_THREADS_MAX: usize = 64;
 
@@ -381,6 +384,7 @@ fn announce(
 /// Does a thread's part of a lookup. Calls `call` when it takes round trips.
 fn work(shared: &StoreShared, lookup: &Lookup, watched: &Watched, call: impl Fn()) {
     let mut seen = SeenFolders::default();
+    let mut round_trips = 0;
     lookup.check(|_, key| {
         lookup.ranks.iter().all(|rank| {
             let mount = shared.mount(*rank, key);
@@ -396,7 +400,8 @@ fn work(shared: &StoreShared, lookup: &Lookup, watched: &Watched, call: impl Fn(
             mount
                 .health
                 .note(&mount.root, began, 0, found.as_ref().err());
-            if took > ROUND_TRIP && !lookup.has_called.swap(true, Ordering::AcqRel) {
+            round_trips = if took > ROUND_TRIP { round_trips + 1 } else { 0 };
+            if round_trips >= ROUND_TRIPS_MIN && !lookup.has_called.swap(true, Ordering::AcqRel) {
                 call();
             }
             match found {
