@@ -22,6 +22,7 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.request import Request
 
+from kvrail.vllm import explain
 from kvrail.vllm.fingerprint import fingerprint_path
 from kvrail.vllm.identity import prefix_hash
 from kvrail.vllm.prompt_keys import HashRecipe, Prompt, UnknownAdapterError, UnknownHashError
@@ -176,7 +177,26 @@ def test_what_is_no_list_of_tokens_is_refused(text: str) -> None:
         parse_tokens(text)
 
 
-def test_a_prompt_is_explained_chunk_by_chunk(tmp_path: Path) -> None:
+@pytest.fixture
+def quiet_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes back with the test what the command sets for vLLM's log in this process."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+
+
+def run_here(capfd: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    """Runs the command in this process, which has imported vLLM: exit code, stdout, stderr."""
+    try:
+        code = explain.main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        code = int(error.code or 0)
+    told = capfd.readouterr()
+    return code, told.out, told.err
+
+
+def test_a_prompt_is_explained_chunk_by_chunk(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], quiet_vllm: None
+) -> None:
     """One chunk lost, one set aside, the rest there; another namespace has what is missing."""
     keys = keys_of(TOKENS, 5)
     ours = fill(tmp_path, keys, **identity())
@@ -207,7 +227,7 @@ def test_a_prompt_is_explained_chunk_by_chunk(tmp_path: Path) -> None:
 
     tokens_file = tmp_path / "tokens.json"
     tokens_file.write_text(json.dumps({"tokens": TOKENS}))
-    found = json.loads(run(tmp_path, "--tokens-file", tokens_file, "--json").stdout)
+    found = json.loads(run_here(capfd, tmp_path, "--tokens-file", tokens_file, "--json")[1])
     assert found["prompt_tokens"] == len(TOKENS)
     by_name = {each["name"]: each for each in found["namespaces"]}
     assert by_name.keys() == {ours, theirs}
@@ -222,17 +242,20 @@ def test_a_prompt_is_explained_chunk_by_chunk(tmp_path: Path) -> None:
     # Nothing is read, so the damage is not seen; another salt has nothing here.
     quick = run(tmp_path, "--tokens-file", "-", "--namespace", ours, "--quick", text=tokens)
     assert quick.returncode == 0 and "damaged" not in quick.stdout, quick.stdout
-    salted = run(tmp_path, "--tokens", tokens, "--namespace", ours, "--cache-salt", "red")
-    assert salted.returncode == 0
-    assert "0 of 5 chunks can be loaded; the first miss is chunk 0" in salted.stdout
-    assert "has it" not in salted.stdout
+    arguments = (tmp_path, "--tokens", tokens, "--namespace", ours, "--cache-salt", "red")
+    code, salted, _ = run_here(capfd, *arguments)
+    assert code == 0
+    assert "0 of 5 chunks can be loaded; the first miss is chunk 0" in salted
+    assert "has it" not in salted
 
     # The keys alone can be taken to where the store is.
-    only = run(tmp_path, "--tokens", tokens, "--keys-only")
-    assert json.loads(only.stdout)["namespaces"][theirs]["keys"][:3] == [key.hex() for key in cbor]
+    _, only, _ = run_here(capfd, tmp_path, "--tokens", tokens, "--keys-only")
+    assert json.loads(only)["namespaces"][theirs]["keys"][:3] == [key.hex() for key in cbor]
 
 
-def test_what_cannot_be_explained_is_an_error(tmp_path: Path) -> None:
+def test_what_cannot_be_explained_is_an_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], quiet_vllm: None
+) -> None:
     fill(tmp_path, keys_of(TOKENS, 1), **identity())
     whole = ",".join(map(str, TOKENS))
     for arguments, expected in [
@@ -243,10 +266,10 @@ def test_what_cannot_be_explained_is_an_error(tmp_path: Path) -> None:
         ((tmp_path, "--tokens", whole, "--namespace", "x"), "no namespace `x`"),
         ((tmp_path,), "required"),
     ]:
-        told = run(*arguments)
-        assert told.returncode == 2, arguments
-        assert expected in told.stderr and "Traceback" not in told.stderr, told.stderr
-        assert told.stdout == ""
+        code, output, errors = run_here(capfd, *arguments)
+        assert code == 2, arguments
+        assert expected in errors and "Traceback" not in errors, errors
+        assert output == ""
     empty = tmp_path / "empty"
     empty.mkdir()
     told = run(empty, "--tokens", "1,2")
