@@ -27,6 +27,7 @@ from kvrail._core import Config, ConfigError, KvrailError
 from kvrail.vllm import layout, version
 from kvrail.vllm.config import effective_value, resolve_config
 from kvrail.vllm.direct import wanted_layout
+from kvrail.vllm.failure_policy import compute_what_fails
 from kvrail.vllm.fingerprint import AdapterFingerprints
 from kvrail.vllm.geometry import ChunkGeometry
 from kvrail.vllm.identity import engine_none_hash
@@ -70,7 +71,8 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.WORKER:
             self._worker = ConnectorWorker()
         else:
-            self._apply_failure_policy()
+            if self._config.load_failure_policy != "fail":
+                compute_what_fails(self)
             self._scheduler = _SchedulerSide(self._config, vllm_config, kv_cache_config)
 
     @classmethod
@@ -87,17 +89,6 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         """A cache may lose a store; nobody waits for it."""
         return False
-
-    def _apply_failure_policy(self) -> None:
-        """Makes vLLM compute what could not be loaded; vLLM reads this after the constructor."""
-        if self._config.load_failure_policy == "fail":
-            return
-        if self._kv_transfer_config.kv_load_failure_policy != "recompute":
-            self._kv_transfer_config.kv_load_failure_policy = "recompute"
-            logger.info(
-                "kvrail: a failed load is computed again (kv_load_failure_policy = recompute); set "
-                "extra_config.load_failure_policy to fail to have such requests fail"
-            )
 
     # Worker side.
 

@@ -18,7 +18,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """Starts the engine, runs the steps, stops the engine."""
     from vllm import LLM
     from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
+    # vLLM's MultiConnector asks for its members' statistics by their registered names.
+    name = "RecordingConnector"
+    KVConnectorFactory.register_connector(name, "recording_connector", name)
     arguments = dict(job["engine"])
     if arguments.get("kv_transfer_config") is not None:
         arguments["kv_transfer_config"] = KVTransferConfig(**arguments["kv_transfer_config"])

@@ -27,6 +27,8 @@ class Job:
     store: Path | None = None
     """The directory of kvrail; None runs vLLM without it."""
     role: str = "kv_both"
+    second_store: Path | None = None
+    """The directory of a connector that comes first, both under vLLM's `MultiConnector`."""
     settings: dict[str, Any] = field(default_factory=dict)
     """`kv_connector_extra_config`, added to the defaults of these tests."""
     engine: dict[str, Any] = field(default_factory=dict)
@@ -60,12 +62,22 @@ class Job:
                 "gds_buffer_size": 8,
                 "min_load_tokens": 0,
             } | self.settings
-            engine["kv_transfer_config"] = {
+            engine["kv_transfer_config"] = connector = {
                 "kv_connector": "RecordingConnector",
                 "kv_connector_module_path": "recording_connector",
                 "kv_role": self.role,
                 "kv_connector_extra_config": settings,
             }
+            if self.second_store is not None:
+                first = connector | {
+                    "kv_connector": "KvrailConnector",
+                    "kv_connector_extra_config": settings | {"gds_path": str(self.second_store)},
+                }
+                engine["kv_transfer_config"] = {
+                    "kv_connector": "MultiConnector",
+                    "kv_role": self.role,
+                    "kv_connector_extra_config": {"connectors": [first, connector]},
+                }
         return {
             "engine": engine | self.engine,
             "environment": environment | self.environment,

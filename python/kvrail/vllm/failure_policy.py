@@ -1,0 +1,46 @@
+"""What vLLM does with a request whose load failed: it is computed, unless the user wants it failed.
+
+vLLM's default fails the request. Its scheduler reads the policy right after it made the connector,
+from the outermost configuration. Under ``MultiConnector`` a connector is handed a copy with its own
+part only, and nothing leads from there to the whole; the connector that is making this one is
+found on the call stack instead. A cache that fails requests is worse than a look at the stack.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+
+def compute_what_fails(connector: KVConnectorBase_V1) -> None:
+    """Has vLLM compute failed loads. To be called while vLLM makes the scheduler's connector."""
+    changed = False
+    for config in _transfer_configs(connector):
+        if config.kv_load_failure_policy != "recompute":
+            config.kv_load_failure_policy = "recompute"
+            changed = True
+    if changed:
+        logger.info(
+            "kvrail: a failed load is computed again (kv_load_failure_policy = recompute); set "
+            "extra_config.load_failure_policy to fail to have such requests fail"
+        )
+
+
+def _transfer_configs(connector: KVConnectorBase_V1) -> list[KVTransferConfig]:
+    """The connector's configuration, and those of the connectors that are making it."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    configs = [connector._kv_transfer_config]
+    frame = sys._getframe()
+    while (frame := frame.f_back) is not None:
+        maker = frame.f_locals.get("self")
+        if isinstance(maker, KVConnectorBase_V1) and maker is not connector:
+            configs.append(maker._kv_transfer_config)
+    return configs
