@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm import __version__ as vllm_version
@@ -27,6 +28,7 @@ from kvrail._core import Config, ConfigError, KvrailError
 from kvrail.vllm import layout, version
 from kvrail.vllm.config import effective_value, resolve_config
 from kvrail.vllm.direct import wanted_layout
+from kvrail.vllm.events import StorageEvents
 from kvrail.vllm.failure_policy import compute_what_fails
 from kvrail.vllm.fingerprint import AdapterFingerprints
 from kvrail.vllm.geometry import ChunkGeometry
@@ -40,6 +42,7 @@ from kvrail.vllm.worker import CLOSE_LIMIT_SECONDS, ConnectorWorker
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
         KVConnectorPromMetrics,
         KVConnectorStats,
@@ -182,6 +185,10 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
             connector_output.kv_connector_worker_meta, connector_output.finished_recving or ()
         )
 
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        assert self._scheduler is not None
+        return self._scheduler.take_events()
+
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
@@ -239,6 +246,9 @@ class _SchedulerSide:
         self._workers = parallel.pipeline_parallel_size * parallel.tensor_parallel_size
         self._store: LookupStore | None = None
         self._stats = StatsCollector()
+        events = vllm_config.kv_events_config
+        self._publishes_events = events is not None and events.enable_kv_cache_events
+        self._events: StorageEvents | None = None
         transfer = vllm_config.kv_transfer_config
         assert transfer is not None
         options = SchedulerOptions(
@@ -288,7 +298,11 @@ class _SchedulerSide:
             logger.error("kvrail: nothing is stored or loaded: %s", error)
             return
         self._stats.follow(self._store.store.metrics)
-        self.requests.enable(self._store.lookup, lambda: _hash_problem(agreement))
+        if self._publishes_events:
+            self._events = StorageEvents(self.requests.geometry, len(agreement.ranks))
+        self.requests.enable(
+            self._store.lookup, lambda: _hash_problem(agreement), events=self._events
+        )
 
     def take_stats(self) -> KVConnectorStats | None:
         counters = self.requests.take_counters()
@@ -300,6 +314,9 @@ class _SchedulerSide:
                     logging.WARNING if level == "warning" else logging.INFO, "kvrail: %s", message
                 )
         return self._stats.take(counters)
+
+    def take_events(self) -> list[KVCacheEvent]:
+        return [] if self._events is None else self._events.take()
 
     def shutdown(self) -> None:
         self.requests.disable()

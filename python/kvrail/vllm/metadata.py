@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -68,18 +68,24 @@ NO_WORK_NO_FORWARD = KvrailMetadata(no_forward=True)
 
 @dataclass(frozen=True, slots=True)
 class KvrailWorkerMetadata(KVConnectorWorkerMetadata):
-    """Keys of the chunks that failed to load in this step, by request."""
+    """What the workers learned in this step."""
 
-    failures: dict[str, tuple[bytes, ...]]
+    failures: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
+    """Keys of the chunks that failed to load, by request."""
+    stored: dict[tuple[int, bytes], int] = field(default_factory=dict)
+    """How many ranks have published a chunk, by group and key; only where KV events are on."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Merges the failures of two workers; a chunk counts as failed when any rank failed."""
+        """Merges what two workers learned; a chunk counts as failed when any rank failed."""
         if not isinstance(other, KvrailWorkerMetadata):
             raise TypeError(f"cannot merge {type(other).__name__} into kvrail's metadata")
-        merged = dict(self.failures)
+        failures = dict(self.failures)
         for request_id, keys in other.failures.items():
-            merged[request_id] = tuple(dict.fromkeys(merged.get(request_id, ()) + keys))
-        return KvrailWorkerMetadata(merged)
+            failures[request_id] = tuple(dict.fromkeys(failures.get(request_id, ()) + keys))
+        stored = dict(self.stored)
+        for place, count in other.stored.items():
+            stored[place] = stored.get(place, 0) + count
+        return KvrailWorkerMetadata(failures, stored)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvrail._core import KvrailError, WaitTimeoutError
 from kvrail.vllm.bad_keys import BadKeys
+from kvrail.vllm.events import StorageEvents
 from kvrail.vllm.geometry import NULL_BLOCK, ChunkGeometry, GroupGeometry
 from kvrail.vllm.load_or_compute import LoadOrCompute, prompt_tokens
 from kvrail.vllm.metadata import (
@@ -96,16 +97,24 @@ class ConnectorScheduler:
         self._bad_keys = BadKeys(clock)
         self._reported: set[str] = set()
         self._counters: dict[str, float] = {}
+        self._events: StorageEvents | None = None
 
     # Life of the connector.
 
-    def enable(self, lookup: Lookup, late_check: Callable[[], str | None] | None = None) -> None:
+    def enable(
+        self,
+        lookup: Lookup,
+        late_check: Callable[[], str | None] | None = None,
+        events: StorageEvents | None = None,
+    ) -> None:
         """Starts looking up and storing.
 
         `late_check` is called once, with the first request, and returns a reason to stop or None.
+        `events` is told what became of chunks.
         """
         self._lookup = lookup
         self._late_check = late_check
+        self._events = events
 
     def disable(self) -> None:
         """Ends all lookups, loads and stores that were not handed to the worker yet."""
@@ -214,6 +223,8 @@ class ConnectorScheduler:
         failures: Mapping[str, tuple[bytes, ...]] = {}
         if isinstance(worker_metadata, KvrailWorkerMetadata):
             failures = worker_metadata.failures
+            if self._events is not None:
+                self._events.stored(worker_metadata.stored)
         for request_id in finished_loads:
             self._load_or_compute.load_ended(request_id, failed=request_id in failures)
         for request_id, keys in failures.items():
@@ -225,6 +236,9 @@ class ConnectorScheduler:
             # fail as well, for ever.
             state.load_failed = True
             failed = [state.keys.index(key) for key in keys if key in state.keys]
+            if self._events is not None:
+                for index in failed:
+                    self._events.lost(state.request, index, state.keys[index])
             state.stored_chunks = min([state.stored_chunks, *failed])
             if self._options.may_store and self.enabled:
                 self._storing.add(request_id)
@@ -350,6 +364,8 @@ class ConnectorScheduler:
     def _settle(self, state: RequestState, found: int) -> None:
         state.ticket = None
         state.hit_chunks = found
+        if self._events is not None and found < len(state.keys):
+            self._events.lost(state.request, found, state.keys[found])
         state.answered_at = self._clock()
         if not state.load_failed:
             state.stored_chunks = max(state.stored_chunks, self._good_prefix(state, found))
@@ -465,8 +481,11 @@ class ConnectorScheduler:
             # Never remembered: a request that was preempted has other blocks now.
             tables = block_state.resolve_block_ids(req_id)
             keys = state.chunk_keys(geometry, end)
-            for group, chunks in zip(geometry.groups, stores, strict=True):
-                chunks.extend(_store_chunks(keys, first, group, tables[group.index]))
+            for place, group in enumerate(geometry.groups):
+                for index, chunk in _store_chunks(keys, first, group, tables[group.index]):
+                    stores[place].append(chunk)
+                    if self._events is not None:
+                        self._events.plan(request, place, index, chunk.key)
             state.stored_chunks = end
         if (
             not self._options.save_decode_cache
@@ -515,8 +534,8 @@ class ConnectorScheduler:
 
 def _store_chunks(
     keys: Sequence[bytes], first: int, group: GroupGeometry, block_ids: Sequence[int]
-) -> Iterator[StoreChunk]:
-    """The chunks from `first` on, as far as the group still has what their files hold.
+) -> Iterator[tuple[int, StoreChunk]]:
+    """The chunks from `first` on, by index, as far as the group still has what their files hold.
 
     A window lets go of blocks as a request proceeds. Those of a chunk that was completed in this
     step are all there: the next token looks at them, or vLLM has not freed any since.
@@ -528,7 +547,7 @@ def _store_chunks(
         blocks = tuple(block_ids[end - group.kept_blocks : end])
         if group.is_windowed and NULL_BLOCK in blocks:
             continue
-        yield StoreChunk(keys[index], keys[index - 1] if index else None, blocks)
+        yield index, StoreChunk(keys[index], keys[index - 1] if index else None, blocks)
 
 
 def merge_counters(target: dict[str, float], source: Mapping[str, float]) -> None:

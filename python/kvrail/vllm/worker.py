@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from kvrail._core import (
     MismatchError,
     Namespace,
     Store,
+    StoreTicket,
     WaitTimeoutError,
 )
 from kvrail.vllm import layout
@@ -46,6 +48,8 @@ IDLE_WAIT_SECONDS = 0.002
 # vLLM kills its workers a few seconds after it asked them to end. Stores that are not written by
 # then are lost, which costs a miss later and nothing else.
 CLOSE_LIMIT_SECONDS = 3.0
+# Stores that are watched for KV events; of more at a time the oldest are not announced.
+MAX_STORING = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +143,8 @@ class ConnectorWorker:
         self._fails_by_block = True
         self._device = "cpu"
         self._stores_here = True
+        self._announces = False
+        self._storing: deque[tuple[tuple[int, bytes], StoreTicket]] = deque(maxlen=MAX_STORING)
         self._loading: dict[str, _Loading] = {}
         self._settled: list[tuple[RequestLoad, Reports]] = []
         self._failed_blocks: set[int] = set()
@@ -164,6 +170,8 @@ class ConnectorWorker:
         """
         rank = WorkerRank.current(vllm_config, kv_cache_config)
         self._stores_here = rank.stores
+        events = vllm_config.kv_events_config
+        self._announces = events is not None and events.enable_kv_cache_events
         reason = None
         identity_json = ""
         try:
@@ -323,7 +331,14 @@ class ConnectorWorker:
         self._stats.touch()
         try:
             for part in metadata.stores:
-                self._kv_caches[part.group].store(part.chunks, **self._in_order())
+                kv_cache = self._kv_caches[part.group]
+                if not self._announces:
+                    kv_cache.store(part.chunks, **self._in_order())
+                    continue
+                # A ticket counts; which chunk it is about is known when it is about one.
+                for chunk in part.chunks:
+                    ticket = kv_cache.store((chunk,), **self._in_order())
+                    self._storing.append(((part.group, chunk.key), ticket))
         except KvrailError as error:
             self._report("store", error)
 
@@ -378,11 +393,25 @@ class ConnectorWorker:
         return self._stats.take()
 
     def take_worker_metadata(self) -> KvrailWorkerMetadata | None:
-        """The failures of this step, for the scheduler side."""
-        if not self._failures:
+        """What this step showed, for the scheduler side."""
+        if not self._failures and not self._storing:
             return None
         failures, self._failures = self._failures, {}
-        return KvrailWorkerMetadata(failures)
+        stored = self._take_stored()
+        return KvrailWorkerMetadata(failures, stored) if failures or stored else None
+
+    def _take_stored(self) -> dict[tuple[int, bytes], int]:
+        """The chunks that are published by now, in the order in which they were handed over."""
+        stored = {}
+        while self._storing:
+            place, ticket = self._storing[0]
+            report = ticket.poll()
+            if report is None:
+                break
+            self._storing.popleft()
+            if report.stored or report.already_present:
+                stored[place] = 1
+        return stored
 
     # Loads.
 

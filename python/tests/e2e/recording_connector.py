@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 import kvrail._core as core
@@ -167,3 +168,13 @@ class RecordingConnector(KvrailConnector):
             hashes=[bytes(block).hex() for block in request.block_hashes],
         )
         super().on_new_request(request)
+
+    def take_events(self) -> list[Any]:
+        """Records the KV events that vLLM is given to publish."""
+        events = list(super().take_events())
+        for event in events:
+            fields = msgspec.to_builtins(event, builtin_types=(bytes,))
+            hashes = [str(block) for block in fields.pop("block_hashes")]
+            fields.pop("parent_block_hash", None)
+            _record(event="kv event", kind=type(event).__name__, hashes=hashes, fields=fields)
+        return events
