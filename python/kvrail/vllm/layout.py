@@ -6,6 +6,7 @@ never with blocks that may be wrong.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +169,23 @@ def plan_memory(group: KVCacheGroupSpec, kv_caches: dict[str, Any], block_count:
         return from_tensors([kv_caches[name] for name in names], block_count, names)
     except UnsupportedMemoryError as error:
         raise UnsupportedModelError(str(error)) from error
+
+
+def check_device(groups: Sequence[StoredGroup], device: str) -> None:
+    """Raises ``UnsupportedModelError`` where vLLM cannot go on from KV cache that it is given.
+
+    Its CPU backend turns prefix caching off for MLA (``platforms/cpu.py``). With its own prefix
+    cache forced on it answers wrongly, as after a load: seen with DeepSeek-V2 and vLLM 0.32.
+    """
+    if device != "cpu":
+        return
+    for group in groups:
+        specs = iter_layer_specs(group.spec.kv_cache_spec)
+        if any(isinstance(spec, MLAAttentionSpec) for spec in specs):
+            raise UnsupportedModelError(
+                f"{describe_group(group.geometry.index, group.spec)}: vLLM computes wrongly on top "
+                "of cached MLA blocks on a CPU, and turns its own prefix caching off there"
+            )
 
 
 def stored_layers(group: KVCacheGroupSpec, kv_caches: dict[str, Any]) -> list[str]:

@@ -206,6 +206,7 @@ class ConnectorWorker:
             layout.plan_memory(group.spec, kv_caches, kv_cache_config.num_blocks)
             for group in groups
         ]
+        layout.check_device(groups, memories[0].device)
         specs = [group.spec for group in groups]
         identity = build_identity(
             vllm_config,

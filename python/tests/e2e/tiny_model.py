@@ -106,10 +106,11 @@ def _write_model(folder: Path, config: dict[str, object], weights: dict[str, tor
     generation = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(folder)
+    write_tokenizer(folder)
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer of the bytes, which every model here has."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: index for index, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

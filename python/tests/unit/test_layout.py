@@ -113,6 +113,17 @@ def test_everything_else_is_refused_by_name(made, words):
     assert "\n" not in str(caught.value)
 
 
+def test_mla_on_a_cpu_is_refused_by_name():
+    """There vLLM itself answers wrongly from cached blocks."""
+    mla = MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.half)
+    for spec in (mla, UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": mla})):
+        groups = layout.select_groups(config(FULL, spec), 64, 1)
+        layout.check_device(groups, "cuda:0")
+        with pytest.raises(UnsupportedModelError, match=r"group 1 .* MLA blocks on a CPU"):
+            layout.check_device(groups, "cpu")
+    layout.check_device(layout.select_groups(config(FULL, WINDOW), 64, 1), "cpu")
+
+
 def test_memory_of_a_group_follows_its_layer_names():
     group = config(FULL).kv_cache_groups[0]
     backing = torch.zeros(2, 4, 2, 16, 16)

@@ -1,0 +1,102 @@
+"""Builds tiny models of other classes than Llama, as sharp as those of `tiny_model`.
+
+transformers knows the names and shapes of each class's weights; the values are drawn here.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tiny_model
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    FalconH1Config,
+    Gemma3nTextConfig,
+    GptOssConfig,
+    Llama4TextConfig,
+    PretrainedConfig,
+)
+
+COMMON: dict[str, Any] = {
+    "bos_token_id": tiny_model.BOS_ID,
+    "eos_token_id": tiny_model.EOS_ID,
+    "head_dim": tiny_model.HEAD_SIZE,
+    "hidden_size": tiny_model.HIDDEN,
+    "intermediate_size": 256,
+    "max_position_embeddings": tiny_model.MAX_POSITIONS,
+    "num_attention_heads": tiny_model.HEADS,
+    "num_key_value_heads": tiny_model.KV_HEADS,
+    "pad_token_id": None,
+    "vocab_size": tiny_model.VOCABULARY,
+}
+
+
+def build(make_config: Callable[[], PretrainedConfig], folder: Path, seed: int = 7) -> Path:
+    """Writes the model that the configuration describes to `folder` and returns the folder."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(make_config(), dtype=torch.float32)
+    for name, weight in model.named_parameters():
+        _draw(name, weight.data)
+    model.save_pretrained(folder)
+    tiny_model.write_tokenizer(folder)
+    return folder
+
+
+def _draw(name: str, weight: torch.Tensor) -> None:
+    """Draws a matrix, with a gain where it makes attention or the answer sharp."""
+    if name.endswith(("q_norm.weight", "k_norm.weight")):
+        # Where queries and keys are normalised, their projections cannot make attention sharp.
+        weight += 1.0
+    elif name.endswith("sinks"):
+        weight.normal_()
+    elif weight.dim() > 1 and "conv" not in name:
+        # Experts' matrices, in three dimensions, are stored transposed.
+        inputs = weight.shape[1] if weight.dim() == 3 else weight.shape[-1]
+        sharp = name.endswith(("q_proj.weight", "k_proj.weight", "lm_head.weight"))
+        gain = tiny_model.ATTENTION_GAIN if sharp or "embed" in name else 1.0
+        weight.normal_(std=gain / math.sqrt(inputs))
+
+
+def gemma3n() -> PretrainedConfig:
+    """Ten layers, of which the last five use the KV cache of two of the first five."""
+    return Gemma3nTextConfig(
+        **COMMON,
+        num_hidden_layers=10,
+        num_kv_shared_layers=5,
+        sliding_window=300,
+        vocab_size_per_layer_input=tiny_model.VOCABULARY,
+        hidden_size_per_layer_input=32,
+        laurel_rank=16,
+    )
+
+
+def gpt_oss() -> PretrainedConfig:
+    """Experts, attention sinks, and a window in every other layer."""
+    return GptOssConfig(
+        **COMMON,
+        num_hidden_layers=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=128,
+    )
+
+
+def llama4() -> PretrainedConfig:
+    """Three layers of chunked local attention to one that sees all tokens; experts in two."""
+    return Llama4TextConfig(
+        **COMMON,
+        num_hidden_layers=4,
+        attention_chunk_size=512,
+        interleave_moe_layer_step=2,
+        intermediate_size_mlp=256,
+        num_local_experts=2,
+    )
+
+
+def falcon_h1() -> PretrainedConfig:
+    """Each layer has attention and a mamba state."""
+    return FalconH1Config(
+        **COMMON, num_hidden_layers=2, mamba_d_ssm=256, mamba_n_heads=8, mamba_d_state=16
+    )
