@@ -400,7 +400,11 @@ fn work(shared: &StoreShared, lookup: &Lookup, watched: &Watched, call: impl Fn(
             mount
                 .health
                 .note(&mount.root, began, 0, found.as_ref().err());
-            round_trips = if took > ROUND_TRIP { round_trips + 1 } else { 0 };
+            round_trips = if took > ROUND_TRIP {
+                round_trips + 1
+            } else {
+                0
+            };
             if round_trips >= ROUND_TRIPS_MIN && !lookup.has_called.swap(true, Ordering::AcqRel) {
                 call();
             }
