@@ -42,5 +42,8 @@ def _transfer_configs(connector: KVConnectorBase_V1) -> list[KVTransferConfig]:
     while (frame := frame.f_back) is not None:
         maker = frame.f_locals.get("self")
         if isinstance(maker, KVConnectorBase_V1) and maker is not connector:
-            configs.append(maker._kv_transfer_config)
+            # One that makes another before it was made itself has none yet.
+            config = vars(maker).get("_kv_transfer_config")
+            if config is not None:
+                configs.append(config)
     return configs

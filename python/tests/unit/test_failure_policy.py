@@ -38,6 +38,17 @@ def test_under_another_connector_vllm_reads_the_outer_policy():
     assert (outer.policy, outer.inner.policy) == ("recompute", "recompute")
 
 
+def test_a_maker_that_is_not_made_itself_is_no_obstacle():
+    class Hasty(Connector):
+        def __init__(self) -> None:
+            self.inner = Connector()
+
+        def __getattr__(self, name: str):
+            return getattr(self.inner, name)
+
+    assert Hasty().policy == "recompute"
+
+
 def test_connectors_that_have_nothing_to_do_with_it_keep_theirs():
     bystander = Connector(make_inner=True)
     bystander._kv_transfer_config.kv_load_failure_policy = "fail"
