@@ -308,6 +308,9 @@ impl Ring {
             // What a thread of the kernel says of a write that moved a part only; of how much, it
             // says nothing (Linux 6.18).
             Err(Errno::AGAIN) if is_write && !flight.is_cancelled => self.write_here(&mut flight),
+            // Not by us: the thread that handed it over has ended, and the kernel ends with it what
+            // it had not begun. This thread, which waits for it, hands it over again.
+            Err(Errno::CANCELED) if !flight.is_cancelled => Step::More,
             moved => flight.progress.advance(moved, &flight.request.file),
         };
         let error = match step {

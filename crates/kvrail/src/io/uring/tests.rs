@@ -239,6 +239,25 @@ fn an_engine_goes_at_once_and_leaves_what_hangs_behind() {
     assert_eq!(pool.free_count(), 1);
 }
 
+/// The kernel ends what a thread handed over and what has not begun when that thread ends.
+#[test]
+fn a_request_outlives_the_thread_that_submitted_it() {
+    let Some(uring) = engine(1) else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let (held, file) = fifo(directory.path(), "fifo");
+    let pool = StagingPool::new(4096, 4096).unwrap();
+    let buffer = pool.take(later(LONG)).unwrap();
+    let handles = std::thread::scope(|scope| {
+        let submit = || uring.submit_all(requests(Operation::Read, &file, buffer, 4096));
+        scope.spawn(submit).join().unwrap()
+    });
+    use std::io::Write;
+    (&held).write_all(&[7; 4096]).unwrap();
+    for handle in handles {
+        assert_eq!(handle.wait(later(LONG)).unwrap().as_slice(), [7; 4096]);
+    }
+}
+
 #[test]
 fn handles_of_one_batch_may_be_waited_for_in_any_order_and_by_several_threads() {
     let Some(uring) = engine(1) else { return };
