@@ -74,7 +74,7 @@ class StorageEvents:
             self._planned.popitem(last=False)
 
     def stored(self, published: Mapping[Place, int]) -> None:
-        """Takes note of files that ranks have published, or found there: how many of each chunk."""
+        """Takes note of files that ranks have published: how many of each chunk."""
         for place, count in published.items():
             planned = self._planned.get(place)
             if planned is None:

@@ -410,7 +410,9 @@ class ConnectorWorker:
             if report is None:
                 break
             self._storing.popleft()
-            if report.stored or report.already_present:
+            # What was there already may be believed only: a store does not look for what it stored
+            # itself a moment ago. Whoever stored it has announced it.
+            if report.stored:
                 stored[place] = 1
         return stored
 

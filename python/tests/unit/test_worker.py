@@ -147,6 +147,23 @@ def test_failures_of_two_ranks_are_merged():
     assert one.aggregate(other) == KvrailWorkerMetadata({"a": (b"1", b"2", b"3"), "b": (b"4",)})
 
 
+def test_chunks_that_were_published_are_reported_in_order(worker, kv_cache, monkeypatch):
+    """Not those that were there, or believed to be there, and none before it is done."""
+    worker._announces = True
+    reports = [None, None, None]
+    tickets = iter([SimpleNamespace(poll=lambda i=i: reports[i]) for i in range(3)])
+    monkeypatch.setattr(kv_cache, "store", lambda chunks, **_: next(tickets))
+    worker.submit_stores(storing(*(StoreChunk(bytes([i]) * 32, None, (i,)) for i in range(3))))
+    assert worker.take_worker_metadata() is None
+    reports[1] = SimpleNamespace(stored=1)
+    assert worker.take_worker_metadata() is None, "the first is not done"
+    reports[0] = SimpleNamespace(stored=0)
+    assert worker.take_worker_metadata() == KvrailWorkerMetadata(stored={(0, b"\1" * 32): 1})
+    reports[2] = SimpleNamespace(stored=1)
+    assert worker.take_worker_metadata() == KvrailWorkerMetadata(stored={(0, b"\2" * 32): 1})
+    assert worker.take_worker_metadata() is None
+
+
 @pytest.fixture
 def two_groups(store) -> tuple[ConnectorWorker, FakeKvCache, FakeKvCache]:
     made, first, second = ConnectorWorker(), FakeKvCache(), FakeKvCache()
