@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvrail._core import KvrailError, WaitTimeoutError
 from kvrail.vllm.bad_keys import BadKeys
+from kvrail.vllm.chunk_plan import load_chunks, store_chunks
 from kvrail.vllm.events import StorageEvents
-from kvrail.vllm.geometry import NULL_BLOCK, ChunkGeometry, GroupGeometry
+from kvrail.vllm.geometry import ChunkGeometry
 from kvrail.vllm.load_or_compute import LoadOrCompute, prompt_tokens
 from kvrail.vllm.metadata import (
     NO_WORK,
@@ -25,7 +26,6 @@ from kvrail.vllm.metadata import (
     GroupStore,
     KvrailMetadata,
     KvrailWorkerMetadata,
-    LoadChunk,
     RequestLoad,
     StoreChunk,
 )
@@ -191,8 +191,9 @@ class ConnectorScheduler:
             return
         start = end - num_external_tokens
         tables = blocks.get_block_ids()
+        keys = state.chunk_keys(self._geometry, end // self._geometry.chunk_size)
         parts = (
-            GroupLoad(place, self._load_chunks(state, start, end, group, tables[group.index]))
+            GroupLoad(place, load_chunks(keys, start, end, group, tables[group.index]))
             for place, group in enumerate(self._geometry.groups)
         )
         self._loads.append(RequestLoad(request.request_id, tuple(p for p in parts if p.chunks)))
@@ -419,33 +420,6 @@ class ConnectorScheduler:
         worth_a_look = tokens >= self._geometry.chunk_size
         self._load_or_compute.step_began(prompt_tokens(output) if worth_a_look else 0, tokens)
 
-    def _load_chunks(
-        self,
-        state: RequestState,
-        start: int,
-        end: int,
-        group: GroupGeometry,
-        block_ids: Sequence[int],
-    ) -> tuple[LoadChunk, ...]:
-        """What of the tokens from `start` on is needed at the boundary `end`, chunk by chunk."""
-        per_chunk = group.blocks_per_chunk
-        keys = state.chunk_keys(self._geometry, end // self._geometry.chunk_size)
-        first = max(start, group.needed_from(end)) // group.block_tokens
-        chunks = []
-        for index in range(first // per_chunk, len(keys)):
-            chunk_end = (index + 1) * per_chunk
-            file_begin = chunk_end - group.kept_blocks
-            begin = max(first, file_begin)
-            chunks.append(
-                LoadChunk(
-                    keys[index],
-                    keys[index - 1] if index else None,
-                    begin - file_begin,
-                    tuple(block_ids[begin:chunk_end]),
-                )
-            )
-        return tuple(chunks)
-
     def _plan_stores(self, output: SchedulerOutput) -> tuple[GroupStore, ...]:
         stores: tuple[list[StoreChunk], ...] = tuple([] for _ in self._geometry.groups)
         for new in output.scheduled_new_reqs:
@@ -482,7 +456,7 @@ class ConnectorScheduler:
             tables = block_state.resolve_block_ids(req_id)
             keys = state.chunk_keys(geometry, end)
             for place, group in enumerate(geometry.groups):
-                for index, chunk in _store_chunks(keys, first, group, tables[group.index]):
+                for index, chunk in store_chunks(keys, first, group, tables[group.index]):
                     stores[place].append(chunk)
                     if self._events is not None:
                         self._events.plan(request, place, index, chunk.key)
@@ -530,24 +504,6 @@ class ConnectorScheduler:
         if kind not in self._reported and len(self._reported) < 100:
             self._reported.add(kind)
             logger.warning("kvrail: %s: %s", kind, problem)
-
-
-def _store_chunks(
-    keys: Sequence[bytes], first: int, group: GroupGeometry, block_ids: Sequence[int]
-) -> Iterator[tuple[int, StoreChunk]]:
-    """The chunks from `first` on, by index, as far as the group still has what their files hold.
-
-    A window lets go of blocks as a request proceeds. Those of a chunk that was completed in this
-    step are all there: the next token looks at them, or vLLM has not freed any since.
-    """
-    for index in range(first, len(keys)):
-        if not group.is_ever_needed(index):
-            continue
-        end = (index + 1) * group.blocks_per_chunk
-        blocks = tuple(block_ids[end - group.kept_blocks : end])
-        if group.is_windowed and NULL_BLOCK in blocks:
-            continue
-        yield index, StoreChunk(keys[index], keys[index - 1] if index else None, blocks)
 
 
 def merge_counters(target: dict[str, float], source: Mapping[str, float]) -> None:

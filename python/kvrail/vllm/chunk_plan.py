@@ -1,0 +1,48 @@
+"""Which blocks of a request go to which chunk file, for one KV cache group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from kvrail.vllm.geometry import NULL_BLOCK, GroupGeometry
+from kvrail.vllm.metadata import LoadChunk, StoreChunk
+
+
+def load_chunks(
+    keys: Sequence[bytes], start: int, end: int, group: GroupGeometry, block_ids: Sequence[int]
+) -> tuple[LoadChunk, ...]:
+    """What of the tokens from `start` on is needed at the boundary `end`, chunk by chunk."""
+    per_chunk = group.blocks_per_chunk
+    first = max(start, group.needed_from(end)) // group.block_tokens
+    chunks = []
+    for index in range(first // per_chunk, len(keys)):
+        chunk_end = (index + 1) * per_chunk
+        file_begin = chunk_end - group.kept_blocks
+        begin = max(first, file_begin)
+        chunks.append(
+            LoadChunk(
+                keys[index],
+                keys[index - 1] if index else None,
+                begin - file_begin,
+                tuple(block_ids[begin:chunk_end]),
+            )
+        )
+    return tuple(chunks)
+
+
+def store_chunks(
+    keys: Sequence[bytes], first: int, group: GroupGeometry, block_ids: Sequence[int]
+) -> Iterator[tuple[int, StoreChunk]]:
+    """The chunks from `first` on, by index, as far as the group still has what their files hold.
+
+    A window lets go of blocks as a request proceeds. Those of a chunk that was completed in this
+    step are all there: the next token looks at them, or vLLM has not freed any since.
+    """
+    for index in range(first, len(keys)):
+        if not group.is_ever_needed(index):
+            continue
+        end = (index + 1) * group.blocks_per_chunk
+        blocks = tuple(block_ids[end - group.kept_blocks : end])
+        if group.is_windowed and NULL_BLOCK in blocks:
+            continue
+        yield index, StoreChunk(keys[index], keys[index - 1] if index else None, blocks)
