@@ -1,6 +1,6 @@
 //! The settings, resolved from what Python read.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use kvrail::config::{
     Admission, ConfigSources, Durability, EngineChoice, EvictionPolicy, GdsBackend,
@@ -155,6 +155,7 @@ fn values(store: &StoreConfig) -> Value {
         "extra_config.cufile_compat_mode": store.cufile_compat_mode,
         "extra_config.direct": store.direct,
         "extra_config.use_direct_io": store.use_direct_io,
+        "extra_config.local_cpu_shared": store.local_cpu_shared.as_deref().map(Path::to_string_lossy),
         "extra_config.path_weights": match &store.path_weights {
             PathWeights::Measured => json!("measured"),
             PathWeights::Equal => json!("equal"),

@@ -245,6 +245,20 @@ fn loads_from_the_dram_tier_are_measured_against_plain_copies() {
     let share = number(&report["models"][0]["memory_share"]);
     assert!(share < 0.5, "{share}");
 
+    // The same in memory that processes share, of which nothing is left behind.
+    if let Ok(memory) = tempfile::tempdir_in("/dev/shm") {
+        let shared = memory.path().to_str().unwrap();
+        let shared = ["--local-cpu", "0.1", "--local-cpu-shared", shared, "--json"];
+        let output = bench(&directory, &[&options[..], &shared].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let model = &json(&output)["models"][0];
+        assert_eq!(model["loaded_from"], "shared memory");
+        assert!(number(&model["memory_share"]) > 0.7, "{model}");
+        assert_eq!(std::fs::read_dir(memory.path()).unwrap().count(), 0);
+    } else {
+        eprintln!("skipped: /dev/shm cannot be written here");
+    }
+
     let output = bench(
         &directory,
         &[&options[..], &["--local-cpu", "1", "--cache", "warm"]].concat(),

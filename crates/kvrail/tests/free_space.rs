@@ -9,48 +9,18 @@
 mod common;
 
 use std::io::Write;
-use std::process::Command;
 
+use common::small_file_system::SmallFileSystem;
 use common::{Cache, Geometry, LIMIT, chunk_bytes, chunk_path, config, open_as, wait_until};
 use kvrail::config::{MinFree, StoreConfig};
 use kvrail::store::capacity::usage;
-
-/// A small file system of its own; `None` where it cannot be mounted.
-struct SmallFileSystem(tempfile::TempDir);
-
-impl SmallFileSystem {
-    fn mount(mib: u64) -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
-        let output = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs"])
-            .arg(folder.path())
-            .output();
-        match output {
-            Ok(output) if output.status.success() => Some(Self(folder)),
-            other => {
-                eprintln!("skipped: a small file system needs the right to mount: {other:?}");
-                None
-            }
-        }
-    }
-}
-
-impl Drop for SmallFileSystem {
-    fn drop(&mut self) {
-        let done = Command::new("umount")
-            .arg("--lazy")
-            .arg(self.0.path())
-            .status();
-        assert!(done.unwrap().success());
-    }
-}
 
 #[test]
 fn chunks_make_way_for_what_others_put_on_the_file_system() {
     let Some(small) = SmallFileSystem::mount(40) else {
         return;
     };
-    let path = small.0.path().join("kv");
+    let path = small.path().join("kv");
     let settings = StoreConfig {
         min_free: MinFree::Share(0.25),
         ..config(&path)
@@ -58,7 +28,7 @@ fn chunks_make_way_for_what_others_put_on_the_file_system() {
     let store = open_as(&settings);
     let cache = Cache::attach(&store, 0, Geometry::default());
     let free = || {
-        let found = rustix::fs::statvfs(small.0.path()).unwrap();
+        let found = rustix::fs::statvfs(small.path()).unwrap();
         found.f_bavail * found.f_frsize
     };
     let reserve = 10 << 20;
@@ -77,7 +47,7 @@ fn chunks_make_way_for_what_others_put_on_the_file_system() {
         store.metrics().chunks_evicted_space > 0 && free() > reserve
     });
     // Somebody else takes 16 MiB, more than is free at any moment, each piece as soon as it fits.
-    let mut theirs = std::fs::File::create(small.0.path().join("theirs")).unwrap();
+    let mut theirs = std::fs::File::create(small.path().join("theirs")).unwrap();
     for _ in 0..16 {
         wait_until("room for a piece", || free() > 2 << 20);
         theirs.write_all(&vec![1; 1 << 20]).unwrap();

@@ -252,6 +252,36 @@ fn a_chunk_in_host_memory_goes_to_a_gpu_without_its_file() {
 }
 
 #[test]
+fn a_chunk_in_memory_that_processes_share_goes_to_a_gpu_without_its_file() {
+    let Ok(memory) = tempfile::tempdir_in("/dev/shm") else {
+        eprintln!("skipped: /dev/shm cannot be written here");
+        return;
+    };
+    let mocks = Mocks::load();
+    let folder = tempfile::tempdir().unwrap();
+    let mut settings = config(folder.path());
+    settings.local_cpu = true;
+    settings.max_local_cpu_size_gb = 1e-3;
+    settings.local_cpu_shared = Some(memory.path().join("tier"));
+    let first = Store::open(&settings, namespace(), options(&mocks)).unwrap();
+    let cache = Cache::attach(&mocks, &first, 0).unwrap();
+    let content = noise(9, cache.memory.bytes());
+    cache.write(&content);
+    assert_eq!(cache.store(1, [5, 2]).stored, 1);
+    drop((first, cache));
+    std::fs::remove_file(chunk_path(folder.path(), 0, 1)).unwrap();
+    let store = Store::open(&settings, namespace(), options(&mocks)).unwrap();
+    let cache = Cache::attach(&mocks, &store, 0).unwrap();
+    assert_eq!(cache.load(1, 0, &[0, 9]).loaded, 1);
+    assert_eq!(cache.load(1, 1, &[12]).loaded, 1);
+    let found = cache.read();
+    assert!(block(&found, 0) == block(&content, 5), "block 0");
+    assert!(block(&found, 9) == block(&content, 2), "block 9");
+    assert!(block(&found, 12) == block(&content, 2), "block 12");
+    assert_eq!(store.metrics().local_cpu_chunks_loaded, 2);
+}
+
+#[test]
 fn a_driver_that_does_not_take_the_kernels_copies_by_itself() {
     let mocks = Mocks::load();
     mocks.script_cuda("cuModuleLoadData error=222");

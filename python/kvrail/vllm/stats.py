@@ -36,6 +36,7 @@ COUNTERS: dict[str, str] = {
     "bytes_loaded": "Payload bytes loaded.",
     "local_cpu_chunks_loaded": "Of these, chunks that were in host memory (local_cpu).",
     "local_cpu_bytes_loaded": "Payload bytes of those.",
+    "local_cpu_inserts_failed": "Chunks that memory shared by processes had no room for.",
     "page_cache_bytes_loaded": "Bytes of files that loads took from the page cache.",
     "load_seconds": "Time spent in loads, in seconds, summed over chunks.",
     "loads_failed": "Chunks that could not be loaded, for any reason.",

@@ -1,5 +1,6 @@
 """Who may use which chunk: salts that never share, and the roles of a connector."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,32 @@ def test_decoded_tokens_are_stored_only_when_asked_to(
     stored = {record["key"] for record in reader.records("store")}
     assert len(keys) == chunks_in(prompts) and set(keys) <= stored
     assert len(stored) == 6 + len(keys)
+
+
+def test_a_restarted_engine_finds_the_shared_tier_warm(
+    engines: Engines, llama: Path, plain: dict[str, Any], tmp_path: Path
+) -> None:
+    """The second engine reads no file: bytes come from memory that the first one left."""
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("there is no /dev/shm")
+    store = tmp_path / "kv"
+    prompts = select(reuse_prompts(), "third")
+    chunks = chunks_in(prompts)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        shared = {
+            "local_cpu": True,
+            "max_local_cpu_size": 0.1,
+            "extra_config": {"local_cpu_shared": f"{memory}/tier"},
+        }
+        steps = [
+            step("generate", "cold", prompts=prompts),
+            step("wait_for_chunks", directory=str(store), files=chunks),
+        ]
+        _, writer = engines.run(Job(llama, steps, store, settings=shared))
+        warm = [step("generate", "warm", prompts=prompts)]
+        result, reader = engines.run(Job(llama, warm, store, settings=shared))
+    answer = result["warm"]["reuse third"]
+    assert moved(answer, HITS) == EXPECTED_HITS
+    assert moved(answer, "kvrail:local_cpu_chunks_loaded_total") == chunks
+    assert_same_answers("warm", plain, result["warm"])
+    assert assert_loaded_is_stored([writer], [reader]) == chunks

@@ -66,6 +66,14 @@ pub(crate) struct Arguments {
     /// as many bytes by as many threads
     #[arg(long, value_name = "GB", conflicts_with = "cache", value_parser = gigabytes)]
     pub(super) local_cpu: Option<f64>,
+    /// Have that tier in memory that processes share (`local_cpu_shared`), in a directory on a tmpfs
+    #[arg(
+        long,
+        value_name = "DIRECTORY",
+        requires = "local_cpu",
+        conflicts_with = "prompts"
+    )]
+    pub(super) local_cpu_shared: Option<PathBuf>,
     /// Also measure loads and stores at the same time; SHARE of the chunks is loaded, 0 to 1
     #[arg(long, value_name = "SHARE", conflicts_with = "local_cpu", value_parser = share)]
     pub(super) mix: Option<f64>,
@@ -183,7 +191,10 @@ impl Arguments {
         let fitting = (buffer_bytes / geometry.payload_bytes() / 2).max(1);
         let in_flight = self.in_flight.map(|count| count as usize);
         let load_source = match (self.local_cpu, self.cache) {
-            (Some(gigabytes), _) => LoadSource::Memory { gigabytes },
+            (Some(gigabytes), _) => LoadSource::Memory {
+                gigabytes,
+                is_shared: self.local_cpu_shared.is_some(),
+            },
             (None, CacheState::Warm) => LoadSource::PageCache,
             (None, CacheState::Cold) => LoadSource::Disk,
         };
@@ -197,6 +208,7 @@ impl Arguments {
             buffer_mib: self.buffer_mib as usize,
             memory_bytes: (self.memory_mib as usize) << 20,
             load_source,
+            shared_memory: None,
             direct: self.direct_io.choice(),
             mix: self.mix,
             fio,

@@ -69,11 +69,16 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         .iter()
         .map(|path| Scratch::new(path))
         .collect::<Result<Vec<_>, Failure>>()?;
+    let shared_memory = arguments.local_cpu_shared.as_deref().map(Scratch::new);
+    let shared_memory = shared_memory.transpose()?;
     let first = scratches.first().map(Scratch::path);
     let first = first.ok_or_else(|| Failure::new("--path is missing"))?;
     let (mut models, mut prompts) = (Vec::new(), Vec::new());
     for geometry in geometries {
-        let plan = arguments.plan(geometry, fio.clone());
+        let plan = Plan {
+            shared_memory: shared_memory.as_ref().map(|made| made.path().to_path_buf()),
+            ..arguments.plan(geometry, fio.clone())
+        };
         let directories = make_each(&scratches, geometry.name)?;
         if let Some(wish) = arguments.prompts() {
             let files = wish.files_at_most(&plan, directories.len());
@@ -116,7 +121,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         growth,
     };
     // Before the output, so that a reader that hangs does not keep the files.
-    drop(scratches);
+    drop((scratches, shared_memory));
     if let Some(path) = &arguments.html {
         let page = html::page(&report)?;
         std::fs::write(path, page).map_err(|error| Failure::io("write", path, &error))?;

@@ -1,5 +1,7 @@
 //! What to measure.
 
+use std::path::PathBuf;
+
 use kvrail::config::EngineChoice;
 
 use super::fio;
@@ -12,8 +14,8 @@ pub(crate) enum LoadSource {
     Disk,
     /// In the page cache.
     PageCache,
-    /// In the DRAM tier of the store, of so many GB.
-    Memory { gigabytes: f64 },
+    /// In the DRAM tier of the store, of so many GB: the store's own, or one that processes share.
+    Memory { gigabytes: f64, is_shared: bool },
 }
 
 impl LoadSource {
@@ -22,7 +24,12 @@ impl LoadSource {
         match self {
             Self::Disk => "disk",
             Self::PageCache => "page cache",
-            Self::Memory { .. } => "memory",
+            Self::Memory {
+                is_shared: false, ..
+            } => "memory",
+            Self::Memory {
+                is_shared: true, ..
+            } => "shared memory",
         }
     }
 }
@@ -41,6 +48,8 @@ pub(crate) struct Plan {
     /// Bound of the source and the target together.
     pub(crate) memory_bytes: usize,
     pub(crate) load_source: LoadSource,
+    /// Where memory that processes share lies, if loads come from that.
+    pub(crate) shared_memory: Option<PathBuf>,
     /// Whether files are opened with O_DIRECT; `None`: where it works.
     pub(crate) direct: Option<bool>,
     /// Which share of the chunks is loaded while others are stored; nothing: that is not measured.
@@ -60,7 +69,7 @@ impl Plan {
     /// Returns the rounds that are not counted: one, and with a DRAM tier as many as touch all of
     /// its memory, since the system gives memory page by page, and slowly, when it is first used.
     pub(crate) fn warm_up_rounds(&self) -> usize {
-        let LoadSource::Memory { gigabytes } = self.load_source else {
+        let LoadSource::Memory { gigabytes, .. } = self.load_source else {
             return 1;
         };
         let memory_bytes = (gigabytes * 1e9) as usize + (self.buffer_mib << 20);

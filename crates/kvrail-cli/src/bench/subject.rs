@@ -148,10 +148,18 @@ pub(crate) fn config(plan: &Plan, engine: EngineChoice, paths: &[PathBuf]) -> St
     };
     match plan.load_source {
         LoadSource::Disk | LoadSource::PageCache => config,
-        LoadSource::Memory { gigabytes } => StoreConfig {
+        LoadSource::Memory { gigabytes, .. } => StoreConfig {
             local_cpu: true,
             max_local_cpu_size_gb: gigabytes,
+            local_cpu_shared: shared_memory(plan, paths),
             ..config
         },
     }
+}
+
+/// Returns the directory of the memory that processes share, another one for each store: they have
+/// the same chunks.
+fn shared_memory(plan: &Plan, paths: &[PathBuf]) -> Option<PathBuf> {
+    let name = paths.first()?.file_name()?;
+    Some(plan.shared_memory.as_ref()?.join(name))
 }

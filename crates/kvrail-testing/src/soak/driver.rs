@@ -10,6 +10,7 @@ use super::model::{Finding, Model};
 use super::outside::{Look, Outside};
 use super::process::{COMMAND_LIMIT, Line, Operation, Process};
 use super::report::{Plan, Report};
+use super::shared_memory::SharedMemory;
 use super::trail::Trail;
 use super::worker::key;
 use super::{CHUNKS, MAX_SIZE, TAKE_OVER_LIMIT};
@@ -72,6 +73,7 @@ impl Due {
 /// When the machine does not let it run at all.
 pub fn run(plan: Plan) -> Report {
     std::fs::create_dir_all(&plan.folder).unwrap();
+    let _memory = SharedMemory::of_run(&plan.folder);
     let mounted = FaultMount::new(&plan.fault_fs, &plan.folder, plan.seed);
     let (mounted, without_faults) = match mounted {
         Ok(mounted) => (Some(mounted), None),

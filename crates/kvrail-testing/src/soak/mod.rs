@@ -9,6 +9,7 @@
 //! - `worker`, `process`: one of the processes, as it works and as the driver sees it
 //! - `outside`, `trail`: the directory without the store's help, and its log of evictions
 //! - `faults`: what the mount does wrong
+//! - `shared_memory`: the DRAM tier that some of the processes share
 //! - `driver`, `check`: the run, and what must hold in the end
 //! - `report`: the plan of a run, and how it went
 
@@ -19,6 +20,7 @@ mod model;
 mod outside;
 mod process;
 mod report;
+mod shared_memory;
 mod trail;
 pub mod worker;
 

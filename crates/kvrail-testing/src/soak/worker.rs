@@ -17,6 +17,7 @@ use kvrail::{
     Region, Store, StoreChunk,
 };
 
+use super::shared_memory;
 use super::{
     CHUNKS, LOOKUP_LIMIT_SECONDS, MAX_SIZE, SLOW_LIMIT_SECONDS, TTL_SECONDS, WAIT_LIMIT_SECONDS,
 };
@@ -229,8 +230,11 @@ impl Worker {
 /// What opening the store says.
 pub fn serve(path: &Path) -> kvrail::Result<()> {
     let mut config = config(path);
-    // About half of the processes keep some chunks in memory, too.
-    config.local_cpu = std::process::id().is_multiple_of(2);
+    // A third of the processes keep some chunks in memory of their own, and a third in memory that
+    // they share.
+    let kind = std::process::id() % 3;
+    config.local_cpu = kind > 0;
+    config.local_cpu_shared = (kind == 2).then(|| shared_memory::find(path)).flatten();
     config.max_local_cpu_size_gb = TIER_GB;
     let worker = Worker::open(path, &config)?;
     println!("open");

@@ -209,6 +209,13 @@ pub(super) static KEYS: &[Key] = &[
         },
     },
     Key {
+        name: "extra_config.local_cpu_shared",
+        aliases: &[],
+        set: |config, given| {
+            value::directory(given).map(|path| config.local_cpu_shared = Some(path))
+        },
+    },
+    Key {
         name: "extra_config.path_weights",
         aliases: &[],
         set: |config, given| value::weights(given).map(|weights| config.path_weights = weights),

@@ -165,6 +165,9 @@ pub struct StoreConfig {
     pub local_cpu: bool,
     /// Size of that tier in GB (10^9 bytes). Default: 5.
     pub max_local_cpu_size_gb: f64,
+    /// The directory, on a tmpfs, of memory that all processes of the machine share as their tier
+    /// (`extra_config.local_cpu_shared`); `None`: each has its own. Default: `None`.
+    pub local_cpu_shared: Option<PathBuf>,
     /// Whether GPUDirect Storage may be used at all. Default: true.
     pub use_gds: bool,
     /// Which engine moves bytes when GPUDirect Storage may be used. Default:
@@ -248,6 +251,7 @@ impl StoreConfig {
             buffer_mib: 512,
             local_cpu: false,
             max_local_cpu_size_gb: 5.0,
+            local_cpu_shared: None,
             use_gds: true,
             gds_backend: GdsBackend::default(),
             use_cufile: true,
@@ -300,6 +304,12 @@ impl StoreConfig {
             self.max_local_cpu_size_gb,
             &MAX_LOCAL_CPU_SIZE_GB,
         )?;
+        if let Some(path) = &self.local_cpu_shared {
+            check_path(path).map_err(|expected| {
+                let value = format!("`{}`", path.display());
+                Error::config("extra_config.local_cpu_shared", value, expected)
+            })?;
+        }
         let wait = self.wait_limit_seconds;
         check_number("extra_config.wait_limit_seconds", wait, &WAIT_LIMIT_SECONDS)?;
         let (lookup, slow) = (self.lookup_limit_seconds, self.slow_limit_seconds);
@@ -375,7 +385,7 @@ pub(super) fn check_paths(paths: &[PathBuf]) -> Result<(), (String, String)> {
     Ok(())
 }
 
-fn check_path(path: &Path) -> Result<(), String> {
+pub(super) fn check_path(path: &Path) -> Result<(), String> {
     if path.as_os_str().as_encoded_bytes().contains(&0) {
         return Err("a path without a zero byte".to_owned());
     }

@@ -119,6 +119,7 @@ fn defaults_are_those_of_the_documentation() {
     );
     assert_eq!(config.gds_path_sharding, PathSharding::ByHash);
     assert_eq!(config.path_weights, PathWeights::Measured);
+    assert_eq!(config.local_cpu_shared, None);
     assert_eq!(config.page_cache, PageCache::Auto);
     assert_eq!(config.io_engine, EngineChoice::Auto);
     assert_eq!(config.load_failure_policy, LoadFailurePolicy::Recompute);
@@ -185,6 +186,11 @@ fn every_key_is_taken_in_every_source_under_every_name() {
         ("extra_config.cufile_compat_mode", json!(true), "on"),
         ("extra_config.direct", json!(false), "no"),
         ("extra_config.use_direct_io", json!(true), "true"),
+        (
+            "extra_config.local_cpu_shared",
+            json!("/dev/shm/kv"),
+            " /dev/shm/kv ",
+        ),
         ("extra_config.path_weights", json!([2.5]), "2.5"),
         ("extra_config.page_cache", json!("keep"), "Keep"),
         ("extra_config.io_engine", json!("uring"), "uring"),

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use serde_json::Value;
 
 use super::file_mode::FileMode;
-use super::store_config::{MinFree, PATH_WEIGHT, PathWeights, check_paths};
+use super::store_config::{MinFree, PATH_WEIGHT, PathWeights, check_path, check_paths};
 
 /// A typed value, or what was expected instead.
 pub(super) type Parsed<T> = std::result::Result<T, String>;
@@ -242,6 +242,13 @@ pub(super) fn paths(value: &Value) -> Parsed<Vec<PathBuf>> {
         Err((path, expected)) if paths.len() > 1 => Err(format!("{expected}, got {path}")),
         Err((_, expected)) => Err(expected),
     }
+}
+
+/// Reads one directory.
+pub(super) fn directory(value: &Value) -> Parsed<PathBuf> {
+    let path = value.as_str().and_then(path);
+    let path = path.ok_or("an absolute directory")?;
+    check_path(&path).map(|()| path)
 }
 
 /// Reads the weights of directories: a word, or numbers.

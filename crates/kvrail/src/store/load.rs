@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::batch::Ending;
-use super::capacity::{touch_loaded, touch_present};
+use super::capacity::touch_loaded;
 use super::directory::Location;
 use super::gpu::{GpuSide, InPlaceFailure, Route};
 use super::image::{self, Extents};
 use super::load_host::{self, given_up};
 use super::load_job::{LoadBuffer, LoadJob};
+use super::load_memory;
 use super::mount::Mount;
 use super::notice::Topic;
 use super::parked::{self, Parked};
@@ -18,7 +19,6 @@ use super::publish::{is_gone, is_missing};
 use super::quarantine::{SetAside, set_aside};
 use super::queue::TransferQueue;
 use super::shared::StoreShared;
-use super::tier;
 use super::verify::hash_part;
 use crate::chunk::PAGE_BYTES;
 use crate::error::{Error, ErrorKind, Result};
@@ -30,7 +30,8 @@ const BUFFER_PATIENCE: Duration = Duration::from_millis(20);
 
 /// How a load went.
 enum Outcome {
-    Loaded,
+    /// The image of the whole chunk where it is still to be copied to the tier.
+    Loaded(Option<Arc<StagingRange>>),
     /// From host memory: whether its file is still there is not known.
     FromMemory,
     Failed(Error),
@@ -46,7 +47,7 @@ pub(super) fn run(
     store: &StoreShared,
     queue: &Arc<TransferQueue>,
     mut job: Box<LoadJob>,
-    buffer: Option<LoadBuffer>,
+    mut buffer: Option<LoadBuffer>,
 ) {
     let waited = job.submitted.elapsed();
     let is_too_late = job.started.is_none() && waited >= turn_limit(store);
@@ -60,8 +61,9 @@ pub(super) fn run(
         job.route = Route::Posix;
         return put_back(queue, job);
     }
-    let outcome = match load_from_memory(store, &job, deadline) {
-        Some(outcome) => outcome,
+    let outcome = match load_memory::load(store, &job, &mut buffer, deadline) {
+        Some(Ok(())) => Outcome::FromMemory,
+        Some(Err(error)) => Outcome::Failed(error),
         None => {
             let buffer = match buffer {
                 Some(buffer) => Ok(buffer),
@@ -75,8 +77,8 @@ pub(super) fn run(
         }
     };
     let result = match outcome {
-        Outcome::Loaded => Ok(true),
-        Outcome::FromMemory => Ok(false),
+        Outcome::Loaded(image) => Ok((true, image)),
+        Outcome::FromMemory => Ok((false, None)),
         Outcome::Failed(error) => Err(error),
         Outcome::Again(error) => {
             job.route = Route::Posix;
@@ -96,8 +98,10 @@ pub(super) fn run(
     if !job.watched.end() {
         return;
     }
+    let mut to_keep = None;
     let ending = match result {
-        Ok(is_present) => {
+        Ok((is_present, image)) => {
+            to_keep = image;
             note_route(store, mount, &job);
             store.metrics.chunks_loaded.add(1);
             store.metrics.bytes_loaded.add(job.payload.len() as u64);
@@ -118,7 +122,12 @@ pub(super) fn run(
         }
     };
     queue.load_ended();
+    let place = job.cache.place(&job.chunk.key);
     job.member.end(ending);
+    // Nobody waits any more.
+    if let Some(image) = to_keep {
+        store.keep_in_tier(&place, &image);
+    }
 }
 
 /// Returns how long a load may wait for its turn: the wait limit and half as long again, so that those
@@ -170,43 +179,6 @@ fn note_route(store: &StoreShared, mount: &Mount, job: &LoadJob) {
     }
 }
 
-/// Loads one chunk that the DRAM tier has. `None` when it has not, or what it has went bad.
-fn load_from_memory(store: &StoreShared, job: &LoadJob, deadline: Instant) -> Option<Outcome> {
-    if job.route != Route::Posix {
-        return None;
-    }
-    let place = job.cache.place(&job.chunk.key);
-    let image = store.tier.get(&place)?;
-    if !job.watched.claim() {
-        return Some(Outcome::Failed(given_up()));
-    }
-    let loaded = match &job.cache.gpu {
-        None => tier::copy_out(job, image.bytes.as_slice()),
-        Some(gpu) => gpu.load_image(job, &image.bytes, deadline),
-    };
-    job.watched.release();
-    match loaded {
-        Ok(()) => {
-            store.metrics.local_cpu_chunks_loaded.add(1);
-            let bytes = job.payload.len() as u64;
-            store.metrics.local_cpu_bytes_loaded.add(bytes);
-            if image.is_touch_due() {
-                touch_present(store, &job.cache, &job.chunk);
-            }
-            Some(Outcome::FromMemory)
-        }
-        Err(error) if error.kind() == ErrorKind::Damaged => {
-            store.tier.remove(&place);
-            store.metrics.chunks_damaged.add(1);
-            store.notices.warn(Topic::ChunkDamaged, || {
-                format!("bad chunk in host memory, read from its file: {error}")
-            });
-            None
-        }
-        Err(error) => Some(Outcome::Failed(error)),
-    }
-}
-
 /// Loads one chunk. Whatever is wrong with the file, it is counted, and set aside if it is damaged.
 fn load_chunk(
     store: &StoreShared,
@@ -233,7 +205,7 @@ fn load_chunk(
             } else {
                 let times = (began, deadline);
                 let outcome = move_chunk(store, mount, job, &file, buffer, times);
-                if matches!(outcome, Outcome::Loaded) {
+                if matches!(outcome, Outcome::Loaded(_)) {
                     touch_loaded(store, &job.cache, &job.chunk, &file);
                 }
                 outcome
@@ -284,7 +256,7 @@ fn move_chunk(
     match (buffer, &job.cache.gpu) {
         (LoadBuffer::Slot(mut slot), Some(gpu)) if job.route == Route::InPlace => {
             match gpu.load_in_place(job, &mut slot, file, cufile_deadline) {
-                Ok(()) => Outcome::Loaded,
+                Ok(()) => Outcome::Loaded(None),
                 Err(InPlaceFailure::Over(error)) => Outcome::Again(at(error)),
                 Err(InPlaceFailure::Hangs(error, handles)) => {
                     Outcome::Hangs(at(error), parked::Parked::new(handles))
@@ -293,7 +265,7 @@ fn move_chunk(
         }
         (LoadBuffer::Slot(slot), Some(gpu)) => {
             match gpu.load_slot(job, *slot, file, cufile_deadline) {
-                Ok(()) => Outcome::Loaded,
+                Ok(()) => Outcome::Loaded(None),
                 Err(error) => Outcome::Again(at(error)),
             }
         }
@@ -313,10 +285,10 @@ fn move_chunk(
             };
             match loaded {
                 Ok((image, extents)) => {
-                    if extents.is_whole(&job.cache.format) {
-                        store.tier.insert(job.cache.place(&job.chunk.key), image);
-                    }
-                    Outcome::Loaded
+                    let place = job.cache.place(&job.chunk.key);
+                    let is_whole = extents.is_whole(&job.cache.format);
+                    let image = is_whole.then_some(image);
+                    Outcome::Loaded(image.and_then(|image| store.tier.insert(place, image)))
                 }
                 Err(error) => Outcome::Failed(at(error)),
             }

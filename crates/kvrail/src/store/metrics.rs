@@ -89,6 +89,8 @@ metrics! {
         local_cpu_chunks_loaded,
         /// Payload bytes of those.
         local_cpu_bytes_loaded,
+        /// Chunks that the memory shared by processes (`local_cpu_shared`) had no room for.
+        local_cpu_inserts_failed,
         /// Bytes of files that loads took from the page cache, where files are opened direct.
         page_cache_bytes_loaded,
         /// Loads of chunks that gave nothing, for any reason: missing, damaged, error, time.
@@ -167,7 +169,8 @@ metrics! {
     gauges {
         /// Bytes in use on all paths, by all instances; 0 before they are known.
         usage_bytes,
-        /// Bytes of host memory that hold chunks in front of the files (`local_cpu`).
+        /// Bytes of host memory that hold chunks in front of the files (`local_cpu`); with
+        /// `local_cpu_shared` those of all processes together.
         local_cpu_bytes,
         /// Paths of which this process is the janitor.
         janitor_paths,

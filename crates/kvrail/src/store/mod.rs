@@ -33,6 +33,7 @@ mod lingering;
 mod load;
 mod load_host;
 mod load_job;
+mod load_memory;
 mod lookup;
 mod manifest;
 mod metrics;

@@ -46,6 +46,8 @@ pub(super) enum Topic {
     PathOut,
     PathBack,
     Capacity,
+    Tier,
+    TierFull,
     Panic,
 }
 

@@ -1,6 +1,6 @@
 //! Opening a store: directories, probes, manifest, leftovers, threads.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,7 @@ use super::placement::Placement;
 use super::present::PresentChunks;
 use super::queue::TransferQueue;
 use super::shared::{Running, StoreShared};
-use super::tier::Tier;
+use super::tier::{self, Tier};
 use super::watch::{self, Watch};
 use super::weights::weights;
 use super::worker;
@@ -71,6 +71,7 @@ pub(super) fn open(
 ) -> Result<Running> {
     config.validate()?;
     let tier_bytes = tier_bytes(config)?;
+    let tier_folder = tier_folder(config, options.access, tier_bytes)?;
     let on_start = thread_start(options.cpus.as_deref());
     let threads = config.disk_io_threads;
     let writer = Arc::new(Writer::new());
@@ -135,6 +136,7 @@ pub(super) fn open(
         may_write: options.access == Access::ReadWrite,
         buffer_mib: config.buffer_mib,
         tier_bytes,
+        tier_folder,
         pool: Mutex::new(None),
         tier: Tier::default(),
         gpus: Gpus::new(options.libraries.clone()),
@@ -401,4 +403,19 @@ fn tier_bytes(config: &StoreConfig) -> Result<usize> {
         config.max_local_cpu_size_gb,
         expected,
     ))
+}
+
+/// Returns the folder of the memory that processes share, where the tier is that, and checks it.
+fn tier_folder(config: &StoreConfig, access: Access, bytes: usize) -> Result<Option<PathBuf>> {
+    let Some(folder) = config.local_cpu_shared.as_ref().filter(|_| bytes > 0) else {
+        return Ok(None);
+    };
+    // Who only looks loads nothing that could be kept.
+    if access == Access::ReadWrite {
+        tier::check_folder(folder, bytes).map_err(|expected| {
+            let value = format!("`{}`", folder.display());
+            Error::config("extra_config.local_cpu_shared", value, expected)
+        })?;
+    }
+    Ok(Some(folder.clone()))
 }

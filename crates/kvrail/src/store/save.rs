@@ -188,7 +188,9 @@ impl Save<'_> {
         }
         let stored = self.publish(temporary)?;
         let place = self.cache.place(&self.chunk.key);
-        store.tier.insert(place, Arc::new(image));
+        if let Some(image) = store.tier.insert(place, Arc::new(image)) {
+            store.keep_in_tier(&place, &image);
+        }
         Ok(stored)
     }
 

@@ -1,5 +1,6 @@
 //! What the parts of a running store share.
 
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use super::namespace::Namespace;
 use super::notice::{Notices, Topic};
 use super::open::thread_start;
 use super::placement::Placement;
-use super::present::PresentChunks;
+use super::present::{Place, PresentChunks};
 use super::queue::TransferQueue;
 use super::tier::Tier;
 use super::watch::Watch;
@@ -24,7 +25,7 @@ use crate::chunk::ChunkKey;
 use crate::config::Durability;
 use crate::error::{Error, Result};
 use crate::io::{IoCounts, IoEngine};
-use crate::memory::{HostArena, StagingPool};
+use crate::memory::{HostArena, StagingPool, StagingRange};
 
 /// Settings and state of a store, seen by all its threads.
 #[derive(Debug)]
@@ -48,6 +49,8 @@ pub(super) struct StoreShared {
     pub(super) buffer_mib: usize,
     /// Bytes of host memory that the tier may keep, 0 without one.
     pub(super) tier_bytes: usize,
+    /// The folder of the memory that processes share, where the tier is that.
+    pub(super) tier_folder: Option<PathBuf>,
     pub(super) pool: Mutex<Option<Pool>>,
     pub(super) tier: Tier,
     pub(super) gpus: Gpus,
@@ -175,6 +178,42 @@ impl StoreShared {
         claim
     }
 
+    /// Opens the memory that processes share; without it the store works as well.
+    fn open_shared_tier(&self, folder: &Path, slot_bytes: usize) {
+        let bytes = self.tier_bytes;
+        if bytes < slot_bytes {
+            return;
+        }
+        let opened = self
+            .tier
+            .open_shared(folder, self.namespace.id(), slot_bytes, bytes);
+        match opened {
+            // A few slots are left out, so that all sets are of one size.
+            Ok(there) if there <= bytes && there >= bytes - bytes / 8 - slot_bytes => {}
+            Ok(there) => self.notices.warn(Topic::Tier, || {
+                format!(
+                    "{}: the shared DRAM tier of this model has {:.3} GB, not {:.3}, as who made it wanted: others use it",
+                    folder.display(),
+                    there as f64 / 1e9,
+                    bytes as f64 / 1e9
+                )
+            }),
+            Err(error) => self.notices.warn(Topic::Tier, || {
+                format!("going on without the shared DRAM tier: {error}")
+            }),
+        }
+    }
+
+    /// Copies a chunk to the memory that processes share.
+    pub(super) fn keep_in_tier(&self, place: &Place, image: &StagingRange) {
+        if let Err(error) = self.tier.fill(place, image) {
+            self.metrics.local_cpu_inserts_failed.add(1);
+            self.notices.warn(Topic::TierFull, || {
+                format!("a chunk does not fit into the shared DRAM tier: {error}")
+            });
+        }
+    }
+
     /// Returns the staging pool; the first KV cache that is attached decides about its slots.
     ///
     /// # Errors
@@ -208,7 +247,10 @@ impl StoreShared {
             None => pool_bytes,
             Some(opened) => pool_bytes.min(GpuSide::pinned_bytes(opened, slot_bytes)),
         } / slot_bytes;
-        let kept = self.tier_bytes / slot_bytes;
+        let kept = match self.tier_folder {
+            Some(_) => 0,
+            None => self.tier_bytes / slot_bytes,
+        };
         let bytes = (staging + kept) * slot_bytes;
         let buffers = match gpu {
             None => StagingPool::new(bytes, slot_bytes)?,
@@ -217,7 +259,10 @@ impl StoreShared {
                 StagingPool::over(arena, slot_bytes)?
             }
         };
-        self.tier.open(kept, slot_bytes);
+        match &self.tier_folder {
+            Some(folder) => self.open_shared_tier(folder, slot_bytes),
+            None => self.tier.open_own(kept, slot_bytes),
+        }
         self.prepare_engines(&buffers);
         let made = Pool {
             buffers,

@@ -5,6 +5,8 @@
     reason = "each test binary uses its own part of this"
 )]
 
+pub mod small_file_system;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -179,6 +179,16 @@ fn a_wrong_value_names_key_value_expectation_and_place() {
                 .to_owned(),
         ),
         (
+            "local_cpu_shared",
+            json!("shm/kv"),
+            "\"shm/kv\": expected an absolute path, one that starts with `/`".to_owned(),
+        ),
+        (
+            "local_cpu_shared",
+            json!(true),
+            "true: expected an absolute directory".to_owned(),
+        ),
+        (
             "page_cache",
             json!("off"),
             "\"off\": expected auto or keep or bypass".to_owned(),
@@ -407,6 +417,10 @@ fn a_configuration_made_by_hand_is_checked_too() {
     assert_eq!(
         checked(|config| config.disk_io_threads = 0),
         "`extra_config.disk_io_threads` = 0: expected a whole number from 1 to 256"
+    );
+    assert_eq!(
+        checked(|config| config.local_cpu_shared = Some("shm".into())),
+        "`extra_config.local_cpu_shared` = `shm`: expected an absolute path, one that starts with `/`"
     );
     assert_eq!(
         checked(|config| config.max_local_cpu_size_gb = f64::NAN),

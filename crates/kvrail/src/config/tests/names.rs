@@ -69,7 +69,7 @@ fn a_key_like_no_other_gets_the_list() {
         message(&from_file("extra_config: {zzz: 1}").unwrap_err()),
         "`extra_config.zzz` = 1: expected a known key, one of extra_config.use_cufile, \
          extra_config.cufile_compat_mode, extra_config.direct, extra_config.use_direct_io, \
-         extra_config.path_weights, extra_config.page_cache, extra_config.io_engine, \
+         extra_config.local_cpu_shared, extra_config.path_weights, extra_config.page_cache, extra_config.io_engine, \
          extra_config.disk_io_threads, extra_config.load_failure_policy, \
          extra_config.wait_limit_seconds, extra_config.lookup_limit_seconds, \
          extra_config.lookup_hold_seconds, extra_config.slow_limit_seconds \
