@@ -15,7 +15,7 @@ from harness import (
     moved,
     step,
 )
-from prompts import chunks_in, loadable_tokens, reuse_prompts, select
+from prompts import BLOCK_TOKENS, CHUNK_TOKENS, chunks_in, loadable_tokens, reuse_prompts, select
 
 HITS = "vllm:external_prefix_cache_hits_total"
 EXPECTED_HITS = loadable_tokens(1500)
@@ -162,4 +162,5 @@ def test_a_restarted_engine_finds_the_shared_tier_warm(
     assert moved(answer, HITS) == EXPECTED_HITS
     assert moved(answer, "kvrail:local_cpu_chunks_loaded_total") == chunks
     assert_same_answers("warm", plain, result["warm"])
-    assert assert_loaded_is_stored([writer], [reader]) == chunks
+    blocks = chunks * CHUNK_TOKENS // BLOCK_TOKENS
+    assert assert_loaded_is_stored([writer], [reader]) == blocks
