@@ -96,6 +96,22 @@ def abort(
     return {"answers": answers, "aborted": unfinished}
 
 
+def die(llm: Any, prompt: list[int], attempts: int = 3) -> dict[str, Any]:
+    """Asks a prompt until the engine dies: how vLLM says so, and after how many seconds.
+
+    It may answer first: on a busy machine a lookup that takes too long is a miss.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    for _ in range(attempts):
+        started = time.monotonic()
+        try:
+            llm.generate([_input(prompt, None)], _parameters(8), use_tqdm=False)
+        except EngineDeadError as error:
+            return {"error": str(error), "seconds": time.monotonic() - started}
+    raise AssertionError("the engine does not die")
+
+
 def metrics(llm: Any) -> dict[str, float]:
     """All counters of vLLM and kvrail that the front end has, by name and labels."""
     from prometheus_client import REGISTRY
@@ -173,6 +189,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         abort,
+        die,
         generate,
         list_chunks,
         make_file,

@@ -226,24 +226,28 @@ def assert_same_answers(
 
 
 def assert_loaded_is_stored(stored: list[Running], loaded: list[Running]) -> int:
-    """Asserts that every block loaded has the bytes it was stored with; returns their number."""
+    """Asserts that every block loaded has the bytes it was stored with; returns their number.
+
+    A chunk that was lost and computed again was stored with others: float32 sums depend on how a
+    prompt was cut into steps.
+    """
 
     def place(record: dict[str, Any]) -> tuple[int, int, str]:
         return record["group"], record["rank"], record["key"]
 
-    known: dict[tuple[int, int, str], list[str]] = {}
+    known: dict[tuple[int, int, str], list[list[str]]] = {}
     for running in stored:
         for record in running.records("store"):
-            known.setdefault(place(record), record["blocks"])
-    blocks = 0
+            known.setdefault(place(record), []).append(record["blocks"])
+    count = 0
     for running in loaded:
         for record in running.records("load"):
             if record["failed"]:
                 continue
-            original = known[place(record)][record["first_block"] :]
-            assert record["blocks"] == original, f"chunk {record['key']}: other bytes than stored"
-            blocks += len(original)
-    return blocks
+            originals = [blocks[record["first_block"] :] for blocks in known[place(record)]]
+            assert record["blocks"] in originals, f"chunk {record['key']}: other bytes than stored"
+            count += len(record["blocks"])
+    return count
 
 
 def chunk_keys(running: Running, tokens: list[int], salt: str | None = None) -> list[str]:

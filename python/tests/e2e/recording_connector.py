@@ -9,6 +9,7 @@ controls.
 import hashlib
 import json
 import os
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,15 +59,20 @@ class RecordingKvCache:
                 parent=parent.hex() if parent else None,
                 blocks=[block_hash(block) for block in block_ids],
             )
-        return self._cache.store(chunks)
+        ticket = self._cache.store(chunks)
+        _kill("store", self._place["rank"])
+        return ticket
 
     def load(self, chunks: Sequence[tuple[bytes, bytes | None, int, Sequence[int]]]) -> Any:
         """Loads; chunks vanish before it if the control says so."""
         control = _control()
-        if control == "delete":
+        rank = self._place["rank"]
+        if control in ("delete", f"delete {rank}"):
             for key, *_ in chunks[-1:]:
-                _delete(key.hex())
-        return RecordingTicket(self._cache.load(chunks), chunks, self._place, control)
+                _delete(key.hex(), "*" if control == "delete" else str(rank))
+        ticket = self._cache.load(chunks)
+        _kill("load", rank)
+        return RecordingTicket(ticket, chunks, self._place, control)
 
 
 class RecordingTicket:
@@ -130,9 +136,17 @@ def _control() -> str:
     return Path(path).read_text() if path and os.path.exists(path) else ""
 
 
-def _delete(key: str) -> None:
-    for path in Path(os.environ["E2E_STORE"]).glob(f"*/g*r*/*/{key}.safetensors"):
+def _delete(key: str, rank: str) -> None:
+    for path in Path(os.environ["E2E_STORE"]).glob(f"*/g*r{rank}/*/{key}.safetensors"):
         path.unlink()
+
+
+def _kill(operation: str, rank: int) -> None:
+    """Ends this process, as the kernel does when memory is short, while its operation runs."""
+    if _control() == f"kill {operation} {rank}":
+        # The store's threads are at it by then.
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _record(**event: Any) -> None:

@@ -151,6 +151,11 @@ def test_a_difference_that_matters(setup, change):
             HfConfig(hidden_size=8, _name_or_path="b", transformers_version="6"),
         ),
         assign("kv.num_blocks", 4000),
+        # Replicas of an engine hold the same bytes under the same names, and so share them; where
+        # experts lie does not change what attention keeps.
+        assign("vllm.parallel_config.data_parallel_size", 4),
+        assign("vllm.parallel_config.data_parallel_rank", 3),
+        assign("vllm.parallel_config.enable_expert_parallel", True),
     ],
     ids=lambda change: change.__name__,
 )
@@ -158,6 +163,18 @@ def test_a_difference_that_does_not_matter(setup, change):
     before = identify(setup)
     change(setup)
     assert identify(setup) == before
+
+
+def test_stages_of_a_pipeline_agree_and_another_split_differs(setup, monkeypatch):
+    setup.vllm.parallel_config.pipeline_parallel_size = 2
+    stages = []
+    for name in LAYERS:
+        setup.group = KVCacheGroupSpec([name], setup.group.kv_cache_spec)
+        setup.kv.kv_cache_groups = [setup.group]
+        stages.append(identify(setup))
+    assert stages[0] == stages[1]
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "2,0")
+    assert identify(setup) != stages[0]
 
 
 def test_a_model_on_another_mount_is_the_same(setup):
