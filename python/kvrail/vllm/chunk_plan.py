@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from kvrail.vllm.geometry import NULL_BLOCK, GroupGeometry
 from kvrail.vllm.metadata import LoadChunk, StoreChunk
@@ -46,3 +46,18 @@ def store_chunks(
         if group.is_windowed and NULL_BLOCK in blocks:
             continue
         yield index, StoreChunk(keys[index], keys[index - 1] if index else None, blocks)
+
+
+def store_states(
+    keys: Sequence[bytes], first: int, group: GroupGeometry, states: Mapping[int, int]
+) -> Iterator[tuple[int, StoreChunk]]:
+    """The chunks from `first` on, by index, at whose end there is a state when this step is done.
+
+    `states` has the block of each state by its number of tokens, as vLLM hands them over
+    (``KVConnectorBlockState.boundary_state_offloads``). From a request's table they cannot be
+    known: a block in it may hold a state that is still changing.
+    """
+    for index in range(first, len(keys)):
+        block = states.get((index + 1) * group.chunk_size)
+        if block is not None and block != NULL_BLOCK:
+            yield index, StoreChunk(keys[index], keys[index - 1] if index else None, (block,))

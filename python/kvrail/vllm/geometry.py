@@ -27,6 +27,10 @@ class GroupGeometry:
     """Tokens before a boundary that later tokens look at; None looks at all of them."""
     segment: int | None = None
     """Tokens look back to the last multiple of this only (chunked local attention)."""
+    holds_state: bool = False
+    """A block holds what a state was after its last token, for the layers that keep no KV of
+    tokens (mamba and its kin). A boundary needs the block before it, as a window of one token does.
+    """
 
     def __post_init__(self) -> None:
         """Raises ``ValueError`` for sizes that do not fit."""
@@ -37,6 +41,8 @@ class GroupGeometry:
             )
         if self.look_back is not None and self.look_back <= 0:
             raise ValueError(f"a window that looks back over {self.look_back} tokens")
+        if self.holds_state and (self.look_back != 1 or self.segment is not None):
+            raise ValueError("of states the last one is needed, and nothing else")
         if self.segment is not None and (self.segment <= 0 or self.segment % self.chunk_size):
             raise ValueError(
                 f"attention chunks of {self.segment} tokens are no multiple of a chunk's "

@@ -6,7 +6,7 @@ never with blocks that may be wrong.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheSpec,
+    MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
@@ -77,8 +78,20 @@ def select_groups(
 def chunk_geometry(
     groups: tuple[StoredGroup, ...], chunk_size: int, block_tokens: int, hash_tokens: int
 ) -> ChunkGeometry:
-    """The geometry of requests; ``block_tokens`` and ``hash_tokens`` are the scheduler's."""
+    """The geometry of requests; ``block_tokens`` and ``hash_tokens`` are the scheduler's.
+
+    Raises ``ConfigError`` when the chunk size does not fit, and ``UnsupportedModelError`` where
+    vLLM's own prefix cache may end inside the block of a state: it copies such a block while the
+    request is admitted, at the same time as a load.
+    """
     check_chunk_size(chunk_size, block_tokens)
+    for group in groups:
+        if group.geometry.holds_state and group.geometry.block_tokens != hash_tokens:
+            raise UnsupportedModelError(
+                f"{describe_group(group.geometry.index, group.spec)}: its blocks are of "
+                f"{group.geometry.block_tokens} tokens and vLLM looks for its own cached states "
+                f"every {hash_tokens}; unset prefix_match_unit"
+            )
     return ChunkGeometry(
         chunk_size, block_tokens, hash_tokens, tuple(group.geometry for group in groups)
     )
@@ -91,12 +104,15 @@ def _geometry(
     check_chunk_size(chunk_size, block_tokens)
     spec = _first_spec(group.kv_cache_spec)
     look_back = segment = None
-    if isinstance(spec, SlidingWindowSpec):
+    holds_state = isinstance(spec, MambaSpec)
+    if holds_state:
+        look_back = 1
+    elif isinstance(spec, SlidingWindowSpec):
         look_back = spec.sliding_window - 1 + spec.extra_retained_tokens
     elif isinstance(spec, ChunkedLocalAttentionSpec):
         segment = spec.attention_chunk_size
     try:
-        return GroupGeometry(index, block_tokens, chunk_size, look_back, segment)
+        return GroupGeometry(index, block_tokens, chunk_size, look_back, segment, holds_state)
     except ValueError as error:
         raise UnsupportedModelError(f"{describe_group(index, group)}: {error}") from error
 
@@ -133,10 +149,23 @@ def _spec_problem(spec: KVCacheSpec) -> str | None:
         return "its tokens depend on later ones" if spec.non_causal else None
     if type(spec) in (SlidingWindowSpec, ChunkedLocalAttentionSpec):
         return None
+    if type(spec) is MambaSpec:
+        return _state_problem(spec)
     return (
-        "only full attention, MLA, sliding windows and chunked local attention are supported, "
-        f"not {type(spec).__name__}"
+        "only full attention, MLA, sliding windows, chunked local attention and states are "
+        f"supported, not {type(spec).__name__}"
     )
+
+
+def _state_problem(spec: MambaSpec) -> str | None:
+    if spec.mamba_cache_mode == "none":
+        return "vLLM keeps its states at no boundary; start it with --enable-prefix-caching"
+    if spec.mamba_cache_mode != "align":
+        # Only in this mode vLLM says which block holds which state.
+        return f"states are supported in mamba_cache_mode align, not {spec.mamba_cache_mode}"
+    if spec.num_speculative_blocks:
+        return "states with speculative decoding are not supported: drafts have states of their own"
+    return None
 
 
 def tokens_per_block(group: KVCacheGroupSpec, context_parallel_size: int) -> int:
@@ -164,9 +193,10 @@ def plan_memory(group: KVCacheGroupSpec, kv_caches: dict[str, Any], block_count:
     missing = [name for name in group.layer_names if name not in kv_caches]
     if missing:
         raise UnsupportedModelError(f"vLLM registered no KV cache for layer {missing[0]}")
-    names = stored_layers(group, kv_caches)
+    tensors = dict(_tensors(group, kv_caches))
+    names = stored_layers(tensors)
     try:
-        return from_tensors([kv_caches[name] for name in names], block_count, names)
+        return from_tensors([tensors[name] for name in names], block_count, names)
     except UnsupportedMemoryError as error:
         raise UnsupportedModelError(str(error)) from error
 
@@ -188,10 +218,19 @@ def check_device(groups: Sequence[StoredGroup], device: str) -> None:
             )
 
 
-def stored_layers(group: KVCacheGroupSpec, kv_caches: dict[str, Any]) -> list[str]:
-    """The group's layers without those whose tensor is the same memory as an earlier layer's."""
-    first_of: dict[tuple[int, tuple[int, ...]], str] = {}
+def _tensors(group: KVCacheGroupSpec, kv_caches: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The tensors of a group's layers by name; a state may be several, in one page."""
     for name in group.layer_names:
-        tensor = kv_caches[name]
+        cache = kv_caches[name]
+        if isinstance(cache, list | tuple):
+            yield from ((f"{name}.{part}", tensor) for part, tensor in enumerate(cache))
+        else:
+            yield name, cache
+
+
+def stored_layers(tensors: dict[str, Any]) -> list[str]:
+    """The names of the tensors without those that are the same memory as an earlier one."""
+    first_of: dict[tuple[int, tuple[int, ...]], str] = {}
+    for name, tensor in tensors.items():
         first_of.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)
     return list(first_of.values())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvrail._core import KvrailError, WaitTimeoutError
 from kvrail.vllm.bad_keys import BadKeys
-from kvrail.vllm.chunk_plan import load_chunks, store_chunks
+from kvrail.vllm.chunk_plan import load_chunks, store_chunks, store_states
 from kvrail.vllm.events import StorageEvents
 from kvrail.vllm.geometry import ChunkGeometry
 from kvrail.vllm.load_or_compute import LoadOrCompute, prompt_tokens
@@ -455,8 +455,14 @@ class ConnectorScheduler:
             # Never remembered: a request that was preempted has other blocks now.
             tables = block_state.resolve_block_ids(req_id)
             keys = state.chunk_keys(geometry, end)
+            offered = block_state.boundary_state_offloads.get(req_id, ())
             for place, group in enumerate(geometry.groups):
-                for index, chunk in store_chunks(keys, first, group, tables[group.index]):
+                if group.holds_state:
+                    states = {end: block for index, block, end in offered if index == group.index}
+                    chunks = store_states(keys, first, group, states)
+                else:
+                    chunks = store_chunks(keys, first, group, tables[group.index])
+                for index, chunk in chunks:
                     stores[place].append(chunk)
                     if self._events is not None:
                         self._events.plan(request, place, index, chunk.key)

@@ -26,6 +26,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpec,
+    MambaSpec,
     SlidingWindowSpec,
 )
 from vllm.v1.request import Request
@@ -67,6 +68,18 @@ def local(size: int, block: int = 8) -> KVCacheSpec:
     )
 
 
+def state(checkpoints: int = 0, block: int = 8) -> KVCacheSpec:
+    """A mamba state; with a checkpoint, one at a boundary inside a request's last prompt step."""
+    return MambaSpec(
+        block_size=block,
+        shapes=((4, 4), (8,)),
+        dtypes=(torch.float32, torch.half),
+        mamba_cache_mode="align",
+        num_prefill_checkpoint_blocks=checkpoints,
+        prefill_checkpoint_alignment=1 if checkpoints else None,
+    )
+
+
 MODELS: dict[str, list[KVCacheSpec]] = {
     "full": [full()],
     "window of half a block": [window(4)],
@@ -78,6 +91,14 @@ MODELS: dict[str, list[KVCacheSpec]] = {
     "blocks of two sizes": [full(16), window(40, 8)],
     "as Llama 4": [local(64), local(64), full()],
     "local only": [local(128)],
+}
+# vLLM keeps states for others to find only where its own prefix caching is on.
+STATE_MODELS: dict[str, list[KVCacheSpec]] = {
+    "state only": [state()],
+    "as Falcon H1": [full(), state(1)],
+    "as Qwen3 Next": [state(), state(), state(), full()],
+    "state, window and full": [state(1), window(40), full()],
+    "blocks as large as chunks": [full(CHUNK), state(0, CHUNK)],
 }
 
 
@@ -139,12 +160,16 @@ class Simulation:
             block_hasher=kv_cache_utils.get_request_block_hasher(self.hash_tokens, sha256),
         )
         self.scheduler.on_new_request(request)
-        self._admit(request)
+        admitted = self._admit(request)
         is_new = True
         while request.num_computed_tokens < len(tokens):
             before = request.num_computed_tokens
-            count = min(self.chance.choice([1, 5, 8, 30, 64, 200]), len(tokens) - before)
-            assert self.manager.allocate_slots(request, count) is not None
+            if admitted:
+                count, admitted = admitted, 0
+            else:
+                self.manager.new_step_starts()
+                count = self._split(request, before)
+                assert self.manager.allocate_slots(request, count) is not None
             output = step(**{"new" if is_new else "cached": [(request, before, count)]})
             self._offer_tables(output, request)
             metadata = self.scheduler.build_connector_meta(output)
@@ -157,13 +182,35 @@ class Simulation:
         self.scheduler.request_finished(name)
         self.manager.free(request)
 
-    def _admit(self, request: Request) -> None:
+    def _split(self, request: Request, before: int) -> int:
+        """A step's tokens; where there are states it ends where vLLM's scheduler lets it end."""
+        count = self.chance.choice([1, 5, 8, 30, 64, 200])
+        length = len(request.prompt_token_ids)
+        end = min(before + count, length)
+        sizes = [spec.block_size for spec in self.specs if isinstance(spec, MambaSpec)]
+        if not sizes:
+            return end - before
+        size, last = sizes[0], (length - 1) // sizes[0] * sizes[0]
+        if end < length:
+            end = max(end // size * size, (before // size + 1) * size)
+        has_checkpoint = any(
+            isinstance(spec, MambaSpec) and spec.num_prefill_checkpoint_blocks
+            for spec in self.specs
+        )
+        if before < last < end and not has_checkpoint:
+            end = last
+        return min(end, length) - before
+
+    def _admit(self, request: Request) -> int:
+        """Begins with a load, or with a step of as many tokens as are returned."""
+        self.manager.new_step_starts()
         blocks, local_tokens, _ = self.manager.get_computed_blocks(request)
         extra, is_async = self.scheduler.get_num_new_matched_tokens(request, local_tokens)
         assert extra is not None and is_async == (extra > 0)
+        count = 0 if extra else self._split(request, local_tokens)
         allocated = self.manager.allocate_slots(
             request,
-            0 if extra else 1,
+            count,
             num_new_computed_tokens=local_tokens,
             new_computed_blocks=blocks,
             num_external_computed_tokens=extra,
@@ -188,19 +235,25 @@ class Simulation:
         if extra:
             self.manager.cache_blocks(request, request.num_computed_tokens)
             self._check_in_sight(request, request.num_computed_tokens)
+        return count
 
     def _offer_tables(self, output: SchedulerOutput, request: Request) -> None:
         output.kv_connector_block_state = KVConnectorBlockState(
             req_ids={request.request_id},
             resolve_block_ids=self.manager.get_block_ids,
-            boundary_state_offloads={},
+            boundary_state_offloads=self.manager.take_boundary_state_offloads(),
         )
 
     def _compute(self, request: Request, first: int, count: int) -> None:
         tables = self.manager.get_block_ids(request.request_id)
+        for index, spec in enumerate(self.specs):
+            if isinstance(spec, MambaSpec):
+                self._advance_state(request, index, first, first + count)
         for position in range(first, first + count):
             self._check_in_sight(request, position)
             for index, spec in enumerate(self.specs):
+                if isinstance(spec, MambaSpec):
+                    continue
                 block = tables[index][position // spec.block_size]
                 assert block != 0
                 slots = self.memory.setdefault(block, {})
@@ -208,10 +261,30 @@ class Simulation:
                     slots.clear()
                 slots[position % spec.block_size] = self._value(request, index, position)
 
+    def _advance_state(self, request: Request, index: int, first: int, end: int) -> None:
+        """Goes on from the state after `first` tokens, as vLLM's ``preprocess_mamba`` does."""
+        size = self.specs[index].block_size
+        table = self.manager.get_block_ids(request.request_id)[index]
+        if first:
+            found = self.memory.get(table[(first - 1) // size])
+            assert found == {0: self._value(request, index, first - 1)}, (index, first)
+        checkpoint = self.manager.coordinator.single_type_managers[index]._checkpoints.get(
+            request.request_id
+        )
+        if checkpoint is not None:
+            tokens, place = checkpoint
+            assert table[place] != 0
+            self.memory[table[place]] = {0: self._value(request, index, tokens - 1)}
+        running = table[(end - 1) // size]
+        assert running != 0
+        self.memory[running] = {0: self._value(request, index, end - 1)}
+
     def _check_in_sight(self, request: Request, position: int) -> None:
         """What the token at `position` looks at is there, by the definition of each kind."""
         tables = self.manager.get_block_ids(request.request_id)
         for index, spec in enumerate(self.specs):
+            if isinstance(spec, MambaSpec):
+                continue
             begin = 0
             if isinstance(spec, SlidingWindowSpec):
                 begin = max(0, position - spec.sliding_window + 1)
@@ -233,6 +306,9 @@ class Simulation:
         begin = end - group.kept_blocks * size
         assert len(chunk.block_ids) == group.kept_blocks
         content = [dict(self.memory[block]) for block in chunk.block_ids]
+        if group.holds_state:
+            begin = end
+            assert content == [{0: self._value(request, group.index, end - 1)}]
         for token in range(begin, end):
             place, offset = divmod(token - begin, size)
             assert content[place][offset] == self._value(request, group.index, token)
@@ -258,12 +334,16 @@ class Answer:
         return self.value
 
 
-@pytest.mark.parametrize("caching", [False, True], ids=["plain", "prefix cache"])
-@pytest.mark.parametrize("model", MODELS)
+CASES = [(model, caching) for model in MODELS for caching in (False, True)] + [
+    (model, True) for model in STATE_MODELS
+]
+
+
+@pytest.mark.parametrize(("model", "caching"), CASES)
 @pytest.mark.parametrize("seed", range(3))
 def test_every_token_sees_what_it_must(model, caching, seed):
     chance = random.Random(f"{model} {caching} {seed}")
-    simulation = Simulation(MODELS[model], caching, chance)
+    simulation = Simulation((MODELS | STATE_MODELS)[model], caching, chance)
     stems = [[chance.randrange(1000) for _ in range(MAX_TOKENS)] for _ in range(2)]
     for number in range(14):
         stem = chance.choice(stems)[: chance.randrange(20, 330)]

@@ -46,6 +46,9 @@ def test_full_attention_and_mla_are_stored(spec):
 
 WINDOW = SlidingWindowSpec(**SIZES, sliding_window=40)
 LOCAL = ChunkedLocalAttentionSpec(**SIZES, attention_chunk_size=128)
+STATE = MambaSpec(
+    block_size=16, shapes=((3, 8), (4, 2)), dtypes=(torch.float32,) * 2, mamba_cache_mode="align"
+)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,10 @@ LOCAL = ChunkedLocalAttentionSpec(**SIZES, attention_chunk_size=128)
         ([FULL, WINDOW], [GroupGeometry(0, 16, 64), GroupGeometry(1, 16, 64, look_back=39)]),
         ([LOCAL, FULL], [GroupGeometry(0, 16, 64, segment=128), GroupGeometry(1, 16, 64)]),
         ([FULL, FULL], [GroupGeometry(0, 16, 64), GroupGeometry(1, 16, 64)]),
+        (
+            [FULL, STATE],
+            [GroupGeometry(0, 16, 64), GroupGeometry(1, 16, 64, look_back=1, holds_state=True)],
+        ),
         (
             [dataclasses.replace(WINDOW, extra_retained_tokens=3, dcp_sharded=False)],
             [GroupGeometry(0, 16, 64, look_back=42)],
@@ -90,16 +97,20 @@ def test_how_far_each_group_looks_back(specs, expected):
         ),
         (config(FullAttentionSpec(**SIZES, non_causal=True)), ["later ones"]),
         (
-            config(MambaSpec(block_size=16, shapes=((2, 2),), dtypes=(torch.float32,))),
-            ["MambaSpec"],
+            config(dataclasses.replace(STATE, mamba_cache_mode="none")),
+            ["group 0", "MambaSpec", "--enable-prefix-caching"],
         ),
         (
             config(UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": FULL, "b": WINDOW})),
             ["UniformTypeKVCacheSpecs", "equally far"],
         ),
         (
-            config(FULL, MambaSpec(block_size=16, shapes=((2, 2),), dtypes=(torch.float32,))),
-            ["group 1", "MambaSpec"],
+            config(FULL, dataclasses.replace(STATE, mamba_cache_mode="all")),
+            ["group 1", "MambaSpec", "align, not all"],
+        ),
+        (
+            config(FULL, dataclasses.replace(STATE, num_speculative_blocks=2)),
+            ["group 1", "MambaSpec", "speculative decoding"],
         ),
         (config(FULL, enable_kv_transfer=False), ["for transfer"]),
         (config(), ["no KV cache"]),
@@ -111,6 +122,34 @@ def test_everything_else_is_refused_by_name(made, words):
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_states_that_vllm_may_find_inside_a_block_are_refused_by_name():
+    groups = layout.select_groups(config(FULL, STATE), 64, 1)
+    assert layout.chunk_geometry(groups, 64, 16, 16).groups[1].kept_blocks == 1
+    with pytest.raises(UnsupportedModelError, match=r"group 1 is MambaSpec .* prefix_match_unit"):
+        layout.chunk_geometry(groups, 64, 16, 8)
+
+
+def test_a_state_is_moved_without_the_padding_of_its_page():
+    """As vLLM 0.32 registered Falcon-H1: bytes of both states of a layer, pages padded."""
+    page, content = 131072, 19840
+    raw = torch.zeros(2 * 4 * page, dtype=torch.int8)
+    views = {
+        f"layer.0.{name}": raw.as_strided((4, 1, 1, content), (page, content, content, 1), at)
+        for name, at in (("a", 0), ("b", 4 * page))
+    }
+    memory = layout.plan_memory(config(STATE).kv_cache_groups[0], views, 4)
+    assert memory.block_bytes == 2 * content
+    assert {layer.block_stride for layer in memory.layers} == {page}
+
+
+def test_states_in_several_tensors_are_layers_of_their_own():
+    parts = {name: [torch.zeros(4, 3, 8), torch.zeros(4, 4, 2)] for name in ("a", "b")}
+    caches = {f"layer.0.{name}": tensors for name, tensors in parts.items()}
+    memory = layout.plan_memory(config(STATE).kv_cache_groups[0], caches, 4)
+    assert memory.names == ("layer.0.a.0", "layer.0.a.1", "layer.0.b.0", "layer.0.b.1")
+    assert memory.block_bytes == 2 * 4 * (3 * 8 + 4 * 2)
 
 
 def test_mla_on_a_cpu_is_refused_by_name():
