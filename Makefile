@@ -137,5 +137,5 @@ clean: ## Remove what was built in the checkout.
 	@$(STEP) 'clean: target' rm -rf target
 
 clean-cache: ## Remove what the cache folder holds: environments, model, tools. All checkouts share it.
-	@cd "$$(scripts/cache_folder)" && rm -rf venv-* uv-* uv.lock cargo-tools* model.lock \
+	@cd "$$(scripts/cache_folder)" && rm -rf venv-* lmcache-* uv-* uv.lock cargo-tools* model.lock \
 	  SmolLM2-* .SmolLM2-* wide-kv-* .wide-kv-* demo-* overhead-* step-* ttft-* layerwise-*
