@@ -24,6 +24,7 @@ __all__ = [
     "Namespace",
     "NoSpaceError",
     "PresenceTicket",
+    "SlabStore",
     "Store",
     "StoreIoError",
     "StoreReport",
@@ -386,6 +387,103 @@ class LoadReport:
     @property
     def errors(self) -> list[str]:
         """Why, one for each of ``failed``."""
+
+@final
+class SlabStore:
+    """Objects of one piece of host memory, stored and loaded in tasks; any thread may use it.
+
+    For caches that keep objects of a few fixed lengths in a slab. An object's name is ``(kind,
+    group, rank, key)``: kind as ``kind`` returned it, ``key`` 8 to 32 bytes. Submitting never
+    waits. A task always ends, and what did not go well in it is missed: also all of it when 1,024
+    tasks of its sort wait, or after ``close``.
+    """
+
+    def __new__(
+        cls, config: Config, address: int, bytes: int, owner: object, *, align: int
+    ) -> SlabStore:
+        """Makes the store of the ``bytes`` bytes of host memory at ``address``. Opens no directory.
+
+        Every object lies a multiple of ``align`` bytes into it. ``owner`` is kept alive, and the
+        memory must stay valid, until ``close`` has returned without an error. Wrong addresses are
+        not detected and crash the process.
+
+        Raises ``ConfigError`` for settings or memory that cannot work.
+        """
+
+    def kind(self, namespace: Namespace, object_bytes: int) -> int:
+        """The kind of objects of ``object_bytes`` bytes each in a namespace.
+
+        Its store is opened by the first task that needs it. Raises ``ConfigError`` for a length
+        that does not fit, or for more than 64 kinds.
+        """
+
+    @property
+    def events(self) -> tuple[int, int, int]:
+        """Eventfds that become readable when a store, a lookup, a load is done; of this object."""
+
+    def submit_store(self, objects: Sequence[tuple[int, int, int, bytes, int]]) -> int:
+        """Stores objects, each its name and its address; returns the task.
+
+        They must stay as they are until the task is done. Raises ``ConfigError`` for a wrong key.
+        """
+
+    def submit_lookup(self, names: Sequence[tuple[int, int, int, bytes]]) -> int:
+        """Looks up which objects are there; returns the task.
+
+        Raises ``ConfigError`` for a wrong key.
+        """
+
+    def submit_load(self, objects: Sequence[tuple[int, int, int, bytes, int]]) -> int:
+        """Loads objects, each its name and the address where it goes; returns the task.
+
+        Each page is verified before it is copied; the memory of an object that is missed may hold
+        pages before the bad one. It is the task's until that is done. Raises ``ConfigError`` for a
+        wrong key.
+        """
+
+    def take_stores(self) -> list[tuple[int, list[str]]]:
+        """Takes the stores that are done, each with ``stored``, ``present`` or ``missed`` for each
+        object.
+        """
+
+    def take_lookup(self, task: int) -> list[bool] | None:
+        """Takes which objects are there; None while that is not known, or when it was taken."""
+
+    def take_load(self, task: int) -> list[bool] | None:
+        """Takes which objects were loaded; None while that is not known, or when it was taken."""
+
+    def wait_for_lookup(self, task: int, limit_seconds: float) -> list[bool]:
+        """Waits for which objects are there.
+
+        Raises ``WaitTimeoutError`` after ``limit_seconds``; the answer can be taken later.
+        """
+
+    def wait_for_load(self, task: int, limit_seconds: float) -> list[bool]:
+        """Waits for which objects were loaded.
+
+        Raises ``WaitTimeoutError`` after ``limit_seconds``; the memory is the task's until it is
+        done.
+        """
+
+    def remove(
+        self, names: Sequence[tuple[int, int, int, bytes]], limit_seconds: float
+    ) -> list[int]:
+        """Removes objects; returns the bytes of each file, 0 where there was none.
+
+        Raises ``ConfigError`` for a wrong key, ``WaitTimeoutError`` after ``limit_seconds``.
+        """
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Returns what ``Store.metrics`` does for each kind in use, by its directory's name."""
+
+    def take_notices(self) -> list[tuple[str, str]]:
+        """Takes what there is to log since the last call: ``("warning" | "info", message)``."""
+
+    def close(self, limit_seconds: float) -> None:
+        """Waits for the stores that have begun and ends everything; what waits is missed.
+
+        Raises ``WaitTimeoutError`` after ``limit_seconds``: the memory may still be in use then.
+        """
 
 def answer_cufile_probe() -> None:
     """Tries cuFile as standard input says, and answers on standard output. It may never return.

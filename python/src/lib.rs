@@ -9,6 +9,7 @@ mod inspect;
 mod kv_cache;
 mod namespace;
 mod pointer;
+mod slab;
 mod store;
 mod ticket;
 
@@ -26,6 +27,8 @@ mod _core {
     use crate::kv_cache::KvCache;
     #[pymodule_export]
     use crate::namespace::Namespace;
+    #[pymodule_export]
+    use crate::slab::SlabStore;
     #[pymodule_export]
     use crate::store::{Store, answer_cufile_probe, direct_path_problem};
     #[pymodule_export]

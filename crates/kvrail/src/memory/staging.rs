@@ -127,19 +127,28 @@ impl<A: Arena> StagingPool<A> {
     /// # Errors
     /// [`ErrorKind::TimedOut`] when none came free in time.
     pub fn take(&self, deadline: Instant) -> Result<StagingRange<A>> {
+        self.take_beyond(0, deadline).ok_or_else(|| {
+            let message = format!("none of {} staging buffers came free", self.slot_count());
+            Error::new(ErrorKind::TimedOut, message)
+        })
+    }
+
+    /// Takes a slot when more than `reserve` are free, waiting for that until `deadline`.
+    pub fn take_beyond(&self, reserve: usize, deadline: Instant) -> Option<StagingRange<A>> {
         let mut free = self
             .shared
             .free
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         loop {
-            if let Some(slot) = free.pop() {
-                return Ok(self.range(slot));
+            if free.len() > reserve
+                && let Some(slot) = free.pop()
+            {
+                return Some(self.range(slot));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left == Duration::ZERO {
-                let message = format!("none of {} staging buffers came free", self.slot_count());
-                return Err(Error::new(ErrorKind::TimedOut, message));
+                return None;
             }
             let waited = self.shared.freed.wait_timeout(free, left);
             (free, _) = waited.unwrap_or_else(PoisonError::into_inner);

@@ -1,7 +1,7 @@
 //! The KV cache of one group on one rank, attached to a store.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::batch::{Ending, start_load, start_store};
 use super::capacity::plan_use;
@@ -18,6 +18,10 @@ use crate::chunk::{ChunkFormat, ChunkKey, ChunkRef, HeadFields};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{KvLayout, TransferPlan};
 use crate::memory::{ComputeStream, Region, StagingPool, StagingRange, gather};
+use crate::sync::thread;
+
+/// How long a store that may wait for a buffer waits until it looks again.
+const BUFFER_STEP: Duration = Duration::from_millis(5);
 
 /// A chunk to store, and the blocks that hold it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -218,12 +222,31 @@ impl KvCache {
     /// # Errors
     /// As [`KvCache::store`].
     pub fn store_after(&self, chunks: &[StoreChunk], stream: ComputeStream) -> Result<StoreTicket> {
+        self.store_until(chunks, stream, None)
+    }
+
+    /// Stores chunks as [`KvCache::store`] does, but waits for staging buffers until `deadline`: for
+    /// callers whose blocks stay as they are meanwhile, and who have a thread for it.
+    pub(super) fn store_patiently(
+        &self,
+        chunks: &[StoreChunk],
+        deadline: Instant,
+    ) -> Result<StoreTicket> {
+        self.store_until(chunks, ComputeStream::default(), Some(deadline))
+    }
+
+    fn store_until(
+        &self,
+        chunks: &[StoreChunk],
+        stream: ComputeStream,
+        deadline: Option<Instant>,
+    ) -> Result<StoreTicket> {
         for chunk in chunks {
             self.check_blocks(&chunk.blocks, self.shared.blocks_per_chunk)?;
         }
         let (ticket, members) = start_store(chunks.len());
         for (chunk, member) in chunks.iter().zip(members) {
-            match self.stage(chunk, stream)? {
+            match self.stage(chunk, stream, deadline)? {
                 Err(ending) => member.end(ending),
                 Ok(image) => {
                     let job = StoreJob {
@@ -246,7 +269,12 @@ impl KvCache {
     }
 
     /// Gathers one chunk, or says why not.
-    fn stage(&self, chunk: &StoreChunk, stream: ComputeStream) -> Result<Result<Staged, Ending>> {
+    fn stage(
+        &self,
+        chunk: &StoreChunk,
+        stream: ComputeStream,
+        deadline: Option<Instant>,
+    ) -> Result<Result<Staged, Ending>> {
         let store = &self.running.shared;
         let metrics = &store.metrics;
         let mount = store.mount(self.shared.rank, &chunk.chunk.key);
@@ -273,7 +301,7 @@ impl KvCache {
         plan_use(store, &self.shared, &chunk.chunk, true);
         let gpu = self.shared.gpu.as_ref();
         let route = gpu.map_or(Route::Posix, |gpu| gpu.route(mount));
-        match self.stage_by(route, &chunk.blocks, stream) {
+        match self.stage_by(route, &chunk.blocks, stream, deadline) {
             Ok(Some(staged)) => Ok(Ok(staged)),
             Ok(None) => {
                 store.present.remove(&place);
@@ -302,13 +330,14 @@ impl KvCache {
         route: Route,
         blocks: &[usize],
         stream: ComputeStream,
+        deadline: Option<Instant>,
     ) -> Result<Option<Staged>> {
         let cache = &*self.shared;
         let file_bytes = cache.format.file_bytes();
         let gpu = match (&cache.gpu, route) {
             (Some(gpu), Route::Slot | Route::InPlace) => gpu,
             (gpu, _) => {
-                let Some(mut image) = self.take_store_buffer() else {
+                let Some(mut image) = self.take_store_buffer(deadline) else {
                     return Ok(None);
                 };
                 let mut image = image.split_to(file_bytes);
@@ -346,10 +375,27 @@ impl KvCache {
         Ok(())
     }
 
-    /// Takes a buffer for a store, unless the ones that are left are kept for loads.
-    fn take_store_buffer(&self) -> Option<StagingRange> {
-        let reserve = self.reserve(self.shared.staging)?;
-        self.shared.pool.try_take(reserve)
+    /// Takes a buffer for a store, unless the ones that are left are kept for loads; waits for one
+    /// until `deadline`.
+    fn take_store_buffer(&self, deadline: Option<Instant>) -> Option<StagingRange> {
+        let pool = &self.shared.pool;
+        loop {
+            let reserve = self.reserve(self.shared.staging);
+            let buffer = match (reserve, deadline) {
+                (None, _) => None,
+                (Some(reserve), None) => pool.try_take(reserve),
+                // In steps: how many are left to loads changes without one coming free.
+                (Some(reserve), Some(deadline)) => {
+                    pool.take_beyond(reserve, deadline.min(Instant::now() + BUFFER_STEP))
+                }
+            };
+            if buffer.is_some() || deadline.is_none_or(|deadline| Instant::now() >= deadline) {
+                return buffer;
+            }
+            if reserve.is_none() {
+                thread::sleep(BUFFER_STEP);
+            }
+        }
     }
 
     /// Returns how many of `count` buffers a store leaves to loads; `None` when it gets none.

@@ -8,6 +8,7 @@
 //! - [`KvCache`] is the memory of one group on one rank, with `store` and `load`
 //! - `save`, `load`, `lookup` are the three operations, each chunk on its own
 //! - `queue` decides what goes first, `batch` and `ticket` tell the caller how it ended
+//! - [`slab`] is the store of a serving cache's host memory, with objects in the place of blocks
 //! - [`inspect`] reads a store without KV cache, for tools
 
 mod active_engine;
@@ -53,8 +54,10 @@ mod publish;
 mod quarantine;
 mod queue;
 mod recovery;
+mod remove;
 mod save;
 mod shared;
+pub mod slab;
 mod staged;
 mod ticket;
 mod tier;
@@ -149,6 +152,13 @@ impl Store {
         self.running
             .lookups
             .submit_each(&self.running.shared, group, ranks, keys)
+    }
+
+    /// Removes the chunks of `keys` of `group` on `rank`, and waits for the file system to do so.
+    /// Returns the bytes of each, 0 where there was none or it stayed, which is a notice.
+    pub fn remove(&self, group: u32, rank: u32, keys: &[ChunkKey]) -> Vec<u64> {
+        let places: Vec<_> = keys.iter().map(|key| (group, rank, *key)).collect();
+        remove::remove_chunks(&self.running.shared, &places)
     }
 
     /// Attaches the KV cache of `group` on `rank`, `blocks_per_chunk` blocks to a chunk.

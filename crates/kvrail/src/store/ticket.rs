@@ -1,9 +1,10 @@
 //! Tickets: what a caller holds while the store works.
 
+use std::fmt;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::{Arc, Condvar, Mutex, PoisonError};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// The answer to come of a lookup: the number of leading chunks present.
 pub type LookupTicket = Ticket<usize>;
@@ -52,14 +53,31 @@ pub(super) struct Issuer<T> {
 
 #[derive(Debug)]
 struct Shared<T> {
-    value: Mutex<Option<T>>,
+    state: Mutex<State<T>>,
     arrived: Condvar,
+}
+
+struct State<T> {
+    value: Option<T>,
+    /// What is called with the result.
+    told: Option<Box<dyn FnOnce(T) + Send>>,
+}
+
+impl<T: fmt::Debug> fmt::Debug for State<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("State")
+            .field("value", &self.value)
+            .finish_non_exhaustive()
+    }
 }
 
 impl<T: Clone> Ticket<T> {
     pub(super) fn issue() -> (Issuer<T>, Self) {
         let shared = Arc::new(Shared {
-            value: Mutex::new(None),
+            state: Mutex::new(State {
+                value: None,
+                told: None,
+            }),
             arrived: Condvar::new(),
         });
         (
@@ -72,11 +90,22 @@ impl<T: Clone> Ticket<T> {
 
     /// Returns the result if it is there.
     pub fn poll(&self) -> Option<T> {
-        self.shared
-            .value
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.shared.lock().value.clone()
+    }
+
+    /// Has `tell` called with the result: now if it is there, else by the thread that brings it.
+    ///
+    /// That thread works for others, too, so `tell` must be quick. A later call replaces an earlier
+    /// one that was not called yet.
+    pub(super) fn tell(&self, tell: impl FnOnce(T) + Send + 'static) {
+        let mut state = self.shared.lock();
+        match state.value.clone() {
+            Some(value) => {
+                drop(state);
+                tell(value);
+            }
+            None => state.told = Some(Box::new(tell)),
+        }
     }
 
     /// Waits for the result.
@@ -85,13 +114,9 @@ impl<T: Clone> Ticket<T> {
     /// [`ErrorKind::TimedOut`] after `limit`; the work goes on and the ticket stays good.
     pub fn wait(&self, limit: Duration) -> Result<T> {
         let deadline = Instant::now().checked_add(limit);
-        let mut value = self
-            .shared
-            .value
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.shared.lock();
         loop {
-            if let Some(value) = value.as_ref() {
+            if let Some(value) = state.value.as_ref() {
                 return Ok(value.clone());
             }
             let left = deadline.map_or(Duration::from_secs(3600), |deadline| {
@@ -101,22 +126,29 @@ impl<T: Clone> Ticket<T> {
                 let message = format!("not done within {:.3} s", limit.as_secs_f64());
                 return Err(Error::new(ErrorKind::TimedOut, message));
             }
-            let waited = self.shared.arrived.wait_timeout(value, left);
-            (value, _) = waited.unwrap_or_else(PoisonError::into_inner);
+            let waited = self.shared.arrived.wait_timeout(state, left);
+            (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
 
-impl<T> Issuer<T> {
+impl<T> Shared<T> {
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T: Clone> Issuer<T> {
     /// Gives the result to whoever holds the ticket.
     pub(super) fn complete(&self, value: T) {
-        let mut slot = self
-            .shared
-            .value
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        *slot = Some(value);
+        let mut state = self.shared.lock();
+        let told = state.told.take().map(|tell| (tell, value.clone()));
+        state.value = Some(value);
         self.shared.arrived.notify_all();
+        drop(state);
+        if let Some((tell, value)) = told {
+            tell(value);
+        }
     }
 }
 
@@ -137,5 +169,21 @@ mod tests {
         });
         assert_eq!(ticket.poll(), Some(3));
         assert_eq!(ticket.wait(Duration::ZERO).unwrap(), 3);
+    }
+
+    #[test]
+    fn the_result_is_told_once_whether_it_is_there_already_or_comes() {
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let tell = |name| {
+            let told = Arc::clone(&told);
+            move |value| told.lock().unwrap().push((name, value))
+        };
+        let (issuer, ticket) = LookupTicket::issue();
+        ticket.tell(tell("early"));
+        assert!(told.lock().unwrap().is_empty());
+        issuer.complete(3);
+        ticket.tell(tell("late"));
+        drop((issuer, ticket));
+        assert_eq!(*told.lock().unwrap(), [("early", 3), ("late", 3)]);
     }
 }
