@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,31 @@ def test_a_full_directory_is_no_error(adapters: Callable[..., Driver], l1: Any) 
     targets = [l1.allocate() for _ in keys]
     loaded = driver.load(keys, targets)
     assert loaded == found and 0 < sum(loaded) < 6
+
+
+def test_a_full_disk_is_no_error(adapters: Callable[..., Driver], l1: Any, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"needs the right to mount: {mounted.stderr.strip()}")
+    try:
+        driver = adapters(gds_path=str(small / "kv"), min_free=0)
+        keys = [key(index) for index in range(6)]
+        objects = [l1.random(index) for index in range(6)]
+        assert not driver.store(keys, objects).is_successful()
+        found = driver.lookup(keys)
+        targets = [l1.allocate() for _ in keys]
+        assert driver.load(keys, targets) == found and 0 < sum(found) < 6
+        for target, original, is_there in zip(targets, objects, found, strict=True):
+            assert torch.equal(l1.bytes(target), l1.bytes(original)) == is_there
+        driver.adapter.close()
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
 
 
 def test_two_adapters_share_a_directory(adapters: Callable[..., Driver], l1: Any) -> None:

@@ -19,6 +19,9 @@ const CACHES_MAX: usize = 4096;
 /// cost every task the whole wait limit.
 const RETRY_AFTER: Duration = Duration::from_secs(30);
 
+/// The slab as the KV cache of each group and rank.
+type Caches = HashMap<(u32, u32), KvCache>;
+
 /// What a kind of objects is known by in this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct KindId(usize);
@@ -47,7 +50,7 @@ pub(super) struct Kind {
 #[derive(Debug)]
 enum State {
     Unopened,
-    Open(Store, HashMap<(u32, u32), KvCache>),
+    Open(Store, Caches),
     /// It could not be opened.
     Failed(Instant, ErrorKind, String),
     Closed,
@@ -146,11 +149,7 @@ impl Kinds {
         Ok(cache)
     }
 
-    fn open<'a>(
-        &self,
-        kind: &Kind,
-        state: &'a mut State,
-    ) -> Result<(&'a Store, &'a mut HashMap<(u32, u32), KvCache>)> {
+    fn open<'a>(&self, kind: &Kind, state: &'a mut State) -> Result<(&'a Store, &'a mut Caches)> {
         let retry = match state {
             State::Unopened => true,
             State::Failed(at, ..) => at.elapsed() >= RETRY_AFTER,
@@ -161,7 +160,7 @@ impl Kinds {
             *state = match Store::open(&self.config, namespace, self.options.clone()) {
                 Ok(store) => {
                     self.lock_opened().push(store.clone());
-                    State::Open(store, HashMap::new())
+                    State::Open(store, Caches::new())
                 }
                 Err(error) => {
                     let message = error.to_string();
