@@ -15,7 +15,7 @@ SOAK_PROCESSES ?= 8
 # A test that hangs is ended with a stack trace after its timeout.
 PYTEST := python -m pytest -ra --durations=5 --timeout=600
 
-.PHONY: help environment model build demo test bench bench-loops bench-overhead bench-step bench-ttft bench-layerwise soak fmt clean clean-cache requirements \
+.PHONY: help environment model build demo test bench bench-loops bench-overhead bench-step bench-ttft bench-layerwise bench-lmcache soak fmt clean clean-cache requirements \
   tools kernels-check fmt-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test \
   fuzz concurrency-test sanitize sanitize-all instructions-check
 
@@ -119,6 +119,9 @@ bench-ttft: build ## Measure the first token of a prompt whose KV comes from fil
 
 bench-layerwise: build ## Measure whether a load layer by layer would beat the asynchronous one.
 	@$(STEP) 'bench-layerwise: ways to load' $(WITHIN) python scripts/bench_layerwise.py
+
+bench-lmcache: build ## Measure vLLM with kvrail, and with LMCache's server over its adapters and over kvrail's.
+	@$(STEP) 'bench-lmcache: kvrail, and LMCache over fs, fs_native and kvrail' $(WITHIN) python scripts/bench_lmcache.py
 
 soak: tools ## Run the model checker for SOAK_SECONDS (an hour) in SOAK_PROCESSES (8), with a report.
 	@$(STEP) 'soak: many processes, faults and crashes against a model' $(WITHIN) \
