@@ -34,6 +34,10 @@ __all__ = [
     "answer_cufile_probe",
     "debug_build",
     "direct_path_problem",
+    "lmcache_decode_head",
+    "lmcache_encode_head",
+    "lmcache_key_of",
+    "lmcache_path",
     "namespaces",
 ]
 
@@ -498,6 +502,24 @@ def direct_path_problem(
 
     Reads what the machine says and touches nothing. ``system_root`` is as for ``Store``.
     """
+
+def lmcache_encode_head(dtype: str, shape: Sequence[int], fmt: int) -> bytes:
+    """The 4096 bytes before a tensor in a file of LMCache's, as its head has ``dtype``: ``"BF16"``.
+
+    Raises ``KvrailError`` for a type, shape or format that is none.
+    """
+
+def lmcache_decode_head(page: bytes) -> tuple[str, list[int], int]:
+    """Type, shape and format in the first page of a file of LMCache's.
+
+    Raises ``DamagedError`` unless the page is byte for byte what LMCache writes for them.
+    """
+
+def lmcache_path(key: str, *, on_weka: bool = False, metadata: bool = False) -> str:
+    """Where the file of a key of LMCache's lies below the path; raises ``KvrailError``."""
+
+def lmcache_key_of(name: str) -> str | None:
+    """The key in the name of one of LMCache's files, None for any other name."""
 
 def namespaces(directory: str | PathLike[str]) -> list[tuple[str, str | None, str | None]]:
     """The namespaces in a directory of ``gds_path``, by name.

@@ -7,6 +7,7 @@ mod config;
 mod error;
 mod inspect;
 mod kv_cache;
+mod lmcache;
 mod namespace;
 mod pointer;
 mod slab;
@@ -25,6 +26,8 @@ mod _core {
     use crate::inspect::namespaces;
     #[pymodule_export]
     use crate::kv_cache::KvCache;
+    #[pymodule_export]
+    use crate::lmcache::{lmcache_decode_head, lmcache_encode_head, lmcache_key_of, lmcache_path};
     #[pymodule_export]
     use crate::namespace::Namespace;
     #[pymodule_export]

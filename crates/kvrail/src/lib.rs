@@ -7,6 +7,7 @@
 //! - [`memory`]: regions of KV cache, staging buffers, gather and scatter
 //! - [`io`]: I/O engines: how bytes move between staging buffers and files
 //! - [`store`]: lookup, load and store of chunks in a shared directory
+//! - [`lmcache`]: names and heads of LMCache's directories, as bytes
 //! - [`config`]: the settings, resolved from sources that the caller read
 //! - [`error`]: the one error type
 //!
@@ -50,6 +51,7 @@ pub mod config;
 pub mod error;
 pub mod io;
 pub mod layout;
+pub mod lmcache;
 pub mod memory;
 pub mod store;
 mod sync;

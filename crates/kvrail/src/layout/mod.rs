@@ -10,6 +10,8 @@
 
 mod kv_layout;
 mod plan;
+mod token_order;
 
 pub use kv_layout::{KvLayout, LayerSpan};
 pub use plan::{MemoryRange, TransferPlan};
+pub use token_order::{SideOrder, TokenOrder, TokenShape};

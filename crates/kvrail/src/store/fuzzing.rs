@@ -15,6 +15,7 @@ use super::quarantine::{QuarantineName, Reason};
 use super::writer::{is_writers_name, writer_is_dead};
 use crate::chunk::{ChunkFormat, ChunkHead, PAGE_BYTES, PageTable};
 use crate::config::{ConfigSources, resolve};
+use crate::lmcache::{FilePlace, HEAD_BYTES, LmcacheKey, TensorHead};
 
 /// A chunk's first page.
 pub fn head(bytes: &[u8]) {
@@ -113,6 +114,25 @@ pub fn bandwidth(bytes: &[u8]) {
     }
 }
 
+/// The first page of a file of LMCache's, and its name.
+pub fn lmcache(bytes: &[u8]) {
+    if let Ok(head) = TensorHead::decode(bytes) {
+        assert_eq!(head.encode(), *bytes, "what is taken is what is written");
+        assert!(head.check(bytes).is_ok());
+        assert!(head.file_bytes() > HEAD_BYTES);
+    }
+    let Ok(name) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    if let Ok(key) = LmcacheKey::parse(name) {
+        assert_eq!(key.to_string(), name);
+    }
+    if let Some(place) = FilePlace::parse(name) {
+        assert!(place.name().is_ok_and(|again| again == name));
+        assert!(!name.contains('/') && place.folder().len() <= 5);
+    }
+}
+
 /// A configuration file, and the same as the value of a variable.
 pub fn config(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else {
@@ -152,7 +172,7 @@ mod tests {
 
     type Target = (&'static str, fn(&[u8]));
 
-    const TARGETS: [Target; 7] = [
+    const TARGETS: [Target; 8] = [
         ("head", head),
         ("page_table", page_table),
         ("manifest", manifest),
@@ -160,6 +180,7 @@ mod tests {
         ("state", state),
         ("bandwidth", bandwidth),
         ("config", config),
+        ("lmcache", lmcache),
     ];
 
     fn corpus(name: &str) -> Vec<Vec<u8>> {
@@ -191,7 +212,13 @@ mod tests {
         assert!(any("state", |bytes| ScrubState::parse(bytes).is_ok()));
         assert!(any("bandwidth", |bytes| parse_record(bytes).is_ok()));
         assert!(any("state", |bytes| Reason::parse(bytes).is_some()));
+        assert!(any("lmcache", |bytes| TensorHead::decode(bytes).is_ok()));
         let name = |bytes: &[u8]| std::str::from_utf8(bytes).unwrap_or_default().to_owned();
+        assert!(
+            corpus("lmcache")
+                .iter()
+                .any(|bytes| FilePlace::parse(&name(bytes)).is_some())
+        );
         assert!(
             corpus("names")
                 .iter()
