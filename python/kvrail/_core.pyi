@@ -108,6 +108,10 @@ class Config:
         """Whether chunks that fill up while decoding are stored too."""
 
     @property
+    def lmcache_hash(self) -> str | None:
+        """LMCache's hash algorithm where chunk keys are its hashes, else None."""
+
+    @property
     def load_failure_policy(self) -> str:
         """What happens to a request whose load failed: ``"recompute"`` or ``"fail"``."""
 
@@ -163,6 +167,7 @@ class Store:
         cufile_libraries: Sequence[str | PathLike[str]] | None = None,
         cufile_probe: Sequence[str] | None = None,
         system_root: str | PathLike[str] | None = None,
+        lmcache: tuple[str, int, str, bool] | None = None,
     ) -> Store:
         """Opens a store: makes its directories, probes each mount, starts the threads.
 
@@ -173,7 +178,9 @@ class Store:
         ``cufile_libraries`` are the same for cuFile, in order. ``cufile_probe`` is the command line
         of a program that calls ``answer_cufile_probe``: it tries cuFile before this process does,
         and without it cuFile is not used. ``system_root`` is the folder that holds /proc, /sys,
-        /run and /dev, for what is asked before cuFile is tried; None is this machine.
+        /run and /dev, for what is asked before cuFile is tried; None is this machine. ``lmcache``
+        goes with the setting ``layout: lmcache``: the model's name, the number of workers,
+        LMCache's name of the elements' type, and whether its hashes are numbers with a sign.
 
         Raises ``ConfigError`` for a path that cannot work, ``StoreIoError`` for one that the system
         refuses, ``MismatchError`` when a directory belongs to another namespace.
@@ -211,6 +218,7 @@ class Store:
         group: int = 0,
         rank: int = 0,
         device: str = "cpu",
+        order: tuple[int, int, int, int, Sequence[tuple[int, int, int, int]]] | None = None,
     ) -> KvCache:
         """Attaches the KV cache of one group on one rank.
 
@@ -220,7 +228,9 @@ class Store:
         addresses as the GPU knows them. ``owner`` must keep all of it valid for reads and writes
         while it lives; it is kept alive as long as the store may touch the memory, and let
         go by the next call into this module after that. Wrong addresses are not detected and crash
-        the process.
+        the process. ``order`` goes with ``layout: lmcache``, of which a file holds KV by tokens: a
+        block's tokens, heads, elements of a head, bytes of an element, and for K and V, or for both
+        in one, the offset in a layer's block and the strides of head, token and element in bytes.
 
         Raises ``ConfigError`` when a block lies outside its region, blocks overlap, or a chunk does
         not fit into the staging memory; ``GpuError`` when the GPU cannot be used or has no memory

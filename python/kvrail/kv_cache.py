@@ -51,9 +51,15 @@ class KvMemory:
         return sum(layer.block_bytes for layer in self.layers)
 
     def attach(
-        self, store: Store, *, blocks_per_chunk: int, group: int = 0, rank: int = 0
+        self,
+        store: Store,
+        *,
+        blocks_per_chunk: int,
+        group: int = 0,
+        rank: int = 0,
+        order: Any = None,
     ) -> KvCache:
-        """Attaches this memory to `store`.
+        """Attaches this memory to `store`; `order` is that of ``Store.attach``.
 
         Raises ``KvrailError`` when a layer lies outside its region or the staging memory is too
         small.
@@ -70,6 +76,7 @@ class KvMemory:
             group=group,
             rank=rank,
             device=self.device,
+            order=order,
         )
 
 

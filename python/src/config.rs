@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use kvrail::config::{
-    Admission, ConfigSources, Durability, EngineChoice, EvictionPolicy, GdsBackend,
-    LoadFailurePolicy, MinFree, PageCache, PathSharding, PathWeights, ResolvedConfig, StoreConfig,
-    resolve,
+    Admission, ChunkHashing, ConfigSources, DirectoryLayout, Durability, EngineChoice,
+    EvictionPolicy, GdsBackend, LoadFailurePolicy, MinFree, PageCache, PathSharding, PathWeights,
+    ResolvedConfig, StoreConfig, resolve,
 };
 use kvrail::{Error, Result};
 use pyo3::prelude::*;
@@ -59,6 +59,15 @@ impl Config {
     #[getter]
     fn save_decode_cache(&self) -> bool {
         self.inner.store.save_decode_cache
+    }
+
+    /// LMCache's algorithm, where chunk keys are its hashes.
+    #[getter]
+    fn lmcache_hash(&self) -> Option<&'static str> {
+        let store = &self.inner.store;
+        store
+            .hashes_as_lmcache()
+            .then(|| store.pre_caching_hash_algorithm.name())
     }
 
     #[getter]
@@ -121,6 +130,15 @@ fn values(store: &StoreConfig) -> Value {
             PathSharding::ByHash => "by_hash",
             PathSharding::ByGpu => "by_gpu",
         },
+        "layout": match store.layout {
+            DirectoryLayout::Kvrail => "kvrail",
+            DirectoryLayout::Lmcache => "lmcache",
+        },
+        "chunk_hash": match store.chunk_hash {
+            ChunkHashing::Vllm => "vllm",
+            ChunkHashing::Lmcache => "lmcache",
+        },
+        "pre_caching_hash_algorithm": store.pre_caching_hash_algorithm.name(),
         "cufile_buffer_size": store.buffer_mib,
         "local_cpu": store.local_cpu,
         "max_local_cpu_size": store.max_local_cpu_size_gb,

@@ -3,7 +3,9 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use kvrail::store::{NoticeLevel, ProbeProgram};
+use kvrail::layout::{SideOrder, TokenOrder, TokenShape};
+use kvrail::lmcache::Element;
+use kvrail::store::{LmcacheNames, NoticeLevel, ProbeProgram};
 use kvrail::{Access, ChunkKey, Device, Error, ErrorKind, KvLayout, LayerSpan, OpenOptions};
 use kvrail_cuda::LibraryPaths;
 use kvrail_cuda::system::{SystemView, cufile_guards};
@@ -19,6 +21,19 @@ use crate::namespace::Namespace;
 use crate::pointer;
 use crate::ticket::{LookupTicket, PresenceTicket, limit};
 
+/// How LMCache's files are named: model, workers, type of the elements, whether hashes have a sign.
+type Names = (String, u32, String, bool);
+
+/// The order of KV in a block: tokens, heads, elements of a head, bytes of an element, and for each
+/// side offset and strides of head, token and element.
+type Order = (
+    usize,
+    usize,
+    usize,
+    usize,
+    Vec<(usize, usize, usize, usize)>,
+);
+
 /// A store of chunks in one or more directories.
 #[pyclass(frozen, module = "kvrail._core")]
 pub(crate) struct Store {
@@ -30,7 +45,7 @@ impl Store {
     #[new]
     #[pyo3(signature = (
         config, namespace, *, read_only=false, quiet=false, cpus=None, cuda_library=None,
-        cufile_libraries=None, cufile_probe=None, system_root=None,
+        cufile_libraries=None, cufile_probe=None, system_root=None, lmcache=None,
     ))]
     #[expect(
         clippy::too_many_arguments,
@@ -47,6 +62,7 @@ impl Store {
         cufile_libraries: Option<Vec<PathBuf>>,
         cufile_probe: Option<Vec<OsString>>,
         system_root: Option<PathBuf>,
+        lmcache: Option<Names>,
     ) -> PyResult<Self> {
         let access = if read_only {
             Access::ReadOnly
@@ -71,6 +87,7 @@ impl Store {
             libraries,
             cufile_probe: cufile_probe.and_then(program),
             system,
+            lmcache: lmcache.map(names).transpose().into_python(py)?,
             ..OpenOptions::default()
         };
         let namespace = namespace.inner.clone();
@@ -108,7 +125,7 @@ impl Store {
 
     #[pyo3(signature = (
         layers, regions, owner, *, block_count, blocks_per_chunk, group=0, rank=0,
-        device="cpu",
+        device="cpu", order=None,
     ))]
     #[expect(
         clippy::too_many_arguments,
@@ -125,7 +142,12 @@ impl Store {
         group: u32,
         rank: u32,
         device: &str,
+        order: Option<Order>,
     ) -> PyResult<KvCache> {
+        let order = order
+            .map(|order| token_order(layers.len(), order))
+            .transpose()
+            .into_python(py)?;
         let layers = layers
             .into_iter()
             .map(|(region, offset, block_stride, block_bytes)| LayerSpan {
@@ -141,8 +163,13 @@ impl Store {
         let inner = py
             .detach(|| {
                 let layout = KvLayout::new(layers, block_count, &sizes)?;
-                self.inner
-                    .attach(group, rank, layout, regions, blocks_per_chunk)
+                let (store, blocks) = (&self.inner, blocks_per_chunk);
+                match order {
+                    None => store.attach(group, rank, layout, regions, blocks),
+                    Some(order) => {
+                        store.attach_by_tokens(group, rank, layout, regions, blocks, order)
+                    }
+                }
             })
             .into_python(py)?;
         Ok(KvCache { inner })
@@ -193,6 +220,37 @@ impl Store {
 
 fn chunk_keys(keys: &[PyBackedBytes]) -> kvrail::Result<Vec<ChunkKey>> {
     keys.iter().map(|key| ChunkKey::from_bytes(key)).collect()
+}
+
+fn names((model, workers, element, has_sign): Names) -> kvrail::Result<LmcacheNames> {
+    let element = Element::of_key(&element).ok_or_else(|| {
+        let message = format!("type of elements {element:?}: expected LMCache's name of one");
+        Error::new(ErrorKind::InvalidArgument, message)
+    })?;
+    Ok(LmcacheNames {
+        model,
+        workers,
+        element,
+        has_sign,
+    })
+}
+
+fn token_order(layers: usize, order: Order) -> kvrail::Result<TokenOrder> {
+    let (tokens, heads, head_size, element_bytes, sides) = order;
+    let shape = TokenShape {
+        layers,
+        tokens,
+        heads,
+        head_size,
+        element_bytes,
+    };
+    let side = |(offset, head_stride, token_stride, element_stride)| SideOrder {
+        offset,
+        head_stride,
+        token_stride,
+        element_stride,
+    };
+    TokenOrder::new(shape, sides.into_iter().map(side).collect())
 }
 
 /// Takes a command line apart; `None` for an empty one.

@@ -9,9 +9,18 @@ from kvrail.vllm.metadata import LoadChunk, StoreChunk
 
 
 def load_chunks(
-    keys: Sequence[bytes], start: int, end: int, group: GroupGeometry, block_ids: Sequence[int]
+    keys: Sequence[bytes],
+    start: int,
+    end: int,
+    group: GroupGeometry,
+    block_ids: Sequence[int],
+    *,
+    with_parents: bool = True,
 ) -> tuple[LoadChunk, ...]:
-    """What of the tokens from `start` on is needed at the boundary `end`, chunk by chunk."""
+    """What of the tokens from `start` on is needed at the boundary `end`, chunk by chunk.
+
+    `with_parents` says that files name the chunk before theirs.
+    """
     per_chunk = group.blocks_per_chunk
     first = max(start, group.needed_from(end)) // group.block_tokens
     chunks = []
@@ -22,7 +31,7 @@ def load_chunks(
         chunks.append(
             LoadChunk(
                 keys[index],
-                keys[index - 1] if index else None,
+                keys[index - 1] if index and with_parents else None,
                 begin - file_begin,
                 tuple(block_ids[begin:chunk_end]),
             )
@@ -31,7 +40,12 @@ def load_chunks(
 
 
 def store_chunks(
-    keys: Sequence[bytes], first: int, group: GroupGeometry, block_ids: Sequence[int]
+    keys: Sequence[bytes],
+    first: int,
+    group: GroupGeometry,
+    block_ids: Sequence[int],
+    *,
+    with_parents: bool = True,
 ) -> Iterator[tuple[int, StoreChunk]]:
     """The chunks from `first` on, by index, as far as the group still has what their files hold.
 
@@ -45,7 +59,8 @@ def store_chunks(
         blocks = tuple(block_ids[end - group.kept_blocks : end])
         if group.is_windowed and NULL_BLOCK in blocks:
             continue
-        yield index, StoreChunk(keys[index], keys[index - 1] if index else None, blocks)
+        parent = keys[index - 1] if index and with_parents else None
+        yield index, StoreChunk(keys[index], parent, blocks)
 
 
 def store_states(

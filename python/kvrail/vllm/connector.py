@@ -33,6 +33,7 @@ from kvrail.vllm.failure_policy import compute_what_fails
 from kvrail.vllm.fingerprint import AdapterFingerprints
 from kvrail.vllm.geometry import ChunkGeometry
 from kvrail.vllm.identity import engine_none_hash
+from kvrail.vllm.lmcache_hash import LmcacheHasher
 from kvrail.vllm.lookup import Agreement, DisagreementError, LookupStore, agree
 from kvrail.vllm.metadata import KvrailMetadata
 from kvrail.vllm.scheduler import ConnectorScheduler, SchedulerOptions
@@ -272,8 +273,17 @@ class _SchedulerSide:
         except (layout.UnsupportedModelError, ConfigError, ValueError) as error:
             # The workers have said so already, and nothing will be asked of this geometry.
             self._misfit = str(error)
+        self._hasher: LmcacheHasher | None = None
+        try:
+            if config.lmcache_hash is not None:
+                self._hasher = LmcacheHasher.of_process(config.lmcache_hash)
+        except layout.UnsupportedModelError as error:
+            self._misfit = str(error)
         self.requests = ConnectorScheduler(
-            geometry, options, adapter_fingerprint=AdapterFingerprints().of
+            geometry,
+            options,
+            adapter_fingerprint=AdapterFingerprints().of,
+            hasher=self._hasher,
         )
 
     def connect(self, handshakes: dict[tuple[int, int], KVConnectorHandshakeMetadata]) -> None:
@@ -301,7 +311,9 @@ class _SchedulerSide:
         if self._publishes_events:
             self._events = StorageEvents(self.requests.geometry, len(agreement.ranks))
         self.requests.enable(
-            self._store.lookup, lambda: _hash_problem(agreement), events=self._events
+            self._store.lookup,
+            lambda: _hash_problem(agreement, self._hasher),
+            events=self._events,
         )
 
     def take_stats(self) -> KVConnectorStats | None:
@@ -330,16 +342,17 @@ class _SchedulerSide:
             logger.warning("kvrail: closing the store: %s", error)
 
 
-def _hash_problem(agreement: Agreement) -> str | None:
-    """Why this engine's block hashes are not those of the namespace, or None.
+def _hash_problem(agreement: Agreement, hasher: LmcacheHasher | None) -> str | None:
+    """Why this engine's hashes are not those of the namespace, or None.
 
     vLLM starts its hash chains after the connectors were made, so this is asked with the first
     request.
     """
-    found = engine_none_hash()
+    found = engine_none_hash() if hasher is None else hasher.start_key.hex()
+    whose = "vLLM's prefix hashes" if hasher is None else "LMCache's hashes"
     if found == agreement.none_hash:
         return None
     return (
-        f"vLLM's prefix hashes start from {found}, its workers expected {agreement.none_hash}; set "
+        f"{whose} start from {found}, its workers expected {agreement.none_hash}; set "
         "PYTHONHASHSEED to the same number for all processes"
     )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvrail.vllm.fingerprint import FingerprintError, fingerprint_path, resolve_model_path
 from kvrail.vllm.layout import UnsupportedModelError
+from kvrail.vllm.lmcache_hash import PREFIX, LmcacheHasher
 from kvrail.vllm.version import parse
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
     from kvrail.kv_cache import KvMemory
+    from kvrail.vllm.lmcache_files import LmcacheFiles
 
 # Keys of a model's configuration that say where it came from, not what it computes.
 _ORIGIN_KEYS = frozenset({"transformers_version"})
@@ -43,8 +45,12 @@ def build_identity(
     kv_cache_config: KVCacheConfig,
     groups: Sequence[tuple[KVCacheGroupSpec, KvMemory]],
     chunk_size: int,
+    lmcache: tuple[LmcacheHasher, LmcacheFiles] | None = None,
 ) -> dict[str, Any]:
     """The identity as plain JSON values, for all KV cache groups with their memory.
+
+    `lmcache` is given where chunk keys are LMCache's hashes: then the identity also says what its
+    files of this model are, so that they can be copied without an engine.
 
     Raises ``UnsupportedModelError`` when a part of it cannot be known.
     """
@@ -57,7 +63,14 @@ def build_identity(
         raise UnsupportedModelError("prefill context parallelism is not supported")
     model = vllm_config.model_config
     number = parse(vllm_version)
-    return {
+    if lmcache is None:
+        hashing = prefix_hash(vllm_config.cache_config.prefix_caching_hash_algo)
+    else:
+        hasher = lmcache[0]
+        algorithm = PREFIX + hasher.algorithm
+        hashing = {"algorithm": algorithm, "none_hash": hasher.start_key.hex()}
+    files = {} if lmcache is None else {"lmcache": lmcache[1].as_json()}
+    return files | {
         "engine": "vllm",
         "engine_version": ".".join(map(str, number)) if number else vllm_version,
         "model": model_name(vllm_config),
@@ -68,7 +81,7 @@ def build_identity(
         "dtype": str(model.dtype),
         "quantization": model.quantization,
         "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
-        "attention": _attention(vllm_config, [group for group, _ in groups]),
+        "attention": attention_backends(vllm_config, [group for group, _ in groups]),
         "layout": _layout_name(vllm_config, kv_cache_config),
         "chunk_size": chunk_size,
         "groups": [_group(vllm_config, group, memory) for group, memory in groups],
@@ -78,8 +91,7 @@ def build_identity(
             "decode_context": parallel.decode_context_parallel_size,
             "interleave": parallel.cp_kv_cache_interleave_size,
         },
-        "prefix_hash": prefix_hash(vllm_config.cache_config.prefix_caching_hash_algo)
-        | _hash_tokens(vllm_config, kv_cache_config),
+        "prefix_hash": hashing | _hash_tokens(vllm_config, kv_cache_config),
     }
 
 
@@ -195,7 +207,7 @@ def _long_rope_limits(config: dict[str, Any]) -> list[int]:
     return limits
 
 
-def _attention(vllm_config: VllmConfig, groups: Sequence[KVCacheGroupSpec]) -> list[str]:
+def attention_backends(vllm_config: VllmConfig, groups: Sequence[KVCacheGroupSpec]) -> list[str]:
     """Names of the attention backends, which order the bytes inside a block.
 
     vLLM's CPU backend packs keys differently for each instruction set, so the instruction set that

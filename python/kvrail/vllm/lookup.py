@@ -9,7 +9,9 @@ from typing import Any
 
 from kvrail._core import Config, Namespace, PresenceTicket, Store
 from kvrail.vllm.boundary import BoundaryTicket
+from kvrail.vllm.config import effective_value
 from kvrail.vllm.geometry import GroupGeometry
+from kvrail.vllm.lmcache_files import names_of_identity
 from kvrail.vllm.metadata import KvrailHandshake
 from kvrail.vllm.request_state import Ticket
 
@@ -80,7 +82,10 @@ class LookupStore:
         open_store: Callable[..., Store] = Store,
     ) -> None:
         namespace = Namespace(agreement.model, agreement.identity_json)
-        self.store = open_store(config, namespace, read_only=True, quiet=True, cpus=cpus)
+        options: dict[str, Any] = {}
+        if effective_value(config, "layout") == "lmcache":
+            options["lmcache"] = names_of_identity(agreement.identity_json)
+        self.store = open_store(config, namespace, read_only=True, quiet=True, cpus=cpus, **options)
         self._ranks = agreement.ranks
         self._groups = tuple(groups)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from kvrail.vllm.fingerprint import AdapterFingerprints
 from kvrail.vllm.geometry import ChunkGeometry
+from kvrail.vllm.lmcache_hash import PREFIX, LmcacheHasher
 from kvrail.vllm.request_state import RequestState
 
 
@@ -80,8 +81,14 @@ class HashRecipe:
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher
         from vllm.v1.request import Request
 
+        hasher = None
+        # With LMCache's hashes vLLM's own only say how many whole blocks there are.
+        algorithm = "sha256" if self.algorithm.startswith(PREFIX) else self.algorithm
         try:
-            hash_function = get_hash_fn_by_name(self.algorithm)
+            hash_function = get_hash_fn_by_name(algorithm)
+            if algorithm != self.algorithm:
+                name = self.algorithm.removeprefix(PREFIX)
+                hasher = LmcacheHasher.from_key(name, self.none_hash)
         except ValueError as error:
             raise UnknownHashError(str(error)) from error
         lora_request = None
@@ -103,7 +110,7 @@ class HashRecipe:
                 cache_salt=prompt.cache_salt,
                 block_hasher=get_request_block_hasher(self.geometry.hash_tokens, hash_function),
             )
-        state = RequestState(request, fingerprint)
+        state = RequestState(request, fingerprint, hasher)
         return state.chunk_keys(self.geometry, state.loadable_chunks(self.geometry))
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from kvrail.vllm.geometry import ChunkGeometry
+    from kvrail.vllm.lmcache_hash import LmcacheHasher
     from kvrail.vllm.load_or_compute import Verdict
 
 
@@ -28,6 +29,8 @@ class RequestState:
     request: Request
     adapter: bytes | None = None
     """Fingerprint of the request's LoRA adapter, part of its chunk keys."""
+    hasher: LmcacheHasher | None = None
+    """What makes chunk keys of tokens, where they are not vLLM's own hashes."""
     keys: list[bytes] = field(default_factory=list)
     ticket: Ticket | None = None
     submitted_at: float = 0.0
@@ -58,12 +61,17 @@ class RequestState:
         """Keys of the leading chunks, at most `count` and no more than there are block hashes for.
 
         A chunk's key is vLLM's chained hash of its last block, which covers all tokens before it
-        and everything else that vLLM lets a block depend on.
+        and everything else that vLLM lets a block depend on; or LMCache's hash of its tokens.
         """
         hashes = self.request.block_hashes
         per_chunk = geometry.hashes_per_chunk
         keys = self.keys
         for index in range(len(keys), min(count, len(hashes) // per_chunk)):
+            if self.hasher is not None:
+                begin = index * geometry.chunk_size
+                tokens = self.request.all_token_ids[begin : begin + geometry.chunk_size]
+                keys.append(self.hasher.key(tokens, keys[-1] if keys else None))
+                continue
             key = bytes(hashes[(index + 1) * per_chunk - 1])
             if self.adapter is not None:
                 key = hashlib.sha256(self.adapter + key).digest()

@@ -18,6 +18,8 @@ from kvrail.vllm.bad_keys import BadKeys
 from kvrail.vllm.chunk_plan import load_chunks, store_chunks, store_states
 from kvrail.vllm.events import StorageEvents
 from kvrail.vllm.geometry import ChunkGeometry
+from kvrail.vllm.lmcache_files import request_problem
+from kvrail.vllm.lmcache_hash import LmcacheHasher
 from kvrail.vllm.load_or_compute import LoadOrCompute, prompt_tokens
 from kvrail.vllm.metadata import (
     NO_WORK,
@@ -75,11 +77,13 @@ class ConnectorScheduler:
         options: SchedulerOptions,
         *,
         adapter_fingerprint: Callable[[Any], bytes | None] = lambda lora_request: None,
+        hasher: LmcacheHasher | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._geometry = geometry
         self._options = options
         self._adapter_fingerprint = adapter_fingerprint
+        self._hasher = hasher
         self._clock = clock
         self._load_or_compute = LoadOrCompute(
             options.min_load_tokens,
@@ -192,8 +196,15 @@ class ConnectorScheduler:
         start = end - num_external_tokens
         tables = blocks.get_block_ids()
         keys = state.chunk_keys(self._geometry, end // self._geometry.chunk_size)
+        # Files with LMCache's hashes may be copies of its own, which name no chunk before theirs.
+        with_parents = self._hasher is None
         parts = (
-            GroupLoad(place, load_chunks(keys, start, end, group, tables[group.index]))
+            GroupLoad(
+                place,
+                load_chunks(
+                    keys, start, end, group, tables[group.index], with_parents=with_parents
+                ),
+            )
             for place, group in enumerate(self._geometry.groups)
         )
         self._loads.append(RequestLoad(request.request_id, tuple(p for p in parts if p.chunks)))
@@ -291,6 +302,14 @@ class ConnectorScheduler:
         # A session that is continued rewrites its own tokens, and with them its hashes.
         if getattr(request, "resumable", False):
             return None
+        problem = request_problem(request) if self._hasher is not None else None
+        if problem is not None:
+            self._report(
+                f"request with {problem}",
+                f"LMCache's hashes are made of tokens alone: requests with {problem} are not "
+                "stored or loaded",
+            )
+            return None
         adapter = None
         if request.lora_request is not None:
             adapter = self._adapter_fingerprint(request.lora_request)
@@ -300,7 +319,7 @@ class ConnectorScheduler:
                     "its weights cannot be identified, so its requests are not stored or loaded",
                 )
                 return None
-        state = RequestState(request, adapter)
+        state = RequestState(request, adapter, self._hasher)
         self._states[request.request_id] = state
         if self._options.may_store and (
             self._options.save_decode_cache
@@ -461,7 +480,9 @@ class ConnectorScheduler:
                     states = {end: block for index, block, end in offered if index == group.index}
                     chunks = store_states(keys, first, group, states)
                 else:
-                    chunks = store_chunks(keys, first, group, tables[group.index])
+                    chunks = store_chunks(
+                        keys, first, group, tables[group.index], with_parents=self._hasher is None
+                    )
                 for index, chunk in chunks:
                     stores[place].append(chunk)
                     if self._events is not None:

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvrail import STARTUP_CPUS, cufile
@@ -30,7 +30,10 @@ from kvrail._core import (
     WaitTimeoutError,
 )
 from kvrail.vllm import layout
-from kvrail.vllm.identity import build_identity, model_name
+from kvrail.vllm.config import effective_value
+from kvrail.vllm.identity import attention_backends, build_identity, model_name
+from kvrail.vllm.lmcache_files import LmcacheFiles, describe_files
+from kvrail.vllm.lmcache_hash import LmcacheHasher
 from kvrail.vllm.metadata import KvrailHandshake, KvrailMetadata, KvrailWorkerMetadata, RequestLoad
 from kvrail.vllm.stats import StatsCollector
 
@@ -80,6 +83,10 @@ class WorkerRank:
             storage_rank=first + tensor_rank - replica,
             world_size=parallel.pipeline_parallel_size * parallel.tensor_parallel_size,
         )
+
+    def in_files_of_lmcache(self, workers: int) -> WorkerRank:
+        """The place of this worker where each has files, or all the files of the first."""
+        return replace(self, storage_rank=self.global_rank if workers == self.world_size else 0)
 
 
 Reports = list[LoadReport | None]
@@ -175,7 +182,10 @@ class ConnectorWorker:
         reason = None
         identity_json = ""
         try:
-            identity_json = self._attach(config, vllm_config, kv_cache_config, kv_caches, rank)
+            identity_json, rank = self._attach(
+                config, vllm_config, kv_cache_config, kv_caches, rank
+            )
+            self._stores_here = rank.stores
         except (layout.UnsupportedModelError, MismatchError, DamagedError) as error:
             self.shutdown()
             reason = str(error)
@@ -196,7 +206,8 @@ class ConnectorWorker:
         kv_cache_config: KVCacheConfig,
         kv_caches: dict[str, Any],
         rank: WorkerRank,
-    ) -> str:
+    ) -> tuple[str, WorkerRank]:
+        """Opens the store and attaches; returns the identity, and the rank by its files."""
         groups = layout.select_groups(
             kv_cache_config,
             config.chunk_size,
@@ -208,11 +219,29 @@ class ConnectorWorker:
         ]
         layout.check_device(groups, memories[0].device)
         specs = [group.spec for group in groups]
+        lmcache: tuple[LmcacheHasher, LmcacheFiles] | None = None
+        options: dict[str, Any] = cufile.store_options()
+        order = None
+        if config.lmcache_hash is not None:
+            hasher = LmcacheHasher.of_process(config.lmcache_hash)
+            files = describe_files(
+                vllm_config,
+                groups,
+                [kv_caches[name] for name in memories[0].names],
+                attention_backends(vllm_config, specs),
+                hasher,
+            )
+            lmcache = (hasher, files)
+            if effective_value(config, "layout") == "lmcache":
+                options["lmcache"] = files.names()
+                rank = rank.in_files_of_lmcache(files.workers)
+                order = files.order.as_tuple()
         identity = build_identity(
             vllm_config,
             kv_cache_config,
             list(zip(specs, memories, strict=True)),
             config.chunk_size,
+            lmcache,
         )
         identity_json = json.dumps(identity, sort_keys=True)
         namespace = Namespace(model_name(vllm_config), identity_json)
@@ -222,10 +251,10 @@ class ConnectorWorker:
             # What differs from other namespaces is the same on all ranks; one of them says it.
             quiet=rank.global_rank != 0,
             cpus=STARTUP_CPUS,
-            **cufile.store_options(),
+            **options,
         )
         self._store = store
-        kv_caches_by_group = self._attach_groups(store, groups, memories, rank)
+        kv_caches_by_group = self._attach_groups(store, groups, memories, rank, order)
         fails_by_block = len(groups) == 1 and not groups[0].geometry.is_windowed
         self.adopt(store, kv_caches_by_group, memories[0].device, fails_by_block=fails_by_block)
         if rank.global_rank == 0:
@@ -240,7 +269,7 @@ class ConnectorWorker:
                 ),
             )
         self._log_notices()
-        return identity_json
+        return identity_json, rank
 
     def _attach_groups(
         self,
@@ -248,6 +277,7 @@ class ConnectorWorker:
         groups: Sequence[layout.StoredGroup],
         memories: Sequence[KvMemory],
         rank: WorkerRank,
+        order: tuple[Any, ...] | None,
     ) -> list[KvCache]:
         """Attaches all groups, that with the largest chunks first: they cut the staging memory."""
         pairs = list(zip(groups, memories, strict=True))
@@ -263,6 +293,7 @@ class ConnectorWorker:
                 blocks_per_chunk=group.geometry.kept_blocks,
                 group=group.geometry.index,
                 rank=rank.storage_rank,
+                order=order,
             )
         return [attached[place] for place in range(len(pairs))]
 

@@ -146,6 +146,19 @@ def wait_for_chunks(llm: Any, directory: str, files: int, seconds: float = 20.0)
     return paths
 
 
+def wait_for_files(
+    llm: Any, directory: str, pattern: str, files: int, seconds: float = 20.0
+) -> list[str]:
+    """Waits until `directory` holds at least `files` files of a pattern; returns those it holds."""
+
+    def found() -> list[str] | None:
+        paths = sorted(Path(directory).rglob(pattern))
+        return [str(path) for path in paths] if len(paths) >= files else None
+
+    paths: list[str] = _wait(found, seconds, lambda: f"{files} files {pattern}")
+    return paths
+
+
 def list_chunks(llm: Any, directory: str) -> dict[str, list[int]]:
     """The chunk files of a directory with their inode numbers and times of last change."""
     found = {str(path): path.lstat() for path in chunk_files(Path(directory))}
@@ -199,6 +212,7 @@ STEPS: dict[str, Callable[..., Any]] = {
         set_mode,
         wait_for_chunks,
         wait_for_file,
+        wait_for_files,
         wait_for_hit,
     )
 }

@@ -141,6 +141,9 @@ class Engines:
         environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
         for name in [name for name in environment if name.startswith(("LMCACHE_", "KVRAIL_"))]:
             del environment[name]
+        # LMCache's hashes start from Python's hash of this number, which only a process that starts
+        # with it has.
+        environment["PYTHONHASHSEED"] = "0"
         with (folder / "server.log").open("w") as log:
             self._server = subprocess.Popen(
                 [sys.executable, str(HERE / "engine_server.py")],

@@ -3,15 +3,18 @@
 use serde_json::Value;
 
 use super::store_config::{
-    Admission, BUFFER_MIB, CHUNK_SIZE, DISK_IO_THREADS, Durability, EngineChoice, EvictionPolicy,
-    GdsBackend, LOOKUP_HOLD_SECONDS, LOOKUP_LIMIT_SECONDS, LOW_WATERMARK, LoadFailurePolicy,
-    MAX_LOCAL_CPU_SIZE_GB, MIN_LOAD_TOKENS, PageCache, PathSharding, SLOW_LIMIT_SECONDS,
-    StoreConfig, TTL_SECONDS, WAIT_LIMIT_SECONDS,
+    Admission, BUFFER_MIB, CHUNK_SIZE, ChunkHashing, DISK_IO_THREADS, DirectoryLayout, Durability,
+    EngineChoice, EvictionPolicy, GdsBackend, LOOKUP_HOLD_SECONDS, LOOKUP_LIMIT_SECONDS,
+    LOW_WATERMARK, LmcacheHash, LoadFailurePolicy, MAX_LOCAL_CPU_SIZE_GB, MIN_LOAD_TOKENS,
+    PageCache, PathSharding, SLOW_LIMIT_SECONDS, StoreConfig, TTL_SECONDS, WAIT_LIMIT_SECONDS,
 };
 use super::value::{self, Parsed};
 
 /// The mapping that holds LMCache's less common keys.
 pub(super) const EXTRA_CONFIG: &str = "extra_config";
+
+/// The key of LMCache's hash algorithm, which has a meaning only where its hashes are used.
+pub(super) const LMCACHE_HASH: &str = "pre_caching_hash_algorithm";
 
 /// One key that kvrail implements.
 pub(super) struct Key {
@@ -79,6 +82,43 @@ pub(super) static KEYS: &[Key] = &[
                 ("by_gpu", PathSharding::ByGpu),
             ];
             value::word(given, &choices).map(|choice| config.gds_path_sharding = choice)
+        },
+    },
+    Key {
+        name: "layout",
+        aliases: &[],
+        set: |config, given| {
+            let choices = [
+                ("kvrail", DirectoryLayout::Kvrail),
+                ("lmcache", DirectoryLayout::Lmcache),
+            ];
+            value::word(given, &choices).map(|choice| config.layout = choice)
+        },
+    },
+    Key {
+        name: "chunk_hash",
+        aliases: &[],
+        set: |config, given| {
+            let choices = [
+                ("vllm", ChunkHashing::Vllm),
+                ("lmcache", ChunkHashing::Lmcache),
+            ];
+            value::word(given, &choices).map(|choice| config.chunk_hash = choice)
+        },
+    },
+    Key {
+        name: LMCACHE_HASH,
+        aliases: &[],
+        set: |config, given| {
+            let choices = [
+                LmcacheHash::Builtin,
+                LmcacheHash::Sha256,
+                LmcacheHash::Sha256Cbor,
+                LmcacheHash::Xxhash,
+                LmcacheHash::XxhashCbor,
+            ]
+            .map(|hash| (hash.name(), hash));
+            value::word(given, &choices).map(|hash| config.pre_caching_hash_algorithm = hash)
         },
     },
     Key {

@@ -29,7 +29,7 @@ const TOP_LEVEL: &str = "\
     pd_condition_poll_interval_sec pd_max_prefill_len pd_peer_alloc_port pd_peer_host \
     pd_peer_init_port pd_peer_query_port pd_proxy_host pd_proxy_port pd_role pd_shutdown_timeout_sec \
     pd_skip_proxy_notification pin_check_interval_sec pin_timeout_sec plugin_locations \
-    pre_caching_hash_algorithm priority_limit py_enable_gc remote_config_url remote_serde \
+    priority_limit py_enable_gc remote_config_url remote_serde \
     remote_storage_plugins remote_url reserve_local_cpu_size retrieve_locations \
     run_script_api_enabled runtime_plugin_locations save_unfull_chunk script_allowed_imports \
     storage_plugins store_location transfer_channel use_gpu_connector_v3 use_layerwise";

@@ -41,7 +41,7 @@ pub use file_mode::FileMode;
 pub use resolve::{ResolvedConfig, resolve};
 pub use source::ConfigSources;
 pub use store_config::{
-    Admission, Durability, EngineChoice, EvictionPolicy, GdsBackend, LoadFailurePolicy, MinFree,
-    PageCache, PathSharding, PathWeights, StoreConfig,
+    Admission, ChunkHashing, DirectoryLayout, Durability, EngineChoice, EvictionPolicy, GdsBackend,
+    LmcacheHash, LoadFailurePolicy, MinFree, PageCache, PathSharding, PathWeights, StoreConfig,
 };
 pub use value::{age, size};

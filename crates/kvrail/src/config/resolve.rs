@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::foreign;
-use super::key::{self, KEYS, Key};
+use super::key::{self, KEYS, Key, LMCACHE_HASH};
 use super::source::{ConfigSources, Entry};
 use super::store_config::{PATH_WEIGHTS, StoreConfig};
 use super::value;
@@ -64,6 +64,15 @@ pub fn resolve(sources: &ConfigSources<'_>) -> Result<ResolvedConfig> {
         && let Some(entry) = winners.get(PATH_WEIGHTS)
     {
         return Err(entry.error(expected));
+    }
+    if !store.hashes_as_lmcache()
+        && let Some(entry) = winners.get(LMCACHE_HASH)
+    {
+        warnings.push(format!(
+            "`{LMCACHE_HASH}` has no effect: chunks are named by vLLM's hashes unless `layout` or \
+             `chunk_hash` is lmcache (set by {})",
+            entry.origin
+        ));
     }
     let origin = |name| {
         winners

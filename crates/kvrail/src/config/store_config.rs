@@ -91,6 +91,55 @@ pub enum PathWeights {
     Listed(Vec<f64>),
 }
 
+/// Whose directory it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum DirectoryLayout {
+    /// kvrail's own: namespaces, and files with checksums.
+    #[default]
+    Kvrail,
+    /// That of LMCache's `GdsBackend`, which LMCache may read and write at the same time.
+    Lmcache,
+}
+
+/// What chunk keys are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum ChunkHashing {
+    /// vLLM's own hashes of its blocks.
+    #[default]
+    Vllm,
+    /// LMCache's hashes of its chunks.
+    Lmcache,
+}
+
+/// LMCache's algorithms for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum LmcacheHash {
+    /// Python's own `hash`: numbers with a sign.
+    #[default]
+    Builtin,
+    /// SHA-256 of the pickled form.
+    Sha256,
+    /// SHA-256 of the CBOR form.
+    Sha256Cbor,
+    /// XXH3-128 of the pickled form.
+    Xxhash,
+    /// XXH3-128 of the CBOR form.
+    XxhashCbor,
+}
+
+impl LmcacheHash {
+    /// Returns the name that LMCache has for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Builtin => "builtin",
+            Self::Sha256 => "sha256",
+            Self::Sha256Cbor => "sha256_cbor",
+            Self::Xxhash => "xxhash",
+            Self::XxhashCbor => "xxhash_cbor",
+        }
+    }
+}
+
 /// What a published chunk survives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Durability {
@@ -159,6 +208,13 @@ pub struct StoreConfig {
     pub gds_path: Vec<PathBuf>,
     /// How chunks are spread over several directories. Default: [`PathSharding::ByHash`].
     pub gds_path_sharding: PathSharding,
+    /// Whose directory it is. Default: [`DirectoryLayout::Kvrail`].
+    pub layout: DirectoryLayout,
+    /// What chunk keys are made of; see [`StoreConfig::hashes_as_lmcache`]. Default:
+    /// [`ChunkHashing::Vllm`].
+    pub chunk_hash: ChunkHashing,
+    /// LMCache's algorithm, where its hashes are used. Default: [`LmcacheHash::Builtin`].
+    pub pre_caching_hash_algorithm: LmcacheHash,
     /// Staging memory in MiB (`cufile_buffer_size` and `gds_buffer_size`). Default: 512.
     pub buffer_mib: usize,
     /// Whether host memory is kept as a tier in front of the files. Default: false.
@@ -248,6 +304,9 @@ impl StoreConfig {
             chunk_size: 256,
             gds_path: Vec::new(),
             gds_path_sharding: PathSharding::default(),
+            layout: DirectoryLayout::default(),
+            chunk_hash: ChunkHashing::default(),
+            pre_caching_hash_algorithm: LmcacheHash::default(),
             buffer_mib: 512,
             local_cpu: false,
             max_local_cpu_size_gb: 5.0,
@@ -280,9 +339,38 @@ impl StoreConfig {
         }
     }
 
-    /// Returns whether cuFile is wanted: none of the three keys that choose an engine forces POSIX.
+    /// Returns whether cuFile is wanted: none of the three keys that choose an engine forces POSIX,
+    /// and chunks are not put into another order on their way, which the CPU does.
     pub fn wants_cufile(&self) -> bool {
-        self.use_gds && self.use_cufile && self.gds_backend == GdsBackend::Cufile
+        let is_own = self.layout == DirectoryLayout::Kvrail;
+        is_own && self.use_gds && self.use_cufile && self.gds_backend == GdsBackend::Cufile
+    }
+
+    /// Returns whether chunk keys are LMCache's hashes: its own files have no other names.
+    pub fn hashes_as_lmcache(&self) -> bool {
+        self.layout == DirectoryLayout::Lmcache || self.chunk_hash == ChunkHashing::Lmcache
+    }
+
+    /// Checks that nothing is asked for that LMCache's directory does not have.
+    fn check_layout(&self) -> Result<()> {
+        if self.layout == DirectoryLayout::Kvrail {
+            return Ok(());
+        }
+        // LMCache counts nothing and removes nothing, and would not notice that a chunk has gone.
+        if let Some(bytes) = self.max_size {
+            let expected = "unlimited with `layout: lmcache`, where nothing is evicted";
+            return Err(Error::config("max_size", bytes, expected));
+        }
+        if let Some(seconds) = self.ttl_seconds {
+            let expected = "unlimited with `layout: lmcache`, where nothing is evicted";
+            return Err(Error::config("ttl", seconds, expected));
+        }
+        if self.gds_path.len() > 1 && self.gds_path_sharding != PathSharding::ByGpu {
+            let expected =
+                "by_gpu with `layout: lmcache` and several directories, as LMCache has it";
+            return Err(Error::config("gds_path_sharding", "by_hash", expected));
+        }
+        Ok(())
     }
 
     /// Checks every field against its range.
@@ -292,6 +380,7 @@ impl StoreConfig {
     /// [`ErrorKind::InvalidConfig`](crate::ErrorKind::InvalidConfig), naming the first key that is
     /// out of range.
     pub fn validate(&self) -> Result<()> {
+        self.check_layout()?;
         check_whole("chunk_size", self.chunk_size, &CHUNK_SIZE)?;
         check_whole("cufile_buffer_size", self.buffer_mib, &BUFFER_MIB)?;
         check_whole(

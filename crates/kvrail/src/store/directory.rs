@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use super::durable::SyncedFolders;
 use super::lingering::LingeringFiles;
+use super::lmcache_names::LmcacheTree;
 use super::namespace::Namespace;
+use super::present::Place;
 use crate::chunk::ChunkKey;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Folder, FolderRules, make_path};
@@ -32,6 +34,8 @@ pub(super) struct NamespaceDirectory {
     name: String,
     path: PathBuf,
     rules: FolderRules,
+    /// Where it is LMCache's: then the directory is the path itself, and there is no manifest.
+    pub(super) lmcache: Option<Arc<LmcacheTree>>,
     pub(super) synced: Arc<SyncedFolders>,
     pub(super) lingering: Arc<LingeringFiles>,
 }
@@ -52,9 +56,18 @@ impl NamespaceDirectory {
             root: root.to_path_buf(),
             name,
             rules: FolderRules::default(),
+            lmcache: None,
             synced: Arc::default(),
             lingering: Arc::default(),
         }
+    }
+
+    /// Makes it LMCache's directory, whose files lie in the path itself.
+    #[must_use]
+    pub(super) fn of_lmcache(mut self, tree: LmcacheTree) -> Self {
+        self.path = self.root.clone();
+        self.lmcache = Some(Arc::new(tree));
+        self
     }
 
     /// Takes the directory of a namespace that exists; what is created has bits as it has.
@@ -79,6 +92,7 @@ impl NamespaceDirectory {
             name: name.to_owned(),
             path: path.to_path_buf(),
             rules: FolderRules::default(),
+            lmcache: None,
             synced: Arc::default(),
             lingering: Arc::default(),
         };
@@ -95,13 +109,43 @@ impl NamespaceDirectory {
 
     /// Opens the directory, through no symbolic link below the root.
     pub(super) fn open(&self) -> Result<Folder> {
-        self.open_root()?.folder(&self.name)
+        let root = self.open_root()?;
+        match &self.lmcache {
+            None => root.folder(&self.name),
+            Some(_) => Ok(root),
+        }
     }
 
     /// Opens the directory, and makes it, its root and its parents where they are missing.
     pub(super) fn make(&self, sync: bool) -> Result<Folder> {
         make_path(&self.root, &self.rules, sync)?;
-        self.open_root()?.make(&self.name, sync)
+        match &self.lmcache {
+            None => self.open_root()?.make(&self.name, sync),
+            Some(_) => self.open_root(),
+        }
+    }
+
+    /// Returns the location of a chunk.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for a key that LMCache's directory has no name for.
+    pub(super) fn chunk_location(&self, (group, rank, key): &Place) -> Result<Location> {
+        match &self.lmcache {
+            None => Ok(Location::chunk(*group, *rank, key)),
+            Some(tree) => tree.chunk(*rank, key),
+        }
+    }
+
+    /// Returns the location of the file whose name says that a chunk is there: its own, but for
+    /// LMCache's, which are there when their metadata is.
+    ///
+    /// # Errors
+    /// As [`Self::chunk_location`].
+    pub(super) fn sign_location(&self, place: &Place) -> Result<Location> {
+        match &self.lmcache {
+            None => self.chunk_location(place),
+            Some(tree) => tree.metadata(place.1, &place.2),
+        }
     }
 
     /// Opens the path that holds the namespaces.

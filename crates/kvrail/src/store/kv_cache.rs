@@ -14,9 +14,10 @@ use super::save::StoreJob;
 use super::shared::{Pool, Running};
 use super::staged::{Staged, StagedImage};
 use super::ticket::{LoadTicket, StoreTicket};
+use super::token_file::TokenFile;
 use crate::chunk::{ChunkFormat, ChunkKey, ChunkRef, HeadFields};
 use crate::error::{Error, ErrorKind, Result};
-use crate::layout::{KvLayout, TransferPlan};
+use crate::layout::{KvLayout, TokenOrder, TransferPlan};
 use crate::memory::{ComputeStream, Region, StagingPool, StagingRange, gather};
 use crate::sync::thread;
 
@@ -55,7 +56,10 @@ pub struct KvCache {
 pub(super) struct CacheShared {
     pub(super) group: u32,
     pub(super) rank: u32,
+    /// The form that a chunk has in memory, and in kvrail's own files.
     pub(super) format: ChunkFormat,
+    /// The form of its file, where that is another one.
+    pub(super) token_file: Option<TokenFile>,
     pub(super) regions: Vec<Region>,
     pub(super) pool: StagingPool,
     /// How many of the pool's buffers are not the tier's.
@@ -81,6 +85,7 @@ impl CacheShared {
             group: 0,
             rank: 0,
             format: ChunkFormat::new(layout.payload_shape(blocks_per_chunk))?,
+            token_file: None,
             regions,
             staging: pool.slot_count(),
             pool,
@@ -103,6 +108,13 @@ impl CacheShared {
         }
     }
 
+    /// Returns the bytes of a chunk's file.
+    pub(super) fn file_bytes(&self) -> usize {
+        self.token_file
+            .as_ref()
+            .map_or(self.format.file_bytes(), TokenFile::file_bytes)
+    }
+
     pub(super) fn place(&self, key: &ChunkKey) -> Place {
         (self.group, self.rank, *key)
     }
@@ -116,6 +128,7 @@ pub(super) struct Attachment {
     pub(super) layout: KvLayout,
     pub(super) regions: Vec<Region>,
     pub(super) blocks_per_chunk: usize,
+    pub(super) order: Option<TokenOrder>,
 }
 
 impl KvCache {
@@ -126,9 +139,11 @@ impl KvCache {
             layout,
             regions,
             blocks_per_chunk,
+            order,
         } = attachment;
         let store = &running.shared;
         let format = ChunkFormat::new(layout.payload_shape(blocks_per_chunk))?;
+        let token_file = TokenFile::of(store, &layout, &format, order)?;
         if let Some(layer) = layout
             .layers()
             .iter()
@@ -160,6 +175,7 @@ impl KvCache {
             group,
             rank,
             format,
+            token_file,
             regions,
             pool,
             staging,
@@ -177,7 +193,7 @@ impl KvCache {
 
     /// Returns the bytes of one chunk file.
     pub fn chunk_file_bytes(&self) -> usize {
-        self.shared.format.file_bytes()
+        self.shared.file_bytes()
     }
 
     /// Returns the bytes of one chunk's payload.

@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use super::batch::Ending;
 use super::capacity::touch_loaded;
-use super::directory::Location;
 use super::gpu::{GpuSide, InPlaceFailure, Route};
 use super::image::{self, Extents};
 use super::load_host::{self, given_up};
 use super::load_job::{LoadBuffer, LoadJob};
 use super::load_memory;
+use super::load_tokens;
 use super::mount::Mount;
 use super::notice::Topic;
 use super::parked::{self, Parked};
@@ -194,12 +194,14 @@ fn load_chunk(
     let began = Instant::now();
     let place = job.cache.place(&job.chunk.key);
     let mut status = None;
-    let opened = open_chunk(mount, &place, job.cache.format.file_bytes());
+    let opened = open_chunk(mount, &place);
     let outcome = match opened {
         Err(error) => Outcome::Failed(error),
         Ok((file, found)) => {
             status = Some(found);
-            if store.bad.holds(&place, || Some(found)) {
+            if let Err(error) = check_chunk(&file, &found, job.cache.file_bytes()) {
+                Outcome::Failed(error)
+            } else if store.bad.holds(&place, || Some(found)) {
                 let known = Error::new(ErrorKind::Damaged, "found bad before, not read again");
                 Outcome::Failed(known.with_path(file.path()))
             } else {
@@ -273,6 +275,19 @@ fn move_chunk(
             ErrorKind::InvalidArgument,
             "a VRAM slot for KV cache in host memory",
         )),
+        (LoadBuffer::Host(buffer), _) if job.cache.token_file.is_some() => {
+            let reader = mount.engine.reader();
+            let loaded = load_tokens::load(&*reader, job, file, buffer, deadline);
+            match loaded {
+                Ok(image) => {
+                    let bytes = job.payload.len();
+                    mount.health.note(&mount.root, began, bytes, None);
+                    let place = job.cache.place(&job.chunk.key);
+                    Outcome::Loaded(store.tier.insert(place, image))
+                }
+                Err(error) => Outcome::Failed(at(error)),
+            }
+        }
         (LoadBuffer::Host(buffer), gpu) => {
             let loaded = match gpu {
                 None => load_host::load(&*mount.engine.reader(), job, file, buffer, deadline)
@@ -317,14 +332,9 @@ fn load_through_host(
     finished.map(|()| (image, read.extents))
 }
 
-/// Opens a chunk file and checks that it is a regular file of the right length.
-fn open_chunk(
-    mount: &Mount,
-    place: &Place,
-    file_bytes: usize,
-) -> Result<(Arc<IoFile>, FileStatus)> {
-    let (group, rank, key) = place;
-    let below = Location::chunk(*group, *rank, key).below();
+/// Opens what has a chunk's name.
+fn open_chunk(mount: &Mount, place: &Place) -> Result<(Arc<IoFile>, FileStatus)> {
+    let below = mount.directory.chunk_location(place)?.below();
     let opened = mount
         .directory
         .open()
@@ -351,6 +361,11 @@ fn open_chunk(
         }
     };
     let status = file.status()?;
+    Ok((Arc::new(file), status))
+}
+
+/// Checks that a chunk file is a regular file of the right length.
+fn check_chunk(file: &IoFile, status: &FileStatus, file_bytes: usize) -> Result<()> {
     let damaged =
         |message: String| Err(Error::new(ErrorKind::Damaged, message).with_path(file.path()));
     if !status.is_file {
@@ -360,7 +375,7 @@ fn open_chunk(
         let bytes = status.bytes;
         return damaged(format!("expected {file_bytes} bytes, the file has {bytes}"));
     }
-    Ok((Arc::new(file), status))
+    Ok(())
 }
 
 /// What was read of a chunk file, one part behind the other: head, pages, page table.
@@ -429,7 +444,8 @@ fn set_bad_chunk_aside(
             store.bad.insert(place, status);
         }
     };
-    if !store.may_write {
+    // What lies in LMCache's directory is not ours to move.
+    if !store.may_write || mount.directory.lmcache.is_some() {
         return remember();
     }
     let inode = status.map(|status| status.inode);

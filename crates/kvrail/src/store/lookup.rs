@@ -9,7 +9,6 @@
 use std::time::{Duration, Instant};
 
 use super::crew::Crew;
-use super::directory::Location;
 use super::metrics::Metrics;
 use super::notice::Topic;
 use super::open_folders::{OpenFolders, SeenFolders};
@@ -433,15 +432,15 @@ fn exists(
     index: usize,
     place: &Place,
 ) -> Result<bool> {
-    let (group, rank, key) = place;
+    let (_, rank, key) = place;
     let mount = shared.mount(*rank, key);
     let Some(namespace) = seen.get(&lookup.folders, index, mount)? else {
         return Ok(false);
     };
-    let below = Location::chunk(*group, *rank, key).below();
-    let is_there = namespace.holds(&below)?;
-    Ok(is_there
-        && !shared
-            .bad
-            .holds(place, || namespace.status(below).ok().flatten()))
+    let is_there = namespace.holds(mount.directory.sign_location(place)?.below())?;
+    let status = || {
+        let chunk = mount.directory.chunk_location(place).ok()?;
+        namespace.status(chunk.below()).ok().flatten()
+    };
+    Ok(is_there && !shared.bad.holds(place, status))
 }

@@ -32,6 +32,7 @@ pub(super) fn parse_manifest(text: &[u8]) -> Result<Value> {
 }
 
 /// Writes the manifest where there is none that can be read, or checks the one that is there.
+/// LMCache's directory has none.
 ///
 /// # Errors
 /// [`ErrorKind::Mismatch`] when the directory holds another identity than its name says, and the
@@ -42,6 +43,9 @@ pub(super) fn ensure_manifest(
     writer: &Writer,
     sync: bool,
 ) -> Result<()> {
+    if directory.lmcache.is_some() {
+        return Ok(());
+    }
     match read_manifest(&directory.open()?) {
         Ok(found) => check_manifest(&directory.manifest(), &found, namespace),
         // A manifest that is no JSON was cut off by a power failure. The directory's name is the hash

@@ -31,10 +31,12 @@ pub mod inspect;
 mod known;
 mod kv_cache;
 mod lingering;
+mod lmcache_names;
 mod load;
 mod load_host;
 mod load_job;
 mod load_memory;
+mod load_tokens;
 mod lookup;
 mod manifest;
 mod metrics;
@@ -61,6 +63,7 @@ pub mod slab;
 mod staged;
 mod ticket;
 mod tier;
+mod token_file;
 mod verify;
 mod watch;
 mod weights;
@@ -73,6 +76,7 @@ use std::time::{Duration, Instant};
 pub use gpu::Route;
 pub use kv_cache::{KvCache, LoadChunk, StoreChunk};
 pub use kvrail_cuda::probe::ProbeProgram;
+pub use lmcache_names::LmcacheNames;
 pub use metrics::MetricsSnapshot;
 pub use namespace::Namespace;
 pub use notice::{Notice, NoticeLevel};
@@ -85,7 +89,7 @@ use crate::chunk::ChunkKey;
 use crate::config::StoreConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{IoEngine, MountReport};
-use crate::layout::KvLayout;
+use crate::layout::{KvLayout, TokenOrder};
 use crate::memory::Region;
 use shared::Running;
 
@@ -176,12 +180,43 @@ impl Store {
         regions: Vec<Region>,
         blocks_per_chunk: usize,
     ) -> Result<KvCache> {
+        self.attach_by(group, rank, layout, regions, blocks_per_chunk, None)
+    }
+
+    /// As [`Store::attach`], for a store in LMCache's directory: `order` says how its files' order
+    /// follows from the blocks.
+    ///
+    /// # Errors
+    /// As [`Store::attach`], and [`ErrorKind::InvalidArgument`] when `order` is not that of the
+    /// layout's blocks, [`ErrorKind::InvalidConfig`] when a chunk is not a number of whole pages.
+    pub fn attach_by_tokens(
+        &self,
+        group: u32,
+        rank: u32,
+        layout: KvLayout,
+        regions: Vec<Region>,
+        blocks_per_chunk: usize,
+        order: TokenOrder,
+    ) -> Result<KvCache> {
+        self.attach_by(group, rank, layout, regions, blocks_per_chunk, Some(order))
+    }
+
+    fn attach_by(
+        &self,
+        group: u32,
+        rank: u32,
+        layout: KvLayout,
+        regions: Vec<Region>,
+        blocks_per_chunk: usize,
+        order: Option<TokenOrder>,
+    ) -> Result<KvCache> {
         let attachment = kv_cache::Attachment {
             group,
             rank,
             layout,
             regions,
             blocks_per_chunk,
+            order,
         };
         KvCache::new(Arc::clone(&self.running), attachment)
     }

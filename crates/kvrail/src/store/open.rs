@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use kvrail_cuda::system::SystemView;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::bad::BadChunks;
@@ -14,6 +15,7 @@ use super::engine::{Chosen, Engines};
 use super::gpu::{CufileWish, Gpus};
 use super::health::Health;
 use super::known::KnownAnswers;
+use super::lmcache_names::{LmcacheNames, LmcacheTree};
 use super::lookup::LookupQueue;
 use super::manifest::{check_manifest, ensure_manifest, read_manifest};
 use super::metrics::Metrics;
@@ -31,7 +33,7 @@ use super::watch::{self, Watch};
 use super::weights::weights;
 use super::worker;
 use super::writer::{Writer, remove_leftovers};
-use crate::config::{Durability, PageCache, StoreConfig};
+use crate::config::{DirectoryLayout, Durability, PageCache, StoreConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{
     Folder, FolderRules, IoEngine, MountReport, Permissions, file_system_name, probe_folder, within,
@@ -48,6 +50,8 @@ struct Opening {
     access: Access,
     quiet: bool,
     rules: FolderRules,
+    lmcache: Option<LmcacheNames>,
+    system: SystemView,
     engines: Arc<Engines>,
     writer: Arc<Writer>,
     notices: Arc<Notices>,
@@ -70,6 +74,11 @@ pub(super) fn open(
     engine: Option<Arc<dyn IoEngine>>,
 ) -> Result<Running> {
     config.validate()?;
+    let is_lmcache = config.layout == DirectoryLayout::Lmcache;
+    if options.lmcache.is_some() != is_lmcache {
+        let message = "names of LMCache's files go with `layout: lmcache`, and only with it";
+        return Err(Error::new(ErrorKind::InvalidArgument, message));
+    }
     let tier_bytes = tier_bytes(config)?;
     let tier_folder = tier_folder(config, options.access, tier_bytes)?;
     let on_start = thread_start(options.cpus.as_deref());
@@ -92,6 +101,8 @@ pub(super) fn open(
             permissions: Permissions::of_files(config.file_mode.bits()),
             observer: options.observer.clone(),
         },
+        lmcache: options.lmcache.clone(),
+        system: options.system.clone(),
         engines: Arc::new(engines),
         writer: Arc::clone(&writer),
         notices: Arc::clone(&notices),
@@ -116,7 +127,9 @@ pub(super) fn open(
     let placement = Placement::new(config.gds_path_sharding, paths.zip(weights));
     let engines = Arc::clone(&opening.engines);
     drop(opening);
-    let capacity = Capacity::open(config, &mounts, &notices)?;
+    // In LMCache's directory nothing is counted, stamped or evicted.
+    let counted = if is_lmcache { &[][..] } else { &mounts };
+    let capacity = Capacity::open(config, counted, &notices)?;
     let shared = Arc::new(StoreShared {
         namespace,
         mounts,
@@ -150,6 +163,7 @@ pub(super) fn open(
             system: options.system.clone(),
         },
         capacity,
+        lmcache: options.lmcache.clone(),
     });
     let queue = Arc::new(TransferQueue::default());
     // Made before the workers start, so that a failure to start one closes the queue again.
@@ -199,7 +213,11 @@ impl Opening {
     /// Prepares one path.
     fn mount(&self, root: &Path) -> Result<Mount> {
         let rules = self.rules.clone();
-        let directory = NamespaceDirectory::new(root, &self.namespace).with_rules(rules);
+        let mut directory = NamespaceDirectory::new(root, &self.namespace).with_rules(rules);
+        if let Some(names) = &self.lmcache {
+            let tree = LmcacheTree::new(names.clone(), &self.system, root)?;
+            directory = directory.of_lmcache(tree);
+        }
         let is_new = directory.open().is_err();
         let prepared = match self.access {
             Access::ReadOnly => self.open_for_reading(root, &directory, "opened read-only")?,
@@ -214,7 +232,7 @@ impl Opening {
                 Err(error) => return Err(self.explain(root, error)),
             },
         };
-        if !self.quiet {
+        if !self.quiet && self.lmcache.is_none() {
             self.tell_nearest(root, is_new);
         }
         let slow_limit = Duration::from_secs_f64(self.config.slow_limit_seconds);

@@ -4,6 +4,7 @@ use kvrail_cuda::LibraryPaths;
 use kvrail_cuda::probe::ProbeProgram;
 use kvrail_cuda::system::SystemView;
 
+use super::lmcache_names::LmcacheNames;
 use crate::io::Observer;
 
 /// What a store may do to its directory.
@@ -36,6 +37,9 @@ pub struct OpenOptions {
     pub cufile_probe: Option<ProbeProgram>,
     /// Where it is looked whether cuFile may be tried. Default: this machine.
     pub system: SystemView,
+    /// What the files of LMCache's directory are named by, with
+    /// [`DirectoryLayout::Lmcache`](crate::config::DirectoryLayout::Lmcache) and only then.
+    pub lmcache: Option<LmcacheNames>,
     /// Who is told of each change to the directories; for tests. Default: nobody.
     pub observer: Option<Observer>,
 }

@@ -12,7 +12,7 @@ use super::manifest::ensure_manifest;
 use super::mount::Mount;
 use super::notice::Topic;
 use super::present::Place;
-use super::publish::{TemporaryFile, is_missing};
+use super::publish::{TemporaryFile, is_missing, publish_bytes};
 use super::quarantine::set_aside;
 use super::queue::TransferQueue;
 use super::shared::StoreShared;
@@ -54,7 +54,7 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
         Ok(()) => store_chunk(store, mount, &cache, chunk, image),
         Err(error) => Err(error),
     };
-    let (bytes, failure) = (cache.format.file_bytes(), result.as_ref().err());
+    let (bytes, failure) = (cache.file_bytes(), result.as_ref().err());
     mount.health.note_store(&mount.root, began, bytes, failure);
     if !watched.end() {
         return;
@@ -126,13 +126,13 @@ fn store_chunk(
     image: Staged,
 ) -> Result<Stored> {
     let place = cache.place(&chunk.key);
-    let location = Location::chunk(cache.group, cache.rank, &chunk.key);
-    if is_present(store, mount, &place, &location, cache.format.file_bytes())? {
+    let location = mount.directory.chunk_location(&place)?;
+    if is_present(store, mount, &place, &location, cache.file_bytes())? {
         touch_present(store, cache, &chunk);
         return Ok(Stored::AlreadyPresent);
     }
-    mount.check_space(cache.format.file_bytes() as u64)?;
-    let claim = store.claim_room(mount, cache.format.file_bytes() as u64)?;
+    mount.check_space(cache.file_bytes() as u64)?;
+    let claim = store.claim_room(mount, cache.file_bytes() as u64)?;
     let save = Save {
         store,
         mount,
@@ -168,7 +168,16 @@ impl Save<'_> {
     fn by_posix(self, image: StagedImage) -> Result<Stored> {
         let store = self.store;
         let (mut image, hashed) = image.wait(Instant::now() + store.wait_limit)?;
-        complete_image(self.cache, self.chunk, image.as_mut_slice(), hashed)?;
+        let image = match &self.cache.token_file {
+            None => {
+                complete_image(self.cache, self.chunk, image.as_mut_slice(), hashed)?;
+                image
+            }
+            Some(form) => {
+                form.take_image(&self.cache.format, image.as_mut_slice())?;
+                image.split_to(form.file_bytes())
+            }
+        };
         let temporary = self.create_temporary(self.mount.writes_direct())?;
         let file = temporary.file()?;
         let bytes = image.len();
@@ -188,7 +197,9 @@ impl Save<'_> {
         }
         let stored = self.publish(temporary)?;
         let place = self.cache.place(&self.chunk.key);
-        if let Some(image) = store.tier.insert(place, Arc::new(image)) {
+        if self.cache.token_file.is_none()
+            && let Some(image) = store.tier.insert(place, Arc::new(image))
+        {
             store.keep_in_tier(&place, &image);
         }
         Ok(stored)
@@ -249,13 +260,17 @@ impl Save<'_> {
     }
 
     fn publish(self, temporary: TemporaryFile) -> Result<Stored> {
-        let bytes = self.cache.format.file_bytes() as u64;
+        let bytes = self.cache.file_bytes() as u64;
         touch_stored(self.store, self.cache, &self.chunk, temporary.file()?);
-        temporary.publish(
-            self.location,
-            bytes,
-            self.store.durability == Durability::Full,
-        )?;
+        let sync = self.store.durability == Durability::Full;
+        temporary.publish(self.location, bytes, sync)?;
+        if let Some(form) = &self.cache.token_file {
+            // Last, since it is what says that the chunk is there.
+            let directory = &self.mount.directory;
+            let sign = directory.sign_location(&self.cache.place(&self.chunk.key))?;
+            let name = self.store.writer.file_name("metadata");
+            publish_bytes(directory, name, &sign, form.head(), sync)?;
+        }
         Ok(Stored::Written)
     }
 
@@ -264,7 +279,7 @@ impl Save<'_> {
         let (store, mount) = (self.store, self.mount);
         let directory = &mount.directory;
         let name = store.writer.file_name("chunk");
-        let bytes = self.cache.format.file_bytes() as u64;
+        let bytes = self.cache.file_bytes() as u64;
         match TemporaryFile::create(directory, name.clone(), direct, bytes) {
             Err(error) if is_missing(&error) => {
                 mount.check_device()?;
@@ -284,7 +299,7 @@ fn no_gpu() -> Error {
 }
 
 /// Fills head and, unless a GPU has, page table around the payload. One pass over the payload then.
-fn complete_image(
+pub(super) fn complete_image(
     cache: &CacheShared,
     chunk: ChunkRef,
     image: &mut [u8],
@@ -320,15 +335,22 @@ fn is_present(
     location: &Location,
     file_bytes: usize,
 ) -> Result<bool> {
-    let status = match mount.directory.open() {
-        Ok(namespace) => namespace.status(location.below())?,
-        Err(_) => return Ok(false),
+    let Ok(namespace) = mount.directory.open() else {
+        return Ok(false);
     };
-    match status {
+    match namespace.status(location.below())? {
         Some(status) if status.is_file => {
-            Ok(status.bytes == file_bytes as u64 && !store.bad.holds(place, || Some(status)))
+            let is_whole = status.bytes == file_bytes as u64;
+            if !is_whole || store.bad.holds(place, || Some(status)) {
+                return Ok(false);
+            }
+            match mount.directory.sign_location(place)? {
+                sign if sign == *location => Ok(true),
+                sign => namespace.holds(sign.below()),
+            }
         }
-        Some(status) if status.is_folder => {
+        // What lies in LMCache's directory is not ours to move.
+        Some(status) if status.is_folder && mount.directory.lmcache.is_none() => {
             let reason = "a folder in a chunk's place";
             set_aside(&mount.directory, place, Some(status.inode), reason)?;
             Ok(false)

@@ -9,6 +9,7 @@ use super::capacity::{Capacity, Claim, JanitorThreads};
 use super::comparisons::Comparisons;
 use super::gpu::{CufileWish, GpuSide, Gpus, Opened};
 use super::known::KnownAnswers;
+use super::lmcache_names::LmcacheNames;
 use super::lookup::LookupQueue;
 use super::metrics::Metrics;
 use super::mount::Mount;
@@ -56,6 +57,8 @@ pub(super) struct StoreShared {
     pub(super) gpus: Gpus,
     pub(super) cufile: CufileWish,
     pub(super) capacity: Capacity,
+    /// What files are named by where the directory is LMCache's.
+    pub(super) lmcache: Option<LmcacheNames>,
 }
 
 /// The staging buffers of a store.
