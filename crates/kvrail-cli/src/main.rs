@@ -12,6 +12,7 @@ mod doctor;
 mod explain;
 mod failure;
 mod gc;
+mod import;
 mod ls;
 mod output;
 mod policies;
@@ -32,7 +33,7 @@ use crate::failure::Failure;
 const EXIT_CODES: &str = "Exit codes:
   0  done; `verify` found every chunk whole
   1  bytes are not what was stored: `verify` found damaged chunks, `bench` loaded wrong bytes;
-     `doctor` found a directory, or the library asked for, that cannot be used
+     `import` found damaged files; `doctor` found a directory, or the library asked for, that cannot be used
   2  wrong usage, or the command could not do its work (`error: ...` on stderr says why)";
 
 /// Look into, verify and measure a kvrail store (the directory of `gds_path`).
@@ -63,6 +64,9 @@ enum Command {
     /// Remove chunks by age or size, leftovers and empty folders; asks first
     #[command(after_help = EXIT_CODES)]
     Gc(gc::Arguments),
+    /// Copy the chunks of an LMCache directory (`GdsBackend`) into a store; goes on where it stopped
+    #[command(after_help = EXIT_CODES)]
+    Import(import::Arguments),
     /// Measure store, load and lookup against the raw limit of the file system
     #[command(after_help = EXIT_CODES)]
     Bench(Box<bench::Arguments>),
@@ -105,6 +109,7 @@ fn run(command_line: CommandLine) -> Result<ExitCode, Failure> {
         Command::Rm(arguments) => rm::run(&arguments),
         Command::Explain(arguments) => explain::run(&arguments),
         Command::Gc(arguments) => gc::run(&arguments),
+        Command::Import(arguments) => import::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Policies(arguments) => policies::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),

@@ -51,6 +51,11 @@ def in_tree(model: Path, tree: Path, *more: dict[str, Any]) -> Job:
     return Job(model, steps, tree, settings={"layout": "lmcache"})
 
 
+def in_store(model: Path, store: Path, *steps: dict[str, Any]) -> Job:
+    """An engine over kvrail's own store, with LMCache's hashes for keys."""
+    return Job(model, list(steps), store, settings={"chunk_hash": "lmcache"})
+
+
 @dataclass
 class Tree:
     """A directory that kvrail wrote in LMCache's form."""
@@ -144,3 +149,35 @@ def test_what_lmcache_wrote_is_loaded_and_a_damaged_file_is_a_miss(
     # What was computed in its place was stored again.
     assert damaged[1].stat().st_size == damaged[0].stat().st_size
     assert_loaded_is_stored([tree.running], [running])
+
+
+def test_a_copy_in_kvrails_own_store_is_loaded(
+    engines: Engines, llama: Path, plain: dict[str, Any], tree: Tree, tmp_path: Path
+) -> None:
+    store = tmp_path / "kv"
+    third = select(reuse_prompts(), "third")
+    wait = step("wait_for_chunks", directory=str(store), files=chunks_in(third))
+    engines.run(in_store(llama, store, step("generate", prompts=third), wait))
+
+    def copied() -> dict[str, Any]:
+        done = subprocess.run(
+            ["kvrail", "import", str(tree.path), str(store), "--json"],
+            capture_output=True,
+            text=True,
+            timeout=PEER_SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        report: dict[str, Any] = json.loads(done.stdout)
+        return report
+
+    report = copied()
+    assert report["imported"] == chunks_in(PROMPTS) and report["already_present"] == 0
+    report = copied()
+    assert report["imported"] == 0 and report["already_present"] == chunks_in(PROMPTS)
+    verified = subprocess.run(["kvrail", "verify", str(store)], check=False, timeout=PEER_SECONDS)
+    assert verified.returncode == 0
+    steps = [step("generate", prompts=PROMPTS | third)]
+    result, running = engines.run(in_store(llama, store, *steps))
+    assert_all_hit("copied", plain, result["generate"])
+    assert len(running.records("load")) > 0

@@ -4,6 +4,7 @@
 //! from what they mean: no path is made of a name that was found.
 
 mod chunk;
+mod lmcache_tree;
 mod namespace;
 mod quarantined;
 mod removal;
@@ -13,6 +14,7 @@ mod verify;
 use std::path::Path;
 
 pub use chunk::{ChunkFile, chunks, chunks_after, find_chunk};
+pub use lmcache_tree::{LmcacheFile, lmcache_files};
 pub use namespace::{NamespaceInfo, namespaces};
 pub use quarantined::{Handled, QuarantinedChunk, quarantined, set_aside};
 pub use removal::{Removed, empty_quarantine, remove_namespace};
