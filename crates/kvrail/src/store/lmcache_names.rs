@@ -139,7 +139,6 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let system = SystemView {
             root: root.path().to_path_buf(),
-            ..SystemView::default()
         };
         let mounts = root.path().join("proc/self");
         std::fs::create_dir_all(&mounts).unwrap();
