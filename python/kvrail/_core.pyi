@@ -7,7 +7,10 @@ Times are in seconds, lengths in bytes unless a name says otherwise. Every error
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any, final
+from typing import Any, TypeAlias, final
+
+# A rank, or a pipeline stage with its first KV head and the one behind its last.
+_Part: TypeAlias = int | tuple[int, int, int]
 
 __all__ = [
     "ClosedError",
@@ -187,18 +190,19 @@ class Store:
         """
 
     def lookup(
-        self, keys: Sequence[bytes], *, group: int = 0, ranks: Sequence[int] = ...
+        self, keys: Sequence[bytes], *, group: int = 0, ranks: Sequence[_Part] = ...
     ) -> LookupTicket:
         """Counts the leading chunks of ``keys`` that are present for ``group`` on all ``ranks``.
 
         ``keys`` are chunk keys of 8 to 32 bytes, in the order of the prompt; ``ranks`` is rank 0
-        unless given. Answered in the background.
+        unless given. A range of heads also counts when files of other ranges hold it.
+        Answered in the background.
 
         Raises ``ConfigError`` for a key of another length.
         """
 
     def lookup_each(
-        self, keys: Sequence[bytes], *, group: int = 0, ranks: Sequence[int] = ...
+        self, keys: Sequence[bytes], *, group: int = 0, ranks: Sequence[_Part] = ...
     ) -> PresenceTicket:
         """Tells which of ``keys`` are present for ``group`` on all ``ranks``, missing ones or not.
 
@@ -216,7 +220,7 @@ class Store:
         block_count: int,
         blocks_per_chunk: int,
         group: int = 0,
-        rank: int = 0,
+        rank: _Part = ...,
         device: str = "cpu",
         order: tuple[int, int, int, int, Sequence[tuple[int, int, int, int]]] | None = None,
     ) -> KvCache:

@@ -56,10 +56,13 @@ class KvMemory:
         *,
         blocks_per_chunk: int,
         group: int = 0,
-        rank: int = 0,
+        rank: int | tuple[int, int, int] = 0,
         order: Any = None,
     ) -> KvCache:
         """Attaches this memory to `store`; `order` is that of ``Store.attach``.
+
+        ``rank`` names its files: a rank, or a pipeline stage with a range of KV heads, the first
+        and the one behind the last, for blocks that have heads outermost inside each layer.
 
         Raises ``KvrailError`` when a layer lies outside its region or the staging memory is too
         small.

@@ -9,6 +9,7 @@ mod inspect;
 mod kv_cache;
 mod lmcache;
 mod namespace;
+mod part;
 mod pointer;
 mod slab;
 mod store;

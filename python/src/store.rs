@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use kvrail::layout::{SideOrder, TokenOrder, TokenShape};
 use kvrail::lmcache::Element;
 use kvrail::store::{LmcacheNames, NoticeLevel, ProbeProgram};
-use kvrail::{Access, ChunkKey, Device, Error, ErrorKind, KvLayout, LayerSpan, OpenOptions};
+use kvrail::{Access, ChunkKey, Device, Error, ErrorKind, KvLayout, LayerSpan, OpenOptions, Part};
 use kvrail_cuda::LibraryPaths;
 use kvrail_cuda::system::{SystemView, cufile_guards};
 use pyo3::prelude::*;
@@ -18,6 +18,7 @@ use crate::config::Config;
 use crate::error::IntoPython;
 use crate::kv_cache::KvCache;
 use crate::namespace::Namespace;
+use crate::part::PartArgument;
 use crate::pointer;
 use crate::ticket::{LookupTicket, PresenceTicket, limit};
 
@@ -97,35 +98,37 @@ impl Store {
         Ok(Self { inner })
     }
 
-    #[pyo3(signature = (keys, *, group=0, ranks=vec![0]))]
+    #[pyo3(signature = (keys, *, group=0, ranks=vec![PartArgument::Rank(0)]))]
     fn lookup(
         &self,
         py: Python<'_>,
         keys: Vec<PyBackedBytes>,
         group: u32,
-        ranks: Vec<u32>,
+        ranks: Vec<PartArgument>,
     ) -> PyResult<LookupTicket> {
-        let keys = chunk_keys(&keys).into_python(py)?;
-        let inner = py.detach(|| self.inner.lookup(group, &ranks, keys));
+        let (keys, parts) = (chunk_keys(&keys), parts(&ranks));
+        let (keys, parts) = (keys.into_python(py)?, parts.into_python(py)?);
+        let inner = py.detach(|| self.inner.lookup(group, &parts, keys));
         Ok(LookupTicket { inner })
     }
 
-    #[pyo3(signature = (keys, *, group=0, ranks=vec![0]))]
+    #[pyo3(signature = (keys, *, group=0, ranks=vec![PartArgument::Rank(0)]))]
     fn lookup_each(
         &self,
         py: Python<'_>,
         keys: Vec<PyBackedBytes>,
         group: u32,
-        ranks: Vec<u32>,
+        ranks: Vec<PartArgument>,
     ) -> PyResult<PresenceTicket> {
-        let keys = chunk_keys(&keys).into_python(py)?;
-        let inner = py.detach(|| self.inner.lookup_each(group, &ranks, keys));
+        let (keys, parts) = (chunk_keys(&keys), parts(&ranks));
+        let (keys, parts) = (keys.into_python(py)?, parts.into_python(py)?);
+        let inner = py.detach(|| self.inner.lookup_each(group, &parts, keys));
         Ok(PresenceTicket { inner })
     }
 
     #[pyo3(signature = (
-        layers, regions, owner, *, block_count, blocks_per_chunk, group=0, rank=0,
-        device="cpu", order=None,
+        layers, regions, owner, *, block_count, blocks_per_chunk, group=0,
+        rank=PartArgument::Rank(0), device="cpu", order=None,
     ))]
     #[expect(
         clippy::too_many_arguments,
@@ -140,7 +143,7 @@ impl Store {
         block_count: usize,
         blocks_per_chunk: usize,
         group: u32,
-        rank: u32,
+        rank: PartArgument,
         device: &str,
         order: Option<Order>,
     ) -> PyResult<KvCache> {
@@ -163,10 +166,15 @@ impl Store {
         let inner = py
             .detach(|| {
                 let layout = KvLayout::new(layers, block_count, &sizes)?;
-                let (store, blocks) = (&self.inner, blocks_per_chunk);
+                let (store, blocks, part) = (&self.inner, blocks_per_chunk, rank.part()?);
                 match order {
-                    None => store.attach(group, rank, layout, regions, blocks),
+                    None => store.attach(group, part, layout, regions, blocks),
+                    Some(_) if part.heads().is_some() => {
+                        let message = format!("rank {part}: LMCache's files are those of a rank");
+                        Err(Error::new(ErrorKind::InvalidArgument, message))
+                    }
                     Some(order) => {
+                        let rank = part.rank();
                         store.attach_by_tokens(group, rank, layout, regions, blocks, order)
                     }
                 }
@@ -216,6 +224,10 @@ impl Store {
         let limit = limit(limit_seconds).into_python(py)?;
         py.detach(|| self.inner.close(limit)).into_python(py)
     }
+}
+
+fn parts(ranks: &[PartArgument]) -> kvrail::Result<Vec<Part>> {
+    ranks.iter().map(|rank| rank.part()).collect()
 }
 
 fn chunk_keys(keys: &[PyBackedBytes]) -> kvrail::Result<Vec<ChunkKey>> {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
+use kvrail::Part;
 use kvrail::store::inspect::{ChunkFile, NamespaceInfo};
 use serde::Serialize;
 
@@ -41,7 +42,7 @@ struct NamespaceListing {
 #[derive(Debug, Serialize)]
 struct GroupListing {
     group: u32,
-    rank: u32,
+    rank: Part,
     chunks: u64,
     /// `None` where the first chunk has no readable head.
     tokens: Option<u64>,
@@ -84,7 +85,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
 
 fn list(namespace: &NamespaceInfo, with_chunks: bool) -> NamespaceListing {
     // A group that was attached but never stored to is listed too, with no chunks.
-    let mut by_group: BTreeMap<(u32, u32), Vec<ChunkFile>> = namespace
+    let mut by_group: BTreeMap<(u32, Part), Vec<ChunkFile>> = namespace
         .groups
         .iter()
         .map(|place| (*place, Vec::new()))
@@ -106,7 +107,7 @@ fn list(namespace: &NamespaceInfo, with_chunks: bool) -> NamespaceListing {
     }
 }
 
-fn list_group(group: u32, rank: u32, chunks: &[ChunkFile], with_chunks: bool) -> GroupListing {
+fn list_group(group: u32, rank: Part, chunks: &[ChunkFile], with_chunks: bool) -> GroupListing {
     let count = chunks.len() as u64;
     let tokens = match chunks.first() {
         Some(chunk) => store_directory::tokens_of(chunk).map(|tokens| tokens * count),

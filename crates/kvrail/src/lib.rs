@@ -56,7 +56,7 @@ pub mod memory;
 pub mod store;
 mod sync;
 
-pub use chunk::{ChunkKey, ChunkRef};
+pub use chunk::{ChunkKey, ChunkRef, HeadRange, Part};
 pub use error::{Error, ErrorKind, Result};
 pub use layout::{KvLayout, LayerSpan};
 pub use memory::{ComputeStream, Device, Region};

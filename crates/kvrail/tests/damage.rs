@@ -70,7 +70,10 @@ fn load_after(damage: impl FnOnce(&Path)) -> String {
         assert_eq!(kept[1], format!("{}.json", kept[0]));
         let namespace = path.ancestors().nth(3).unwrap();
         let aside = inspect::quarantined(namespace).unwrap().remove(0);
-        assert_eq!((aside.group, aside.rank, aside.key), (0, 0, key(VICTIM)));
+        assert_eq!(
+            (aside.group, aside.rank, aside.key),
+            (0, 0.into(), key(VICTIM))
+        );
         let reason = aside.reason.unwrap();
         let age = aside.since.elapsed().unwrap_or_default();
         assert!(error.starts_with(&reason), "{reason:?} for {error:?}");

@@ -39,6 +39,7 @@ COUNTERS: dict[str, str] = {
     "local_cpu_inserts_failed": "Chunks that memory shared by processes had no room for.",
     "page_cache_bytes_loaded": "Bytes of files that loads took from the page cache.",
     "load_seconds": "Time spent in loads, in seconds, summed over chunks.",
+    "chunks_assembled": "Chunks loaded that were put together from files of other head ranges.",
     "loads_failed": "Chunks that could not be loaded, for any reason.",
     "loads_refused_path_out": "Chunks not loaded because their path is left alone.",
     "loads_too_late": "Chunks not loaded because their turn came after 1.5 wait limits.",

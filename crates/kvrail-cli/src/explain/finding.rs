@@ -3,11 +3,11 @@
 use std::collections::HashSet;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use kvrail::ChunkKey;
 use kvrail::store::capacity::{Eviction, EvictionReason, Stamp, evictions};
 use kvrail::store::inspect::{
     self, ChunkFile, NamespaceInfo, QuarantinedChunk, find_chunk, verify_chunk,
 };
+use kvrail::{ChunkKey, Part};
 use serde::Serialize;
 
 use crate::failure::Failure;
@@ -49,7 +49,7 @@ impl Verdict {
 /// What is known of a chunk on one rank.
 #[derive(Debug, Serialize)]
 pub(super) struct Finding {
-    pub(super) rank: u32,
+    pub(super) rank: Part,
     pub(super) verdict: Verdict,
     /// All of it in words.
     pub(super) detail: String,
@@ -97,7 +97,7 @@ impl Traces {
 pub(super) fn look(
     namespace: &NamespaceInfo,
     traces: &Traces,
-    place: (u32, u32, ChunkKey),
+    place: (u32, Part, ChunkKey),
     quick: bool,
 ) -> Result<Finding, Failure> {
     if let Some(chunk) = find_chunk(&namespace.directory, place)? {

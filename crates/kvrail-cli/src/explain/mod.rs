@@ -166,6 +166,29 @@ struct Asked<'a> {
     quick: bool,
 }
 
+/// Drops ranges of heads that are not there, where others of the same stage hold all heads: instances
+/// of several tensor-parallel sizes store in one namespace, and each chunk need be there only once.
+fn drop_unneeded(findings: &mut Vec<Finding>) {
+    let stages: Vec<u32> = findings.iter().map(|one| one.rank.rank()).collect();
+    for stage in stages {
+        let of_stage = |one: &&Finding| one.rank.rank() == stage;
+        let ranges = findings.iter().filter(of_stage);
+        let last = ranges.clone().filter_map(|one| one.rank.heads());
+        let Some(last) = last.map(|heads| heads.end()).max() else {
+            continue;
+        };
+        let hits = ranges.filter(|one| one.verdict == Verdict::Hit);
+        let hits: Vec<_> = hits.filter_map(|one| one.rank.heads()).collect();
+        let is_held = |head| {
+            let mut hits = hits.iter();
+            hits.any(|heads| heads.first() <= head && head < heads.end())
+        };
+        if (0..last).all(is_held) {
+            findings.retain(|one| one.rank.rank() != stage || one.verdict == Verdict::Hit);
+        }
+    }
+}
+
 impl Asked<'_> {
     fn explain(&self) -> Result<NamespaceExplanation, Failure> {
         let traces = Traces::read(self.namespace, self.keys)?;
@@ -209,6 +232,7 @@ impl Asked<'_> {
                 ranks.push(finding::look(self.namespace, traces, place, self.quick)?);
             }
         }
+        drop_unneeded(&mut ranks);
         let missing = |finding: &&Finding| finding.verdict != Verdict::Hit;
         let verdict = match ranks.iter().find(missing) {
             Some(finding) => finding.verdict,

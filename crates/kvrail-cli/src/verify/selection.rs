@@ -3,7 +3,7 @@
 use std::collections::BinaryHeap;
 
 use kvrail::store::inspect::{ChunkFile, NamespaceInfo, chunks, chunks_after};
-use kvrail::{ChunkKey, Error};
+use kvrail::{ChunkKey, Error, Part};
 
 use crate::amount::Sample;
 use crate::store_directory;
@@ -20,7 +20,7 @@ pub(super) struct Task {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct After {
     pub(super) namespace: String,
-    pub(super) place: (u32, u32, ChunkKey),
+    pub(super) place: (u32, Part, ChunkKey),
 }
 
 /// What is checked.
@@ -121,8 +121,12 @@ fn smallest(all: Selected<'_>, seed: u64, count: usize) -> Vec<Result<Task, Erro
 /// Returns a number that is the same whenever the same chunk is drawn for with the same seed.
 fn draw(seed: u64, task: &Task) -> u64 {
     let (group, rank, key) = task.chunk.place();
-    let numbers = [group.to_le_bytes(), rank.to_le_bytes()];
-    let bytes = numbers.iter().flatten().chain(key.as_bytes());
+    let numbers = [group, rank.rank()].map(u32::to_le_bytes);
+    let heads = rank.heads().map(|heads| [heads.first(), heads.end()]);
+    let heads = heads.into_iter().flatten().flat_map(usize::to_le_bytes);
+    let heads: Vec<u8> = heads.collect();
+    let bytes = numbers.iter().flatten().chain(&heads);
+    let bytes = bytes.chain(key.as_bytes());
     // FNV-1a, and the end of MurmurHash3 for what FNV leaves alike.
     let mut state = bytes.fold(seed ^ 0xcbf2_9ce4_8422_2325, |state, byte| {
         (state ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)

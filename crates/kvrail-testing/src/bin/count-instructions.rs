@@ -150,7 +150,7 @@ fn head() -> ChunkHead {
         fields: HeadFields {
             namespace: "0123456789abcdef".to_owned(),
             group: 0,
-            rank: 1,
+            rank: 1.into(),
             tokens: 256,
             chunk: ChunkRef {
                 key,

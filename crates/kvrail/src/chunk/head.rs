@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::format::{ChunkFormat, ENTRY_BYTES, FORMAT_VERSION, PAGE_BYTES};
 use super::key::{ChunkKey, ChunkRef};
+use super::part::Part;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Bytes of the length that precedes the JSON of a safetensors file.
@@ -22,8 +23,8 @@ pub struct HeadFields {
     pub namespace: String,
     /// The KV cache group.
     pub group: u32,
-    /// The rank within the instance.
-    pub rank: u32,
+    /// The part that the file holds: a rank of the instance, or a stage's heads.
+    pub rank: Part,
     /// Tokens of a chunk.
     pub tokens: usize,
     /// The chunk's key and its parent's.
@@ -219,7 +220,7 @@ impl ChunkHead {
             fields: HeadFields {
                 namespace: metadata.namespace.clone(),
                 group: metadata.group.parse().ok()?,
-                rank: metadata.rank.parse().ok()?,
+                rank: Part::parse(&metadata.rank)?,
                 tokens: metadata.tokens.parse().ok()?,
                 chunk: ChunkRef { key, parent },
             },

@@ -14,8 +14,10 @@ mod checksum;
 mod format;
 mod head;
 mod key;
+mod part;
 
 pub use checksum::{PageTable, RootHasher, first_bad_page, hash_pages, root_checksum};
 pub use format::{ChunkFormat, FORMAT_VERSION, PAGE_BYTES};
 pub use head::{ChunkHead, HeadFields};
 pub use key::{ChunkKey, ChunkRef};
+pub use part::{HeadRange, Part};

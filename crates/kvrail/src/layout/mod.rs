@@ -8,10 +8,12 @@
 //! All validation happens when a [`KvLayout`] is made; planning has only the block ids to check.
 //! This module knows neither files nor devices.
 
+mod heads;
 mod kv_layout;
 mod plan;
 mod token_order;
 
+pub use heads::{HeadBytes, HeadPiece};
 pub use kv_layout::{KvLayout, LayerSpan};
 pub use plan::{MemoryRange, TransferPlan};
 pub use token_order::{SideOrder, TokenOrder, TokenShape};

@@ -62,7 +62,13 @@ mod tests {
     #[test]
     fn another_file_in_its_place_is_not_bad_and_the_number_is_bounded() {
         let bad = BadChunks::default();
-        let place = |index: u64| (0, 0, ChunkKey::from_bytes(&index.to_le_bytes()).unwrap());
+        let place = |index: u64| {
+            (
+                0,
+                0.into(),
+                ChunkKey::from_bytes(&index.to_le_bytes()).unwrap(),
+            )
+        };
         let status = |inode| FileStatus {
             is_file: true,
             is_folder: false,

@@ -8,7 +8,7 @@ use super::lingering::LingeringFiles;
 use super::lmcache_names::LmcacheTree;
 use super::namespace::Namespace;
 use super::present::Place;
-use crate::chunk::ChunkKey;
+use crate::chunk::{ChunkKey, Part};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Folder, FolderRules, make_path};
 
@@ -129,10 +129,10 @@ impl NamespaceDirectory {
     ///
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] for a key that LMCache's directory has no name for.
-    pub(super) fn chunk_location(&self, (group, rank, key): &Place) -> Result<Location> {
+    pub(super) fn chunk_location(&self, (group, part, key): &Place) -> Result<Location> {
         match &self.lmcache {
-            None => Ok(Location::chunk(*group, *rank, key)),
-            Some(tree) => tree.chunk(*rank, key),
+            None => Ok(Location::chunk(*group, *part, key)),
+            Some(tree) => tree.chunk(part.rank(), key),
         }
     }
 
@@ -144,7 +144,7 @@ impl NamespaceDirectory {
     pub(super) fn sign_location(&self, place: &Place) -> Result<Location> {
         match &self.lmcache {
             None => self.chunk_location(place),
-            Some(tree) => tree.metadata(place.1, &place.2),
+            Some(tree) => tree.metadata(place.1.rank(), &place.2),
         }
     }
 
@@ -180,18 +180,18 @@ impl NamespaceDirectory {
 
     /// Returns a chunk's path for messages.
     #[cfg(test)]
-    pub(super) fn chunk(&self, group: u32, rank: u32, key: &ChunkKey) -> PathBuf {
-        self.path.join(Location::chunk(group, rank, key).below())
+    pub(super) fn chunk(&self, group: u32, part: Part, key: &ChunkKey) -> PathBuf {
+        self.path.join(Location::chunk(group, part, key).below())
     }
 }
 
 impl Location {
     /// Returns the location of a chunk.
-    pub(super) fn chunk(group: u32, rank: u32, key: &ChunkKey) -> Self {
+    pub(super) fn chunk(group: u32, part: Part, key: &ChunkKey) -> Self {
         let name = chunk_name(key);
         let fan_out = name.get(..FAN_OUT_DIGITS).unwrap_or_default();
         Self {
-            folder: Some(format!("{}/{fan_out}", rank_name(group, rank))),
+            folder: Some(format!("{}/{fan_out}", part_name(group, part))),
             name,
         }
     }
@@ -213,16 +213,16 @@ impl Location {
     }
 }
 
-/// Returns the folder name of a group's rank.
-pub(super) fn rank_name(group: u32, rank: u32) -> String {
-    format!("g{group}r{rank}")
+/// Returns the folder name of a group's part.
+pub(super) fn part_name(group: u32, part: Part) -> String {
+    format!("g{group}r{part}")
 }
 
-/// Reads the folder name of a group's rank; any other spelling of the numbers is none.
-pub(super) fn parse_rank_name(name: &str) -> Option<(u32, u32)> {
-    let (group, rank) = name.strip_prefix('g')?.split_once('r')?;
-    let numbers = (group.parse().ok()?, rank.parse().ok()?);
-    (rank_name(numbers.0, numbers.1) == name).then_some(numbers)
+/// Reads the folder name of a group's part; any other spelling of the numbers is none.
+pub(super) fn parse_part_name(name: &str) -> Option<(u32, Part)> {
+    let (group, part) = name.strip_prefix('g')?.split_once('r')?;
+    let (group, part) = (group.parse().ok()?, Part::parse(part)?);
+    (part_name(group, part) == name).then_some((group, part))
 }
 
 /// Returns the file name of a chunk.
@@ -252,7 +252,7 @@ mod tests {
         let namespace = Namespace::new("m", serde_json::Map::new()).unwrap();
         let directory = NamespaceDirectory::new(Path::new("/kv"), &namespace);
         let key = ChunkKey::from_bytes(&[0xab; 32]).unwrap();
-        let path = directory.chunk(0, 3, &key);
+        let path = directory.chunk(0, 3.into(), &key);
         let expected = format!("g0r3/aba/{}.safetensors", "ab".repeat(32));
         assert!(path.ends_with(expected), "{}", path.display());
         assert!(is_fan_out_name("aba") && !is_fan_out_name("ABA") && !is_fan_out_name("ab"));
@@ -277,9 +277,9 @@ mod tests {
     proptest! {
         /// What is read from disk is taken only when the name made of it is the same.
         #[test]
-        fn names_have_one_spelling(name in "g[0-9+]{1,3}r[0-9-]{1,3}|.{0,12}") {
-            if let Some((group, rank)) = parse_rank_name(&name) {
-                prop_assert_eq!(rank_name(group, rank), name);
+        fn names_have_one_spelling(name in "g[0-9+]{1,3}r[0-9-]{1,3}(h[0-9]-[0-9])?|.{0,12}") {
+            if let Some((group, part)) = parse_part_name(&name) {
+                prop_assert_eq!(part_name(group, part), name);
             }
         }
 

@@ -7,7 +7,7 @@
 use serde_json::{Map, Value};
 
 use super::bandwidth_record::{encode_record, parse_record};
-use super::directory::{chunk_name, is_fan_out_name, parse_chunk_name, parse_rank_name, rank_name};
+use super::directory::{chunk_name, is_fan_out_name, parse_chunk_name, parse_part_name, part_name};
 use super::inspect::ScrubState;
 use super::manifest::parse_manifest;
 use super::namespace::{Namespace, parse_directory_name};
@@ -81,8 +81,8 @@ pub fn names(bytes: &[u8]) {
     if let Some(key) = parse_chunk_name(name) {
         assert_eq!(chunk_name(&key), name);
     }
-    if let Some((group, rank)) = parse_rank_name(name) {
-        assert_eq!(rank_name(group, rank), name);
+    if let Some((group, part)) = parse_part_name(name) {
+        assert_eq!(part_name(group, part), name);
     }
     if let Some(aside) = QuarantineName::parse(name) {
         assert_eq!(aside.to_string(), name);

@@ -105,11 +105,11 @@ impl Hasher for KeyHasher {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::chunk::ChunkKey;
+    use crate::chunk::{ChunkKey, Part};
 
     fn place(index: u64) -> Place {
         let key = blake3::hash(&index.to_le_bytes());
-        (0, 0, ChunkKey::from_bytes(key.as_bytes()).unwrap())
+        (0, 0.into(), ChunkKey::from_bytes(key.as_bytes()).unwrap())
     }
 
     fn leading(known: &KnownAnswers, range: std::ops::Range<u64>) -> usize {
@@ -164,7 +164,7 @@ mod tests {
             (0..1000).map(|index| hash(place(index)) & 0xFFFF).collect();
         assert!(low.len() > 950, "{}", low.len());
         let ranks: std::collections::HashSet<u64> = (0..8)
-            .map(|rank| hash((0, rank, place(1).2)) & 0xFFFF)
+            .map(|rank| hash((0, Part::from(rank), place(1).2)) & 0xFFFF)
             .collect();
         assert_eq!(ranks.len(), 8);
     }

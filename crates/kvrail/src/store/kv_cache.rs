@@ -15,9 +15,9 @@ use super::shared::{Pool, Running};
 use super::staged::{Staged, StagedImage};
 use super::ticket::{LoadTicket, StoreTicket};
 use super::token_file::TokenFile;
-use crate::chunk::{ChunkFormat, ChunkKey, ChunkRef, HeadFields};
+use crate::chunk::{ChunkFormat, ChunkKey, ChunkRef, HeadFields, Part};
 use crate::error::{Error, ErrorKind, Result};
-use crate::layout::{KvLayout, TokenOrder, TransferPlan};
+use crate::layout::{HeadBytes, KvLayout, TokenOrder, TransferPlan};
 use crate::memory::{ComputeStream, Region, StagingPool, StagingRange, gather};
 use crate::sync::thread;
 
@@ -55,11 +55,13 @@ pub struct KvCache {
 #[derive(Debug)]
 pub(super) struct CacheShared {
     pub(super) group: u32,
-    pub(super) rank: u32,
+    pub(super) part: Part,
     /// The form that a chunk has in memory, and in kvrail's own files.
     pub(super) format: ChunkFormat,
     /// The form of its file, where that is another one.
     pub(super) token_file: Option<TokenFile>,
+    /// How blocks are divided among heads, where the part is a range of them.
+    pub(super) heads: Option<HeadBytes>,
     pub(super) regions: Vec<Region>,
     pub(super) pool: StagingPool,
     /// How many of the pool's buffers are not the tier's.
@@ -67,7 +69,7 @@ pub(super) struct CacheShared {
     pub(super) layout: KvLayout,
     /// Where the KV cache lies in the memory of a GPU.
     pub(super) gpu: Option<GpuSide>,
-    blocks_per_chunk: usize,
+    pub(super) blocks_per_chunk: usize,
     namespace: String,
     tokens: usize,
 }
@@ -83,9 +85,10 @@ impl CacheShared {
     ) -> Result<Self> {
         Ok(Self {
             group: 0,
-            rank: 0,
+            part: 0.into(),
             format: ChunkFormat::new(layout.payload_shape(blocks_per_chunk))?,
             token_file: None,
+            heads: None,
             regions,
             staging: pool.slot_count(),
             pool,
@@ -99,10 +102,15 @@ impl CacheShared {
 
     /// Returns what a head of this KV cache's chunks says.
     pub(super) fn head_fields(&self, chunk: ChunkRef) -> HeadFields {
+        self.head_fields_of(self.part, chunk)
+    }
+
+    /// Returns what the head of a chunk says that is of another part.
+    pub(super) fn head_fields_of(&self, part: Part, chunk: ChunkRef) -> HeadFields {
         HeadFields {
             namespace: self.namespace.clone(),
             group: self.group,
-            rank: self.rank,
+            rank: part,
             tokens: self.tokens,
             chunk,
         }
@@ -116,7 +124,7 @@ impl CacheShared {
     }
 
     pub(super) fn place(&self, key: &ChunkKey) -> Place {
-        (self.group, self.rank, *key)
+        (self.group, self.part, *key)
     }
 }
 
@@ -124,7 +132,7 @@ impl CacheShared {
 #[derive(Debug)]
 pub(super) struct Attachment {
     pub(super) group: u32,
-    pub(super) rank: u32,
+    pub(super) part: Part,
     pub(super) layout: KvLayout,
     pub(super) regions: Vec<Region>,
     pub(super) blocks_per_chunk: usize,
@@ -135,7 +143,7 @@ impl KvCache {
     pub(super) fn new(running: Arc<Running>, attachment: Attachment) -> Result<Self> {
         let Attachment {
             group,
-            rank,
+            part,
             layout,
             regions,
             blocks_per_chunk,
@@ -156,6 +164,9 @@ impl KvCache {
             );
             return Err(Error::new(ErrorKind::InvalidArgument, message));
         }
+        let heads = part.heads();
+        let heads = heads.map(|heads| HeadBytes::new(&layout, heads.count()));
+        let heads = heads.transpose()?;
         let gpu = store.gpus.of(store, &regions)?;
         let pool = store.staging_pool(format.file_bytes(), gpu.as_ref())?;
         let shape = Shape {
@@ -173,9 +184,10 @@ impl KvCache {
         let gpu = gpu.map(side).transpose()?;
         let shared = CacheShared {
             group,
-            rank,
+            part,
             format,
             token_file,
+            heads,
             regions,
             pool,
             staging,
@@ -293,7 +305,7 @@ impl KvCache {
     ) -> Result<Result<Staged, Ending>> {
         let store = &self.running.shared;
         let metrics = &store.metrics;
-        let mount = store.mount(self.shared.rank, &chunk.chunk.key);
+        let mount = store.mount(self.shared.part, &chunk.chunk.key);
         match mount.paused() {
             Some(Pause::NoSpace) => {
                 metrics.stores_dropped_no_space.add(1);
@@ -492,7 +504,7 @@ impl KvCache {
 
     /// Returns the way of a chunk now.
     fn route(&self, key: &ChunkKey) -> Route {
-        let mount = self.running.shared.mount(self.shared.rank, key);
+        let mount = self.running.shared.mount(self.shared.part, key);
         let gpu = self.shared.gpu.as_ref();
         gpu.map_or(Route::Posix, |gpu| gpu.route(mount))
     }

@@ -3,8 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::assemble;
 use super::batch::Ending;
 use super::capacity::touch_loaded;
+use super::chunk_file::{check_chunk, note_failure, open_chunk};
 use super::gpu::{GpuSide, InPlaceFailure, Route};
 use super::image::{self, Extents};
 use super::load_host::{self, given_up};
@@ -14,29 +16,27 @@ use super::load_tokens;
 use super::mount::Mount;
 use super::notice::Topic;
 use super::parked::{self, Parked};
-use super::present::Place;
-use super::publish::{is_gone, is_missing};
-use super::quarantine::{SetAside, set_aside};
+use super::publish::is_missing;
 use super::queue::TransferQueue;
 use super::shared::StoreShared;
 use super::verify::hash_part;
 use crate::chunk::PAGE_BYTES;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{FileStatus, IoFile, Operation};
+use crate::io::{IoFile, Operation};
 use crate::memory::StagingRange;
 
 /// How long a worker waits for a staging buffer before it looks for other work.
 const BUFFER_PATIENCE: Duration = Duration::from_millis(20);
 
 /// How a load went.
-enum Outcome {
+pub(super) enum Outcome {
     /// The image of the whole chunk where it is still to be copied to the tier.
     Loaded(Option<Arc<StagingRange>>),
     /// From host memory: whether its file is still there is not known.
     FromMemory,
     Failed(Error),
-    /// By cuFile it did not work; now by POSIX.
-    Again(Error),
+    /// Now by POSIX: by cuFile it did not work, or was not tried.
+    Again(Option<Error>),
     /// cuFile may still write to the blocks.
     Hangs(Error, Parked),
 }
@@ -53,7 +53,7 @@ pub(super) fn run(
     let is_too_late = job.started.is_none() && waited >= turn_limit(store);
     let started = *job.started.get_or_insert_with(Instant::now);
     let deadline = started + store.wait_limit;
-    let mount = store.mount(job.cache.rank, &job.chunk.key);
+    let mount = store.mount(job.cache.part, &job.chunk.key);
     if is_too_late {
         return refuse(store, queue, *job, waited);
     }
@@ -82,7 +82,7 @@ pub(super) fn run(
         Outcome::Failed(error) => Err(error),
         Outcome::Again(error) => {
             job.route = Route::Posix;
-            job.cufile_error = Some(error);
+            job.cufile_error = error;
             return put_back(queue, job);
         }
         Outcome::Hangs(error, parked) => {
@@ -195,6 +195,12 @@ fn load_chunk(
     let place = job.cache.place(&job.chunk.key);
     let mut status = None;
     let opened = open_chunk(mount, &place);
+    if let Err(error) = &opened
+        && is_missing(error)
+        && let Some(parts) = assemble::sources(store, job)
+    {
+        return assemble::load(store, job, &parts, buffer, deadline);
+    }
     let outcome = match opened {
         Err(error) => Outcome::Failed(error),
         Ok((file, found)) => {
@@ -217,24 +223,7 @@ fn load_chunk(
     let Outcome::Failed(error) = outcome else {
         return outcome;
     };
-    // A file that was there and is not any more says nothing of its path.
-    let is_evicted = status.is_some() && is_gone(&error);
-    if !is_evicted {
-        mount.health.note(&mount.root, began, 0, Some(&error));
-    }
-    if is_evicted || is_missing(&error) {
-        store.metrics.chunks_missing.add(1);
-    } else if error.kind() == ErrorKind::Damaged {
-        store.metrics.chunks_damaged.add(1);
-        store.notices.warn(Topic::ChunkDamaged, || {
-            format!("bad chunk, not used: {error}")
-        });
-        set_bad_chunk_aside(store, mount, place, status, &error);
-    } else {
-        store.notices.warn(Topic::LoadFailed, || {
-            format!("load failed, recomputed: {error}")
-        });
-    }
+    note_failure(store, mount, place, status, began, &error);
     Outcome::Failed(error)
 }
 
@@ -259,7 +248,7 @@ fn move_chunk(
         (LoadBuffer::Slot(mut slot), Some(gpu)) if job.route == Route::InPlace => {
             match gpu.load_in_place(job, &mut slot, file, cufile_deadline) {
                 Ok(()) => Outcome::Loaded(None),
-                Err(InPlaceFailure::Over(error)) => Outcome::Again(at(error)),
+                Err(InPlaceFailure::Over(error)) => Outcome::Again(Some(at(error))),
                 Err(InPlaceFailure::Hangs(error, handles)) => {
                     Outcome::Hangs(at(error), parked::Parked::new(handles))
                 }
@@ -268,7 +257,7 @@ fn move_chunk(
         (LoadBuffer::Slot(slot), Some(gpu)) => {
             match gpu.load_slot(job, *slot, file, cufile_deadline) {
                 Ok(()) => Outcome::Loaded(None),
-                Err(error) => Outcome::Again(at(error)),
+                Err(error) => Outcome::Again(Some(at(error))),
             }
         }
         (LoadBuffer::Slot(_), None) => Outcome::Failed(Error::new(
@@ -332,52 +321,6 @@ fn load_through_host(
     finished.map(|()| (image, read.extents))
 }
 
-/// Opens what has a chunk's name.
-fn open_chunk(mount: &Mount, place: &Place) -> Result<(Arc<IoFile>, FileStatus)> {
-    let below = mount.directory.chunk_location(place)?.below();
-    let opened = mount
-        .directory
-        .open()
-        .and_then(|namespace| mount.open_chunk(&namespace, &below));
-    let file = match opened {
-        Ok(file) => file,
-        Err(error) => {
-            // What no process of ours leaves at a chunk's name: a symbolic link, a directory, a
-            // socket, a file that its owner cannot read.
-            let foreign = [
-                rustix::io::Errno::LOOP,
-                rustix::io::Errno::ISDIR,
-                rustix::io::Errno::NOTDIR,
-                rustix::io::Errno::ACCESS,
-                rustix::io::Errno::INVAL,
-                rustix::io::Errno::NXIO,
-            ]
-            .map(|errno| Some(errno.raw_os_error()))
-            .contains(&error.os_error().and_then(std::io::Error::raw_os_error));
-            if !foreign {
-                return Err(error);
-            }
-            return Err(Error::new(ErrorKind::Damaged, "no readable chunk file").with_source(error));
-        }
-    };
-    let status = file.status()?;
-    Ok((Arc::new(file), status))
-}
-
-/// Checks that a chunk file is a regular file of the right length.
-fn check_chunk(file: &IoFile, status: &FileStatus, file_bytes: usize) -> Result<()> {
-    let damaged =
-        |message: String| Err(Error::new(ErrorKind::Damaged, message).with_path(file.path()));
-    if !status.is_file {
-        return damaged("not a regular file".into());
-    }
-    if status.bytes != file_bytes as u64 {
-        let bytes = status.bytes;
-        return damaged(format!("expected {file_bytes} bytes, the file has {bytes}"));
-    }
-    Ok(())
-}
-
 /// What was read of a chunk file, one part behind the other: head, pages, page table.
 struct Read {
     image: StagingRange,
@@ -429,35 +372,4 @@ fn read(
         extents,
         computed,
     })
-}
-
-/// Puts a bad chunk out of the way; one that must stay is remembered, so that it is not read again.
-fn set_bad_chunk_aside(
-    store: &StoreShared,
-    mount: &Mount,
-    place: Place,
-    status: Option<FileStatus>,
-    reason: &Error,
-) {
-    let remember = || {
-        if let Some(status) = status {
-            store.bad.insert(place, status);
-        }
-    };
-    // What lies in LMCache's directory is not ours to move.
-    if !store.may_write || mount.directory.lmcache.is_some() {
-        return remember();
-    }
-    let inode = status.map(|status| status.inode);
-    match set_aside(&mount.directory, &place, inode, &reason.to_string()) {
-        Ok(SetAside::Kept) => store.metrics.chunks_set_aside.add(1),
-        Ok(SetAside::Removed) => store.metrics.bad_chunks_removed.add(1),
-        Ok(SetAside::NotThere) => {}
-        Err(error) => {
-            remember();
-            store.notices.warn(Topic::SetAsideFailed, || {
-                format!("a bad chunk stays where it is and is not read again: {error}")
-            });
-        }
-    }
 }

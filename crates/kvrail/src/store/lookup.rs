@@ -14,9 +14,10 @@ use super::notice::Topic;
 use super::open_folders::{OpenFolders, SeenFolders};
 use super::present::Place;
 use super::shared::StoreShared;
+use super::splits;
 use super::ticket::{Issuer, LookupTicket, PresenceTicket};
 use super::watch::{Overdue, Watched};
-use crate::chunk::ChunkKey;
+use crate::chunk::{ChunkKey, Part};
 use crate::error::Result;
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -44,7 +45,7 @@ const WAITING_THREADS_MAX: usize = 64;
 #[derive(Debug)]
 pub(super) struct Lookup {
     group: u32,
-    ranks: Vec<u32>,
+    parts: Vec<Part>,
     keys: Vec<ChunkKey>,
     /// The next chunk that nobody has claimed.
     next: AtomicUsize,
@@ -124,13 +125,13 @@ impl LookupQueue {
         &self,
         shared: &StoreShared,
         group: u32,
-        ranks: &[u32],
+        parts: &[Part],
         keys: Vec<ChunkKey>,
     ) -> LookupTicket {
         let (issuer, ticket) = LookupTicket::issue();
-        // What no rank was asked about is not present on all of them.
-        let keys = if ranks.is_empty() { Vec::new() } else { keys };
-        self.ask(shared, group, ranks, keys, Question::Prefix(issuer));
+        // What no part was asked about is not present on all of them.
+        let keys = if parts.is_empty() { Vec::new() } else { keys };
+        self.ask(shared, group, parts, keys, Question::Prefix(issuer));
         ticket
     }
 
@@ -139,16 +140,16 @@ impl LookupQueue {
         &self,
         shared: &StoreShared,
         group: u32,
-        ranks: &[u32],
+        parts: &[Part],
         keys: Vec<ChunkKey>,
     ) -> PresenceTicket {
         let (issuer, ticket) = PresenceTicket::issue();
-        if ranks.is_empty() {
+        if parts.is_empty() {
             issuer.complete(vec![false; keys.len()]);
             return ticket;
         }
         let found = keys.iter().map(|_| AtomicBool::new(false)).collect();
-        self.ask(shared, group, ranks, keys, Question::Each(issuer, found));
+        self.ask(shared, group, parts, keys, Question::Each(issuer, found));
         ticket
     }
 
@@ -156,15 +157,15 @@ impl LookupQueue {
         &self,
         shared: &StoreShared,
         group: u32,
-        ranks: &[u32],
+        parts: &[Part],
         keys: Vec<ChunkKey>,
         question: Question,
     ) {
-        let known = known(shared, group, ranks, &keys);
+        let known = known(shared, group, parts, &keys);
         shared.metrics.lookup_chunks_known.add(known as u64);
         let unknown = keys.len() - known;
         let threads = unknown.div_ceil(CHUNKS_PER_THREAD).clamp(1, self.threads);
-        let lookup = Lookup::asking(question, group, ranks, keys, threads);
+        let lookup = Lookup::asking(question, group, parts, keys, threads);
         lookup.take_known(known);
         if unknown == 0 {
             lookup.answer(&shared.metrics, known, false);
@@ -184,16 +185,16 @@ impl LookupQueue {
     }
 }
 
-/// Returns how many leading chunks are known to be there on all ranks.
-fn known(shared: &StoreShared, group: u32, ranks: &[u32], keys: &[ChunkKey]) -> usize {
+/// Returns how many leading chunks are known to be there, all parts of each.
+fn known(shared: &StoreShared, group: u32, parts: &[Part], keys: &[ChunkKey]) -> usize {
     // What lies on a path that is left alone is not there for now.
     if shared.mounts.iter().any(|mount| mount.health.is_out()) {
         return 0;
     }
     let places = keys
         .iter()
-        .flat_map(|key| ranks.iter().map(move |rank| (group, *rank, *key)));
-    shared.known.leading(places) / ranks.len().max(1)
+        .flat_map(|key| parts.iter().map(move |part| (group, *part, *key)));
+    shared.known.leading(places) / parts.len().max(1)
 }
 
 /// Has more threads join a lookup: one for each chunk that nobody has claimed.
@@ -232,39 +233,39 @@ impl Lookup {
     #[cfg(all(test, feature = "shuttle"))]
     pub(super) fn new(
         group: u32,
-        ranks: &[u32],
+        parts: &[Part],
         keys: Vec<ChunkKey>,
         threads: usize,
     ) -> (LookupTicket, Self) {
         let (issuer, ticket) = LookupTicket::issue();
         let question = Question::Prefix(issuer);
-        (ticket, Self::asking(question, group, ranks, keys, threads))
+        (ticket, Self::asking(question, group, parts, keys, threads))
     }
 
     /// As [`Lookup::new`], for each chunk.
     #[cfg(all(test, feature = "shuttle"))]
     pub(super) fn of_each(
         group: u32,
-        ranks: &[u32],
+        parts: &[Part],
         keys: Vec<ChunkKey>,
         threads: usize,
     ) -> (PresenceTicket, Self) {
         let (issuer, ticket) = PresenceTicket::issue();
         let found = keys.iter().map(|_| AtomicBool::new(false)).collect();
         let question = Question::Each(issuer, found);
-        (ticket, Self::asking(question, group, ranks, keys, threads))
+        (ticket, Self::asking(question, group, parts, keys, threads))
     }
 
     fn asking(
         question: Question,
         group: u32,
-        ranks: &[u32],
+        parts: &[Part],
         keys: Vec<ChunkKey>,
         threads: usize,
     ) -> Self {
         Self {
             group,
-            ranks: ranks.to_vec(),
+            parts: parts.to_vec(),
             next: AtomicUsize::new(0),
             missing: AtomicUsize::new(keys.len()),
             working: AtomicUsize::new(threads),
@@ -385,16 +386,16 @@ fn work(shared: &StoreShared, lookup: &Lookup, watched: &Watched, call: impl Fn(
     let mut seen = SeenFolders::default();
     let mut round_trips = 0;
     lookup.check(|_, key| {
-        lookup.ranks.iter().all(|rank| {
-            let mount = shared.mount(*rank, key);
-            let place = (lookup.group, *rank, *key);
-            let index = shared.mount_index(*rank, key);
+        lookup.parts.iter().all(|part| {
+            let mount = shared.mount(*part, key);
+            let place = (lookup.group, *part, *key);
+            let index = shared.mount_index(*part, key);
             watched.is_at(index);
             if mount.health.is_out() {
                 return false;
             }
             let began = Instant::now();
-            let found = exists(shared, lookup, &mut seen, index, &place);
+            let found = exists(shared, lookup, watched, &mut seen, &place);
             let took = began.elapsed();
             mount
                 .health
@@ -424,16 +425,34 @@ fn work(shared: &StoreShared, lookup: &Lookup, watched: &Watched, call: impl Fn(
     lookup.end_one(&shared.metrics, false);
 }
 
-/// Returns whether anything has a chunk's name; loading it shows whether it is any good.
+/// Returns whether anything has a chunk's name, or those of the same heads in other ranges; loading
+/// it shows whether it is any good.
 fn exists(
     shared: &StoreShared,
     lookup: &Lookup,
+    watched: &Watched,
     seen: &mut SeenFolders,
-    index: usize,
     place: &Place,
 ) -> Result<bool> {
-    let (_, rank, key) = place;
-    let mount = shared.mount(*rank, key);
+    if is_there(shared, lookup, seen, place)? {
+        return Ok(true);
+    }
+    let others = splits::find(shared, place, watched, |other| {
+        is_there(shared, lookup, seen, other)
+    });
+    Ok(others?.is_some())
+}
+
+/// Returns whether anything has a chunk's name.
+fn is_there(
+    shared: &StoreShared,
+    lookup: &Lookup,
+    seen: &mut SeenFolders,
+    place: &Place,
+) -> Result<bool> {
+    let (_, part, key) = place;
+    let index = shared.mount_index(*part, key);
+    let mount = shared.mount(*part, key);
     let Some(namespace) = seen.get(&lookup.folders, index, mount)? else {
         return Ok(false);
     };

@@ -93,6 +93,8 @@ metrics! {
         local_cpu_inserts_failed,
         /// Bytes of files that loads took from the page cache, where files are opened direct.
         page_cache_bytes_loaded,
+        /// Chunks loaded that were put together from files of other ranges of heads.
+        chunks_assembled,
         /// Loads of chunks that gave nothing, for any reason: missing, damaged, error, time.
         loads_failed,
         /// Of those: chunks that were not tried because their path is left alone.

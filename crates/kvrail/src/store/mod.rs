@@ -12,11 +12,13 @@
 //! - [`inspect`] reads a store without KV cache, for tools
 
 mod active_engine;
+mod assemble;
 mod bad;
 mod bandwidth_record;
 mod batch;
 mod breaker;
 pub mod capacity;
+mod chunk_file;
 mod comparisons;
 mod crew;
 mod directory;
@@ -60,6 +62,7 @@ mod remove;
 mod save;
 mod shared;
 pub mod slab;
+mod splits;
 mod staged;
 mod ticket;
 mod tier;
@@ -85,7 +88,7 @@ pub use ticket::{
     LoadReport, LoadTicket, LookupTicket, PresenceTicket, StoreReport, StoreTicket, Ticket,
 };
 
-use crate::chunk::ChunkKey;
+use crate::chunk::{ChunkKey, Part};
 use crate::config::StoreConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{IoEngine, MountReport};
@@ -138,49 +141,67 @@ impl Store {
         })
     }
 
-    /// Looks up how many leading chunks of `keys` are present for `group` on all of `ranks`.
+    /// Looks up how many leading chunks of `keys` are present for `group` in all of `parts`, which
+    /// are ranks or ranges of heads. A range also counts when files of other ranges hold it.
     ///
     /// Answered by the store's own threads; a chunk that turns out bad when it is loaded counts
     /// as present here.
-    pub fn lookup(&self, group: u32, ranks: &[u32], keys: Vec<ChunkKey>) -> LookupTicket {
+    pub fn lookup(
+        &self,
+        group: u32,
+        parts: &[impl Into<Part> + Copy],
+        keys: Vec<ChunkKey>,
+    ) -> LookupTicket {
+        let parts: Vec<Part> = parts.iter().map(|part| (*part).into()).collect();
         self.running
             .lookups
-            .submit(&self.running.shared, group, ranks, keys)
+            .submit(&self.running.shared, group, &parts, keys)
     }
 
-    /// Looks up which of `keys` are present for `group` on all of `ranks`, whichever are missing.
+    /// Looks up which of `keys` are present for `group` in all of `parts`, whichever are missing.
     ///
     /// For groups that need a window of chunks and not all of them. As [`Store::lookup`] otherwise;
     /// a lookup that takes too long finds nothing.
-    pub fn lookup_each(&self, group: u32, ranks: &[u32], keys: Vec<ChunkKey>) -> PresenceTicket {
+    pub fn lookup_each(
+        &self,
+        group: u32,
+        parts: &[impl Into<Part> + Copy],
+        keys: Vec<ChunkKey>,
+    ) -> PresenceTicket {
+        let parts: Vec<Part> = parts.iter().map(|part| (*part).into()).collect();
         self.running
             .lookups
-            .submit_each(&self.running.shared, group, ranks, keys)
+            .submit_each(&self.running.shared, group, &parts, keys)
     }
 
     /// Removes the chunks of `keys` of `group` on `rank`, and waits for the file system to do so.
     /// Returns the bytes of each, 0 where there was none or it stayed, which is a notice.
     pub fn remove(&self, group: u32, rank: u32, keys: &[ChunkKey]) -> Vec<u64> {
-        let places: Vec<_> = keys.iter().map(|key| (group, rank, *key)).collect();
+        let places: Vec<_> = keys.iter().map(|key| (group, rank.into(), *key)).collect();
         remove::remove_chunks(&self.running.shared, &places)
     }
 
-    /// Attaches the KV cache of `group` on `rank`, `blocks_per_chunk` blocks to a chunk.
+    /// Attaches the KV cache of `group` on one rank, `blocks_per_chunk` blocks to a chunk.
+    ///
+    /// `part` is what its files are named by: the rank, or, where all blocks of all layers have
+    /// heads outermost, the stage and the heads that they hold. Chunks of such a part are also
+    /// loaded from files of other ranges of heads.
     ///
     /// `regions` is the memory that `layout` speaks of, in its order.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] when layout and regions do not fit,
+    /// [`ErrorKind::InvalidArgument`] when layout and regions do not fit, or a block is no whole
+    /// number of bytes for each head,
     /// [`ErrorKind::InvalidConfig`] when the staging memory is smaller than one chunk.
     pub fn attach(
         &self,
         group: u32,
-        rank: u32,
+        part: impl Into<Part>,
         layout: KvLayout,
         regions: Vec<Region>,
         blocks_per_chunk: usize,
     ) -> Result<KvCache> {
-        self.attach_by(group, rank, layout, regions, blocks_per_chunk, None)
+        self.attach_by(group, part.into(), layout, regions, blocks_per_chunk, None)
     }
 
     /// As [`Store::attach`], for a store in LMCache's directory: `order` says how its files' order
@@ -198,13 +219,20 @@ impl Store {
         blocks_per_chunk: usize,
         order: TokenOrder,
     ) -> Result<KvCache> {
-        self.attach_by(group, rank, layout, regions, blocks_per_chunk, Some(order))
+        self.attach_by(
+            group,
+            rank.into(),
+            layout,
+            regions,
+            blocks_per_chunk,
+            Some(order),
+        )
     }
 
     fn attach_by(
         &self,
         group: u32,
-        rank: u32,
+        part: Part,
         layout: KvLayout,
         regions: Vec<Region>,
         blocks_per_chunk: usize,
@@ -212,7 +240,7 @@ impl Store {
     ) -> Result<KvCache> {
         let attachment = kv_cache::Attachment {
             group,
-            rank,
+            part,
             layout,
             regions,
             blocks_per_chunk,

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use kvrail_cuda::system::SystemView;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
+use super::assemble::Windows;
 use super::bad::BadChunks;
 use super::capacity::{Capacity, JanitorThreads};
 use super::comparisons::{self, Comparisons};
@@ -28,6 +29,7 @@ use super::placement::Placement;
 use super::present::PresentChunks;
 use super::queue::TransferQueue;
 use super::shared::{Running, StoreShared};
+use super::splits::Splits;
 use super::tier::{self, Tier};
 use super::watch::{self, Watch};
 use super::weights::weights;
@@ -130,6 +132,7 @@ pub(super) fn open(
     // In LMCache's directory nothing is counted, stamped or evicted.
     let counted = if is_lmcache { &[][..] } else { &mounts };
     let capacity = Capacity::open(config, counted, &notices)?;
+    let splits = Splits::new(mounts.len());
     let shared = Arc::new(StoreShared {
         namespace,
         mounts,
@@ -152,6 +155,8 @@ pub(super) fn open(
         tier_folder,
         pool: Mutex::new(None),
         tier: Tier::default(),
+        windows: Windows::default(),
+        splits,
         gpus: Gpus::new(options.libraries.clone()),
         cufile: CufileWish {
             wanted: config.wants_cufile(),

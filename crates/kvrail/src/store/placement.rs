@@ -3,7 +3,8 @@
 //! By hash: weighted rendezvous. A path's score for a chunk depends on that path only, on its
 //! weight and on a hash of its name and the chunk's key, and the best score has the chunk. So a
 //! path that is added, removed or weighted anew moves only chunks to it or from it, and the order
-//! of the list does not matter. By GPU: the rank modulo the number of paths, as LMCache does.
+//! of the list does not matter. By GPU: the rank modulo the number of paths, as LMCache does; for a
+//! part that is a range of heads, [`Part::number`].
 //!
 //! All that share the paths must come to the same answer, so nothing here is a floating-point
 //! number, whose logarithm differs between machines in its last digit: docs/format.md has vectors.
@@ -13,7 +14,7 @@ use std::path::Path;
 
 use twox_hash::XxHash3_64;
 
-use crate::chunk::ChunkKey;
+use crate::chunk::{ChunkKey, Part};
 use crate::config::PathSharding;
 
 /// Binary digits behind the point of a [`distance`].
@@ -59,10 +60,10 @@ impl Placement {
         }
     }
 
-    /// Returns the index of the path that holds a chunk of `rank`.
-    pub(super) fn index(&self, rank: u32, key: &ChunkKey) -> usize {
+    /// Returns the index of the path that holds a part of a chunk.
+    pub(super) fn index(&self, part: Part, key: &ChunkKey) -> usize {
         match self.sharding {
-            PathSharding::ByGpu => rank as usize % self.places.len().max(1),
+            PathSharding::ByGpu => part.number() % self.places.len().max(1),
             PathSharding::ByHash if self.places.len() <= 1 => 0,
             PathSharding::ByHash => {
                 let scores = self.places.iter().map(|place| place.score(key)).enumerate();

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::time::{Duration, Instant};
 
-use crate::chunk::ChunkKey;
+use crate::chunk::{ChunkKey, Part};
 use crate::sync::{Mutex, PoisonError};
 
 /// How long knowledge holds. Others may remove chunks, and until then they are not stored again;
@@ -13,8 +13,8 @@ const HOLDS: Duration = Duration::from_secs(30);
 /// Chunks remembered: about 6 MB.
 const CHUNKS_MAX: usize = 65_536;
 
-/// A chunk's place: group, rank, key.
-pub(super) type Place = (u32, u32, ChunkKey);
+/// A chunk's place: group, part, key.
+pub(super) type Place = (u32, Part, ChunkKey);
 
 /// The chunks that were stored, loaded or are being stored by this process lately.
 #[derive(Debug, Default)]
@@ -63,7 +63,13 @@ mod tests {
     #[test]
     fn what_is_known_is_not_new_and_the_number_is_bounded() {
         let present = PresentChunks::default();
-        let place = |index: u64| (0, 0, ChunkKey::from_bytes(&index.to_le_bytes()).unwrap());
+        let place = |index: u64| {
+            (
+                0,
+                0.into(),
+                ChunkKey::from_bytes(&index.to_le_bytes()).unwrap(),
+            )
+        };
         assert!(present.insert(place(1)));
         assert!(!present.insert(place(1)));
         present.remove(&place(1));

@@ -1,6 +1,6 @@
 //! Setting bad chunks aside: out of the way of lookups, kept for whoever wants to look.
 //!
-//! `quarantine/<nanoseconds, 20 digits>-g<group>r<rank>-<chunk key>.safetensors` is the file,
+//! `quarantine/<nanoseconds, 20 digits>-g<group>r<part>-<chunk key>.safetensors` is the file,
 //! the same with `.json` behind it says why. What cannot be kept (another file system, somebody
 //! else's folder, a full quarantine) is removed: a bad chunk is worth nothing beside the next one.
 
@@ -10,8 +10,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use super::directory::{
-    Location, NamespaceDirectory, QUARANTINE_NAME, chunk_name, parse_chunk_name, parse_rank_name,
-    rank_name,
+    Location, NamespaceDirectory, QUARANTINE_NAME, chunk_name, parse_chunk_name, parse_part_name,
+    part_name,
 };
 use super::present::Place;
 use super::publish::is_missing;
@@ -279,11 +279,11 @@ impl QuarantineName {
     /// Reads a name; any other spelling is none of ours.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let (nanoseconds, rest) = text.split_once('-')?;
-        let (rank, chunk) = rest.split_once('-')?;
-        let (group, rank) = parse_rank_name(rank)?;
+        let (part, chunk) = rest.rsplit_once('-')?;
+        let (group, part) = parse_part_name(part)?;
         let name = Self {
             nanoseconds: nanoseconds.parse().ok()?,
-            place: (group, rank, parse_chunk_name(chunk)?),
+            place: (group, part, parse_chunk_name(chunk)?),
         };
         (name.to_string() == text).then_some(name)
     }
@@ -291,9 +291,9 @@ impl QuarantineName {
 
 impl fmt::Display for QuarantineName {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (group, rank, key) = &self.place;
-        let (rank, chunk) = (rank_name(*group, *rank), chunk_name(key));
-        write!(out, "{:020}-{rank}-{chunk}", self.nanoseconds)
+        let (group, part, key) = &self.place;
+        let (part, chunk) = (part_name(*group, *part), chunk_name(key));
+        write!(out, "{:020}-{part}-{chunk}", self.nanoseconds)
     }
 }
 

@@ -48,7 +48,7 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
         submitted,
         watched,
     } = job;
-    let mount = store.mount(cache.rank, &chunk.key);
+    let mount = store.mount(cache.part, &chunk.key);
     let began = Instant::now();
     let result = match mount.health.check(&mount.root) {
         Ok(()) => store_chunk(store, mount, &cache, chunk, image),

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use super::assemble::Windows;
 use super::bad::BadChunks;
 use super::capacity::{Capacity, Claim, JanitorThreads};
 use super::comparisons::Comparisons;
@@ -19,10 +20,11 @@ use super::open::thread_start;
 use super::placement::Placement;
 use super::present::{Place, PresentChunks};
 use super::queue::TransferQueue;
+use super::splits::Splits;
 use super::tier::Tier;
 use super::watch::Watch;
 use super::writer::Writer;
-use crate::chunk::ChunkKey;
+use crate::chunk::{ChunkKey, Part};
 use crate::config::Durability;
 use crate::error::{Error, Result};
 use crate::io::{IoCounts, IoEngine};
@@ -54,6 +56,9 @@ pub(super) struct StoreShared {
     pub(super) tier_folder: Option<PathBuf>,
     pub(super) pool: Mutex<Option<Pool>>,
     pub(super) tier: Tier,
+    /// Memory for reading files of other ranges of heads.
+    pub(super) windows: Windows,
+    pub(super) splits: Splits,
     pub(super) gpus: Gpus,
     pub(super) cufile: CufileWish,
     pub(super) capacity: Capacity,
@@ -71,18 +76,18 @@ pub(super) struct Pool {
 }
 
 impl StoreShared {
-    /// Returns the mount that holds a chunk of `rank`.
+    /// Returns the mount that holds a part of a chunk.
     #[expect(
         clippy::indexing_slicing,
         reason = "a store has at least one mount, the index is below"
     )]
-    pub(super) fn mount(&self, rank: u32, key: &ChunkKey) -> &Arc<Mount> {
-        &self.mounts[self.mount_index(rank, key)]
+    pub(super) fn mount(&self, part: Part, key: &ChunkKey) -> &Arc<Mount> {
+        &self.mounts[self.mount_index(part, key)]
     }
 
-    /// Returns the index of the mount that holds a chunk of `rank`.
-    pub(super) fn mount_index(&self, rank: u32, key: &ChunkKey) -> usize {
-        self.placement.index(rank, key)
+    /// Returns the index of the mount that holds a part of a chunk.
+    pub(super) fn mount_index(&self, part: Part, key: &ChunkKey) -> usize {
+        self.placement.index(part, key)
     }
 
     /// Returns the engines that move bytes between files and staging memory, each once.

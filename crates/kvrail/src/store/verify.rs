@@ -4,7 +4,10 @@ use std::ops::Range;
 
 use super::image;
 use super::load_job::LoadJob;
-use crate::chunk::{ChunkHead, PAGE_BYTES, PageTable, first_bad_page, hash_pages, root_checksum};
+use crate::chunk::{
+    ChunkFormat, ChunkHead, HeadFields, PAGE_BYTES, PageTable, first_bad_page, hash_pages,
+    root_checksum,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::Scatter;
 
@@ -20,9 +23,19 @@ pub(super) fn hash_part(bytes: &[u8], offset: usize, pages_start: usize, compute
 /// Checks head and page table of a chunk against each other and against the job; returns the
 /// table.
 pub(super) fn verify_frame(job: &LoadJob, head: &[u8], table: &[u8]) -> Result<PageTable> {
+    let fields = job.cache.head_fields(job.chunk);
+    verify_frame_of(&fields, &job.cache.format, head, table)
+}
+
+/// As [`verify_frame`], of a file with any fields and format.
+pub(super) fn verify_frame_of(
+    fields: &HeadFields,
+    format: &ChunkFormat,
+    head: &[u8],
+    table: &[u8],
+) -> Result<PageTable> {
     let damaged = |message: &str| Err(Error::new(ErrorKind::Damaged, message));
-    let format = &job.cache.format;
-    let root = ChunkHead::check(head, &job.cache.head_fields(job.chunk), format)?;
+    let root = ChunkHead::check(head, fields, format)?;
     if root_checksum(table) != root {
         return damaged("page table does not match the root checksum");
     }
@@ -50,7 +63,7 @@ pub(super) fn verify(
         .zip(computed)
         .position(|(expected, found)| expected != found);
     let page = bad.map_or(pages.end, |index| pages.start + index);
-    Err(bad_page(job, page))
+    Err(bad_page(&job.cache.format, page))
 }
 
 /// Pages that are hashed and then copied together: 256 KiB stay in the cache of one core.
@@ -71,17 +84,7 @@ pub(super) fn verify_into(
 ) -> Result<()> {
     for (index, window) in pages.chunks(WINDOW_PAGES * PAGE_BYTES).enumerate() {
         let first = first_page + index * WINDOW_PAGES;
-        let end = first + window.len() / PAGE_BYTES;
-        let expected = table.pages(first..end);
-        // Fewer entries than pages cannot be compared, so they are no match.
-        let bad = match first_bad_page(window, expected) {
-            None if expected.len() == end - first => None,
-            None => Some(expected.len()),
-            bad => bad,
-        };
-        if let Some(bad) = bad {
-            return Err(bad_page(job, first + bad));
-        }
+        verify_pages(&job.cache.format, table, first, window)?;
         let start = first * PAGE_BYTES;
         let wanted = job.payload.start.max(start)..job.payload.end.min(start + window.len());
         if wanted.is_empty() {
@@ -95,8 +98,29 @@ pub(super) fn verify_into(
     Ok(())
 }
 
-fn bad_page(job: &LoadJob, page: usize) -> Error {
-    let count = job.cache.format.page_count();
+/// Checks whole pages, of which the first is `first` of the payload.
+///
+/// # Errors
+/// [`ErrorKind::Damaged`] for a page that is not what was stored.
+pub(super) fn verify_pages(
+    format: &ChunkFormat,
+    table: &PageTable,
+    first: usize,
+    pages: &[u8],
+) -> Result<()> {
+    let end = first + pages.len() / PAGE_BYTES;
+    let expected = table.pages(first..end);
+    // Fewer entries than pages cannot be compared, so they are no match.
+    let bad = match first_bad_page(pages, expected) {
+        None if expected.len() == end - first => None,
+        None => Some(expected.len()),
+        bad => bad,
+    };
+    bad.map_or(Ok(()), |bad| Err(bad_page(format, first + bad)))
+}
+
+fn bad_page(format: &ChunkFormat, page: usize) -> Error {
+    let count = format.page_count();
     let message = format!("page {page} of {count} does not match its checksum");
     Error::new(ErrorKind::Damaged, message)
 }

@@ -78,7 +78,7 @@ fn announce(
         }
     };
     let place = cache.place(&key);
-    watched.is_at(shared.mount_index(cache.rank, &key));
+    watched.is_at(shared.mount_index(cache.part, &key));
     let (crew, lost) = (Arc::clone(crew), Arc::clone(crew));
     let end = move |shared: &StoreShared| {
         shared.present.remove(&place);

@@ -29,7 +29,7 @@ pub(super) fn make(path: &Path, count: u64, bar: &ProgressBar) -> Result<(), Fai
     small.close()?;
     let namespace = namespaces(path)?.into_iter().next();
     let namespace = namespace.ok_or_else(|| Failure::new("the store made no namespace"))?;
-    let first = find_chunk(&namespace.directory, (0, 0, key_of(0)?))?;
+    let first = find_chunk(&namespace.directory, (0, 0.into(), key_of(0)?))?;
     let first = first.ok_or_else(|| Failure::new("the first chunk is not there"))?;
     let mut names = Names {
         root: rank_folder(&first.path)?,
@@ -43,7 +43,7 @@ pub(super) fn make(path: &Path, count: u64, bar: &ProgressBar) -> Result<(), Fai
         }
     }
     // What was made by hand must be what a store would have made.
-    let last = (0, 0, key_of(count - 1)?);
+    let last = (0, 0.into(), key_of(count - 1)?);
     match find_chunk(&namespace.directory, last)? {
         Some(_) => Ok(()),
         None => Err(Failure::new("a chunk that was made is not found")),

@@ -180,7 +180,7 @@ impl Small {
     /// Removes chunks, so that the store is as large as before.
     fn remove(&self, first: u64, count: u64) -> Result<(), Failure> {
         for item in first..first + count {
-            let chunk = find_chunk(&self.directory, (0, 0, key_of(item)?))?;
+            let chunk = find_chunk(&self.directory, (0, 0.into(), key_of(item)?))?;
             let chunk = chunk.ok_or_else(|| Failure::new(format!("chunk {item} is gone")))?;
             chunk.remove()?;
         }

@@ -15,7 +15,7 @@ fn arbitrary_head() -> impl Strategy<Value = ChunkHead> {
                 fields: HeadFields {
                     namespace,
                     group,
-                    rank,
+                    rank: rank.into(),
                     tokens,
                     chunk: ChunkRef {
                         key: ChunkKey::from_bytes(&key).unwrap(),
@@ -83,7 +83,7 @@ fn another_chunk_s_head_is_named() {
     let fields = |byte| HeadFields {
         namespace: "0123456789abcdef".into(),
         group: 0,
-        rank: 0,
+        rank: 0.into(),
         tokens: 256,
         chunk: chunk(byte),
     };

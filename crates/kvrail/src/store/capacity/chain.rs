@@ -147,7 +147,11 @@ mod tests {
     use super::*;
 
     fn place(index: u64) -> Place {
-        (0, 0, ChunkKey::from_bytes(&index.to_le_bytes()).unwrap())
+        (
+            0,
+            0.into(),
+            ChunkKey::from_bytes(&index.to_le_bytes()).unwrap(),
+        )
     }
 
     fn link(parent: Option<u64>, milliseconds: i64) -> Link {

@@ -22,7 +22,7 @@ use serde::Serialize;
 
 use super::stamp::Stamp;
 use super::sweep::Reason;
-use crate::chunk::ChunkKey;
+use crate::chunk::{ChunkKey, Part};
 use crate::error::{Error, Result};
 use crate::io::{Folder, FolderRules, SmallMode, Step};
 
@@ -48,8 +48,8 @@ pub struct Eviction {
     pub reason: EvictionReason,
     /// The KV cache group.
     pub group: u32,
-    /// The rank.
-    pub rank: u32,
+    /// The part that the file held.
+    pub rank: Part,
     /// The chunk.
     #[serde(serialize_with = "as_text")]
     pub key: ChunkKey,
@@ -129,7 +129,7 @@ impl Eviction {
             evicted_milliseconds,
             reason: *reason,
             group: fields.next()?.parse().ok()?,
-            rank: fields.next()?.parse().ok()?,
+            rank: Part::parse(fields.next()?)?,
             key: ChunkKey::from_hex(fields.next()?).ok()?,
             used_milliseconds: fields.next()?.parse().ok()?,
             uses: fields.next()?.parse().ok()?,
@@ -215,7 +215,7 @@ mod tests {
             evicted_milliseconds: index as i64,
             reason: EvictionReason::ALL[index as usize % 4].0,
             group: 0,
-            rank: u32::MAX,
+            rank: u32::MAX.into(),
             key: ChunkKey::from_bytes(blake3::hash(&index.to_le_bytes()).as_bytes()).unwrap(),
             used_milliseconds: i64::MIN,
             uses: 15,

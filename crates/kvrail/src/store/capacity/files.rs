@@ -15,12 +15,12 @@ use super::root::Root;
 use super::stamp::Stamp;
 use super::steps::{Step, StepHook, reach};
 use super::sweep::{Reason, Shelf, Visit};
-use crate::chunk::ChunkKey;
+use crate::chunk::{ChunkKey, Part};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Folder;
 use crate::store::directory::{
     MANIFEST_NAME, QUARANTINE_NAME, TEMPORARY_NAME, chunk_name, is_fan_out_name, parse_chunk_name,
-    parse_rank_name,
+    parse_part_name,
 };
 use crate::store::namespace::parse_directory_name;
 use crate::store::publish::is_gone;
@@ -38,7 +38,7 @@ struct RankFolder {
     namespace: String,
     name: String,
     group: u32,
-    rank: u32,
+    rank: Part,
 }
 
 /// A chunk that is to be removed.
@@ -97,7 +97,7 @@ impl FileShelf {
         for namespace in self.namespaces()? {
             self.progress.step();
             for name in names(&namespace.folder)? {
-                if let Some((group, rank)) = parse_rank_name(&name) {
+                if let Some((group, rank)) = parse_part_name(&name) {
                     folders.push(RankFolder {
                         namespace: namespace.name.clone(),
                         name,

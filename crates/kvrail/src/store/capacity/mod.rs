@@ -64,7 +64,7 @@ use crate::chunk::ChunkKey;
 use crate::config::{Admission, StoreConfig};
 use crate::error::Result;
 use crate::io::{Folder, Permissions, within};
-use crate::store::directory::parse_rank_name;
+use crate::store::directory::parse_part_name;
 use account::read_all;
 use chain::Chains;
 use progress::Progress;
@@ -238,7 +238,7 @@ impl Drop for Claim<'_> {
 /// Looks at names only, and at no more of them than there are namespaces.
 fn has_no_chunks(root: &Root) -> bool {
     let has_none = |folder: &Folder| -> Result<bool> {
-        let is_of_a_rank = |name: &String| parse_rank_name(name).is_some();
+        let is_of_a_rank = |name: &String| parse_part_name(name).is_some();
         for name in files::names(folder)? {
             if let Some(namespace) = files::found_or_none(folder.folder(name))?
                 && files::names(&namespace)?.iter().any(is_of_a_rank)

@@ -87,7 +87,7 @@ pub(in crate::store) fn touch_present(store: &StoreShared, cache: &CacheShared, 
 
 /// Returns the time on a chunk's path, `None` where nothing may be written.
 fn now_of(store: &StoreShared, cache: &CacheShared, key: &ChunkKey) -> Option<i64> {
-    let mount = store.mount(cache.rank, key);
+    let mount = store.mount(cache.part, key);
     let path = store.capacity.of(&mount.root)?;
     Some(path.room.now_milliseconds())
 }
@@ -127,8 +127,8 @@ fn renew(
     let done = match file {
         Some(file) => set(store, file.as_fd(), None, renewed),
         None => {
-            let location = Location::chunk(cache.group, cache.rank, &chunk.key);
-            let namespace = store.mount(cache.rank, &chunk.key).directory.open();
+            let location = Location::chunk(cache.group, cache.part, &chunk.key);
+            let namespace = store.mount(cache.part, &chunk.key).directory.open();
             let folder = namespace
                 .and_then(|namespace| namespace.folder(location.folder.as_deref().unwrap_or(".")));
             match folder {
@@ -164,8 +164,8 @@ fn time_of_parent(store: &StoreShared, cache: &CacheShared, chunk: &ChunkRef) ->
 
 /// Reads a chunk's stamp, `None` when it is not there.
 fn stamp_of(store: &StoreShared, cache: &CacheShared, key: &ChunkKey) -> Option<Stamp> {
-    let location = Location::chunk(cache.group, cache.rank, key);
-    let namespace = store.mount(cache.rank, key).directory.open().ok()?;
+    let location = Location::chunk(cache.group, cache.part, key);
+    let namespace = store.mount(cache.part, key).directory.open().ok()?;
     let status = namespace.status(location.below()).ok()??;
     Some(Stamp::of_status(&status))
 }
@@ -230,7 +230,7 @@ mod tests {
 
     fn path(store: &Store, index: u8) -> PathBuf {
         let mount = &store.running.shared.mounts[0];
-        mount.directory.chunk(0, 0, &chunk(index).key)
+        mount.directory.chunk(0, 0.into(), &chunk(index).key)
     }
 
     fn stamp(store: &Store, index: u8) -> Stamp {
@@ -269,7 +269,7 @@ mod tests {
                 .shared
                 .capacity
                 .chains
-                .insert((0, 0, chunk(index).key), link);
+                .insert((0, 0.into(), chunk(index).key), link);
         }
         let load = |index| {
             let load = LoadChunk {
@@ -295,7 +295,11 @@ mod tests {
         load(3);
         assert_eq!(store.metrics().chunks_touched, 7, "once a minute is enough");
         // A chunk that is to be stored and is there was used, too.
-        store.running.shared.present.remove(&(0, 0, chunk(8).key));
+        store
+            .running
+            .shared
+            .present
+            .remove(&(0, 0.into(), chunk(8).key));
         let stored = StoreChunk {
             chunk: chunk(8),
             blocks: vec![0],

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::super::directory::{Location, chunk_name, is_fan_out_name, parse_chunk_name, rank_name};
+use super::super::directory::{Location, chunk_name, is_fan_out_name, parse_chunk_name, part_name};
 use super::super::publish::is_missing;
 use super::namespace::ranks;
 use super::open_namespace;
-use crate::chunk::ChunkKey;
+use crate::chunk::{ChunkKey, Part};
 use crate::error::Result;
 use crate::io::{Folder, IoFile, OpenMode};
 
@@ -19,8 +19,8 @@ pub struct ChunkFile {
     pub path: PathBuf,
     /// The KV cache group, from its folder.
     pub group: u32,
-    /// The rank, from its folder.
-    pub rank: u32,
+    /// The part that it holds, from its folder.
+    pub rank: Part,
     /// The key, from its name.
     pub key: ChunkKey,
     /// Its length in bytes.
@@ -34,7 +34,7 @@ pub struct ChunkFile {
 
 impl ChunkFile {
     /// Returns group, rank and key: what the order of chunks goes by.
-    pub fn place(&self) -> (u32, u32, ChunkKey) {
+    pub fn place(&self) -> (u32, Part, ChunkKey) {
         (self.group, self.rank, self.key)
     }
 
@@ -82,7 +82,7 @@ pub fn chunks(namespace_directory: &Path) -> impl Iterator<Item = Result<ChunkFi
 /// As [`chunks`], from behind the place `after` on, for work that goes on where it stopped.
 pub fn chunks_after(
     namespace_directory: &Path,
-    after: (u32, u32, ChunkKey),
+    after: (u32, Part, ChunkKey),
 ) -> impl Iterator<Item = Result<ChunkFile>> + use<> {
     walk(namespace_directory, Some(after))
 }
@@ -93,7 +93,7 @@ pub fn chunks_after(
 /// [`ErrorKind::Io`](crate::ErrorKind::Io) when the system does not tell.
 pub fn find_chunk(
     namespace_directory: &Path,
-    (group, rank, key): (u32, u32, ChunkKey),
+    (group, rank, key): (u32, Part, ChunkKey),
 ) -> Result<Option<ChunkFile>> {
     let below = Location::chunk(group, rank, &key).below();
     let status = open_namespace(namespace_directory)?.status(&below)?;
@@ -111,7 +111,7 @@ pub fn find_chunk(
 
 fn walk(
     directory: &Path,
-    after: Option<(u32, u32, ChunkKey)>,
+    after: Option<(u32, Part, ChunkKey)>,
 ) -> impl Iterator<Item = Result<ChunkFile>> + use<> {
     let directory: Arc<Path> = Arc::from(directory);
     let folders = fan_outs(&directory, after).unwrap_or_else(|error| vec![Err(error)]);
@@ -122,10 +122,10 @@ fn walk(
 }
 
 /// A fan-out folder: group, rank and three digits.
-type FanOut = (u32, u32, String);
+type FanOut = (u32, Part, String);
 
 /// Lists the fan-out folders that may have chunks behind `after`, sorted.
-fn fan_outs(directory: &Path, after: Option<(u32, u32, ChunkKey)>) -> Result<Vec<Result<FanOut>>> {
+fn fan_outs(directory: &Path, after: Option<(u32, Part, ChunkKey)>) -> Result<Vec<Result<FanOut>>> {
     let namespace = open_namespace(directory)?;
     let first = after.map(|(group, rank, key)| {
         let digits: String = key.to_string().chars().take(3).collect();
@@ -148,8 +148,8 @@ fn fan_outs(directory: &Path, after: Option<(u32, u32, ChunkKey)>) -> Result<Vec
     Ok(all)
 }
 
-fn list_fan_outs(namespace: &Folder, group: u32, rank: u32) -> Result<Option<Vec<String>>> {
-    let Some(folder) = missing_is_none(namespace.folder(rank_name(group, rank)))? else {
+fn list_fan_outs(namespace: &Folder, group: u32, rank: Part) -> Result<Option<Vec<String>>> {
+    let Some(folder) = missing_is_none(namespace.folder(part_name(group, rank)))? else {
         return Ok(None);
     };
     let mut names = Vec::new();
@@ -164,9 +164,9 @@ fn list_fan_outs(namespace: &Folder, group: u32, rank: u32) -> Result<Option<Vec
 fn files(
     directory: &Arc<Path>,
     (group, rank, fan_out): &FanOut,
-    after: Option<(u32, u32, ChunkKey)>,
+    after: Option<(u32, Part, ChunkKey)>,
 ) -> Result<Vec<Result<ChunkFile>>> {
-    let below = format!("{}/{fan_out}", rank_name(*group, *rank));
+    let below = format!("{}/{fan_out}", part_name(*group, *rank));
     let namespace = open_namespace(directory)?;
     let Some(folder) = missing_is_none(namespace.folder(&below))? else {
         return Ok(Vec::new());

@@ -6,11 +6,12 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::super::directory::{
-    MANIFEST_NAME, QUARANTINE_NAME, TEMPORARY_NAME, parse_rank_name, rank_name,
+    MANIFEST_NAME, QUARANTINE_NAME, TEMPORARY_NAME, parse_part_name, part_name,
 };
 use super::super::manifest::read_manifest;
 use super::super::namespace::parse_directory_name;
 use super::super::quarantine;
+use crate::chunk::Part;
 use crate::error::Result;
 use crate::io::{Folder, FolderRules};
 
@@ -21,8 +22,8 @@ pub struct NamespaceInfo {
     pub directory: PathBuf,
     /// Its manifest, or why it cannot be read.
     pub manifest: Result<Value, String>,
-    /// The (group, rank) pairs that have chunks.
-    pub groups: Vec<(u32, u32)>,
+    /// The (group, part) pairs that have chunks.
+    pub groups: Vec<(u32, Part)>,
     /// Files being written, or left by writers that died.
     pub temporary_files: usize,
     /// Chunks that were set aside.
@@ -70,15 +71,15 @@ fn describe(namespace: &Folder) -> Result<NamespaceInfo> {
     })
 }
 
-/// Returns the (group, rank) pairs of the folders `g<group>r<rank>` of a namespace, sorted.
-pub(super) fn ranks(namespace: &Folder) -> Result<Vec<(u32, u32)>> {
+/// Returns the (group, part) pairs of the folders `g<group>r<part>` of a namespace, sorted.
+pub(super) fn ranks(namespace: &Folder) -> Result<Vec<(u32, Part)>> {
     let mut ranks = Vec::new();
     for name in namespace.names()? {
         let name = name?;
-        let Some((group, rank)) = name.to_str().and_then(parse_rank_name) else {
+        let Some((group, rank)) = name.to_str().and_then(parse_part_name) else {
             continue;
         };
-        let status = namespace.status(rank_name(group, rank))?;
+        let status = namespace.status(part_name(group, rank))?;
         if status.is_some_and(|status| status.is_folder) {
             ranks.push((group, rank));
         }

@@ -7,7 +7,7 @@ use super::super::directory::{NamespaceDirectory, QUARANTINE_NAME};
 use super::super::publish::is_missing;
 use super::super::quarantine::{self, SetAside};
 use super::{ChunkFile, open_namespace};
-use crate::chunk::ChunkKey;
+use crate::chunk::{ChunkKey, Part};
 use crate::error::Result;
 
 /// A chunk in a quarantine.
@@ -17,8 +17,8 @@ pub struct QuarantinedChunk {
     pub path: PathBuf,
     /// The KV cache group that it was stored for.
     pub group: u32,
-    /// The rank that it was stored for.
-    pub rank: u32,
+    /// The part that it holds.
+    pub rank: Part,
     /// The key under which it stood.
     pub key: ChunkKey,
     /// Its length in bytes.

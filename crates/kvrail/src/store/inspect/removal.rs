@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::super::capacity::LOG_NAMES;
 use super::super::directory::{MANIFEST_NAME, QUARANTINE_NAME, TEMPORARY_NAME, is_fan_out_name};
-use super::super::directory::{parse_rank_name, rank_name};
+use super::super::directory::{parse_part_name, part_name};
 use super::super::namespace::parse_directory_name;
 use super::super::publish::is_missing;
 use super::super::quarantine;
@@ -55,7 +55,7 @@ pub fn remove_namespace(directory: &Path, seen: &mut dyn FnMut(u64)) -> Result<R
         }
     }
     for (group, rank) in super::namespace::ranks(&namespace)? {
-        let folder = namespace.folder(rank_name(group, rank))?;
+        let folder = namespace.folder(part_name(group, rank))?;
         for name in names(&folder)? {
             if is_fan_out_name(&name) {
                 remove_folder(&folder, &name, &mut removed)?;
@@ -72,7 +72,7 @@ pub fn remove_namespace(directory: &Path, seen: &mut dyn FnMut(u64)) -> Result<R
     }
     for name in names(&namespace)? {
         let is_ours = name == TEMPORARY_NAME || name == QUARANTINE_NAME;
-        if is_ours || parse_rank_name(&name).is_some() {
+        if is_ours || parse_part_name(&name).is_some() {
             remove_folder(&namespace, &name, &mut removed)?;
         }
     }

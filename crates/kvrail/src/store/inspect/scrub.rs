@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::chunk::ChunkKey;
+use crate::chunk::{ChunkKey, Part};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The state of a verification that can be interrupted.
@@ -21,8 +21,8 @@ pub struct ScrubState {
     pub namespace: String,
     /// Its group.
     pub group: u32,
-    /// Its rank.
-    pub rank: u32,
+    /// Its part.
+    pub rank: Part,
     /// Its key in hex.
     pub key: String,
     /// Chunks checked so far.
@@ -70,7 +70,7 @@ impl ScrubState {
     ///
     /// # Errors
     /// [`ErrorKind::Damaged`] when the key is none.
-    pub fn place(&self) -> Result<(u32, u32, ChunkKey)> {
+    pub fn place(&self) -> Result<(u32, Part, ChunkKey)> {
         let key = ChunkKey::from_hex(&self.key).map_err(|error| {
             Error::new(ErrorKind::Damaged, "state of a verification").with_source(error)
         })?;
@@ -92,7 +92,7 @@ mod tests {
             seed: 7,
             namespace: "m-0123456789abcdef".into(),
             group: 0,
-            rank: 3,
+            rank: 3.into(),
             key: "ab".repeat(16),
             checked: 5,
             checked_bytes: 5 << 20,

@@ -18,7 +18,7 @@ fn keys(count: u8) -> Vec<ChunkKey> {
 fn there_is_one_answer() {
     explore(2000, || {
         let metrics = Arc::new(Metrics::default());
-        let (ticket, lookup) = Lookup::new(0, &[0], keys(3), 2);
+        let (ticket, lookup) = Lookup::new(0, &[0.into()], keys(3), 2);
         let lookup = Arc::new(lookup);
         let mut threads: Vec<_> = (0..2)
             .map(|_| {
@@ -47,7 +47,7 @@ fn there_is_one_answer() {
 fn there_is_one_answer_for_each() {
     explore(2000, || {
         let metrics = Arc::new(Metrics::default());
-        let (ticket, lookup) = Lookup::of_each(0, &[0], keys(4), 2);
+        let (ticket, lookup) = Lookup::of_each(0, &[0.into()], keys(4), 2);
         let lookup = Arc::new(lookup);
         let mut threads: Vec<_> = (0..2)
             .map(|_| {
@@ -77,7 +77,7 @@ fn there_is_one_answer_for_each() {
 fn a_thread_that_was_refused_costs_no_answer() {
     explore(1000, || {
         let metrics = Arc::new(Metrics::default());
-        let (ticket, lookup) = Lookup::new(0, &[0], keys(4), 2);
+        let (ticket, lookup) = Lookup::new(0, &[0.into()], keys(4), 2);
         let lookup = Arc::new(lookup);
         let worker = thread::spawn({
             let (lookup, metrics) = (Arc::clone(&lookup), Arc::clone(&metrics));

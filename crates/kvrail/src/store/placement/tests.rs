@@ -22,7 +22,7 @@ fn named(paths: &[(&str, u64)]) -> Vec<(PathBuf, u64)> {
 
 /// Returns the path of a chunk.
 fn path_of<'a>(paths: &'a [(PathBuf, u64)], key: &ChunkKey) -> &'a Path {
-    &paths[by_hash(paths).index(0, key)].0
+    &paths[by_hash(paths).index(0.into(), key)].0
 }
 
 /// What the first version did: the largest hash, without weights.
@@ -57,7 +57,7 @@ fn chunks_lie_where_the_documentation_says() {
     let equal = named(&[("/kv/a", 1), ("/kv/b", 1), ("/kv/c", 1)]);
     let weighted = named(&[("/kv/a", 3000), ("/kv/b", 1000), ("/kv/c", 500)]);
     let digits = |paths: &[(PathBuf, u64)]| -> String {
-        let place = |number| by_hash(paths).index(0, &key(number)).to_string();
+        let place = |number| by_hash(paths).index(0.into(), &key(number)).to_string();
         (0..32).map(place).collect()
     };
     assert_eq!(digits(&equal), "20210011022012001022200201122201");
@@ -81,7 +81,7 @@ fn shares_are_as_large_as_the_weights() {
         ]);
         let mut counts = [0_u64; 4];
         for number in 0..CHUNKS {
-            counts[by_hash(&paths).index(0, &key(number))] += 1;
+            counts[by_hash(&paths).index(0.into(), &key(number))] += 1;
         }
         let sum: f64 = weights.iter().map(|weight| *weight as f64).sum();
         for (weight, count) in weights.iter().zip(counts) {
@@ -107,7 +107,7 @@ fn by_gpu_the_rank_decides_and_weights_do_not() {
     ];
     let placement = Placement::new(PathSharding::ByGpu, paths);
     let places: Vec<usize> = (0..7)
-        .map(|rank| placement.index(rank, &key(rank.into())))
+        .map(|rank| placement.index(rank.into(), &key(rank.into())))
         .collect();
     assert_eq!(places, [0, 1, 2, 0, 1, 2, 0]);
 }
@@ -169,7 +169,7 @@ proptest! {
     fn equal_weights_are_none(paths in paths(), weight in 1..u64::MAX, number in any::<u64>()) {
         let key = key(number);
         let equal: Vec<_> = paths.iter().map(|(path, _)| (path.clone(), weight)).collect();
-        prop_assert_eq!(by_hash(&equal).index(0, &key), unweighted(&paths, &key));
+        prop_assert_eq!(by_hash(&equal).index(0.into(), &key), unweighted(&paths, &key));
     }
 
     #[test]

@@ -36,7 +36,7 @@ impl Ground {
 
     fn place(&self, index: u64) -> (Place, PathBuf) {
         let key = ChunkKey::from_bytes(&index.to_be_bytes()).unwrap();
-        ((0, 0, key), self.directory.chunk(0, 0, &key))
+        ((0, 0.into(), key), self.directory.chunk(0, 0.into(), &key))
     }
 
     fn quarantine(&self) -> PathBuf {
@@ -235,7 +235,7 @@ fn a_chunk_that_comes_between_look_and_move_goes_back() {
     let ground = Ground::new();
     let (place, path) = ground.put(1);
     let quarantine = quarantine_folder(&ground.directory.open().unwrap(), false).unwrap();
-    let location = Location::chunk(0, 0, &place.2);
+    let location = Location::chunk(0, 0.into(), &place.2);
     let namespace = ground.directory.open().unwrap();
     let folder = namespace.folder(location.folder.unwrap()).unwrap();
     let name = QuarantineName::now(place);

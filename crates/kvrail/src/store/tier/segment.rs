@@ -36,12 +36,13 @@ pub(super) struct Tag(u64, u64);
 
 impl Tag {
     /// Returns the tag of a chunk of a namespace.
-    pub(super) fn new(namespace: &str, (group, rank, key): &Place) -> Self {
+    pub(super) fn new(namespace: &str, (group, part, key): &Place) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(&group.to_le_bytes());
-        hasher.update(&rank.to_le_bytes());
-        hasher.update(&(namespace.len() as u64).to_le_bytes());
-        hasher.update(namespace.as_bytes());
+        for text in [namespace, part.to_string().as_str()] {
+            hasher.update(&(text.len() as u64).to_le_bytes());
+            hasher.update(text.as_bytes());
+        }
         hasher.update(key.as_bytes());
         let mut low = [0; 8];
         let mut high = [0; 8];
