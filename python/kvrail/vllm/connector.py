@@ -309,7 +309,9 @@ class _SchedulerSide:
             return
         self._stats.follow(self._store.store.metrics)
         if self._publishes_events:
-            self._events = StorageEvents(self.requests.geometry, len(agreement.ranks))
+            self._events = StorageEvents(
+                self.requests.geometry, [len(parts) for parts in agreement.parts]
+            )
         self.requests.enable(
             self._store.lookup,
             lambda: _hash_problem(agreement, self._hasher),

@@ -10,7 +10,7 @@ the next request that asks for it. Events are hints; a hit is decided by the loo
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,8 +41,8 @@ class _Planned:
 class StorageEvents:
     """What became of chunks, as events for vLLM to publish."""
 
-    def __init__(self, geometry: ChunkGeometry, ranks: int) -> None:
-        """``ranks`` is the number of ranks that store a file of each chunk."""
+    def __init__(self, geometry: ChunkGeometry, ranks: Sequence[int]) -> None:
+        """``ranks`` says for each group how many ranks store a file of each chunk."""
         self._geometry = geometry
         self._ranks = ranks
         self._planned: OrderedDict[Place, _Planned] = OrderedDict()
@@ -69,7 +69,7 @@ class StorageEvents:
             group_idx=geometry.index,
         )
         self._planned.pop(place, None)
-        self._planned[place] = _Planned(event, self._ranks)
+        self._planned[place] = _Planned(event, self._ranks[group])
         while len(self._planned) > MAX_PLANNED:
             self._planned.popitem(last=False)
 

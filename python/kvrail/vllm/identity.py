@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
     from kvrail.kv_cache import KvMemory
+    from kvrail.vllm.heads import HeadShare
     from kvrail.vllm.lmcache_files import LmcacheFiles
 
 # Keys of a model's configuration that say where it came from, not what it computes.
@@ -46,11 +47,14 @@ def build_identity(
     groups: Sequence[tuple[KVCacheGroupSpec, KvMemory]],
     chunk_size: int,
     lmcache: tuple[LmcacheHasher, LmcacheFiles] | None = None,
+    heads: Sequence[HeadShare] | None = None,
 ) -> dict[str, Any]:
     """The identity as plain JSON values, for all KV cache groups with their memory.
 
     `lmcache` is given where chunk keys are LMCache's hashes: then the identity also says what its
     files of this model are, so that they can be copied without an engine.
+
+    With ``heads``, this rank's of each group, it is the same for all tensor-parallel sizes.
 
     Raises ``UnsupportedModelError`` when a part of it cannot be known.
     """
@@ -63,6 +67,7 @@ def build_identity(
         raise UnsupportedModelError("prefill context parallelism is not supported")
     model = vllm_config.model_config
     number = parse(vllm_version)
+    shares: Sequence[HeadShare | None] = heads or [None] * len(groups)
     if lmcache is None:
         hashing = prefix_hash(vllm_config.cache_config.prefix_caching_hash_algo)
     else:
@@ -82,11 +87,14 @@ def build_identity(
         "quantization": model.quantization,
         "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
         "attention": attention_backends(vllm_config, [group for group, _ in groups]),
-        "layout": _layout_name(vllm_config, kv_cache_config),
+        "layout": layout_name(vllm_config, kv_cache_config),
         "chunk_size": chunk_size,
-        "groups": [_group(vllm_config, group, memory) for group, memory in groups],
+        "groups": [
+            _group(vllm_config, group, memory, share)
+            for (group, memory), share in zip(groups, shares, strict=True)
+        ],
         "parallel": {
-            "tensor": parallel.tensor_parallel_size,
+            "tensor": "any" if heads else parallel.tensor_parallel_size,
             "pipeline": parallel.pipeline_parallel_size,
             "decode_context": parallel.decode_context_parallel_size,
             "interleave": parallel.cp_kv_cache_interleave_size,
@@ -229,34 +237,51 @@ def attention_backends(vllm_config: VllmConfig, groups: Sequence[KVCacheGroupSpe
     return sorted(names)
 
 
-def _layout_name(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
+def layout_name(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
+    """The KV cache layout that vLLM chose; ``UnsupportedModelError`` when it has not."""
     name = kv_cache_config.kv_cache_layout or vllm_config.cache_config.kv_cache_layout
     if name is None:
         raise UnsupportedModelError("vLLM has not resolved a KV cache layout")
     return str(name)
 
 
-def _group(vllm_config: VllmConfig, group: KVCacheGroupSpec, memory: KvMemory) -> dict[str, Any]:
+def _group(
+    vllm_config: VllmConfig, group: KVCacheGroupSpec, memory: KvMemory, share: HeadShare | None
+) -> dict[str, Any]:
     spec = group.kv_cache_spec
     entry: dict[str, Any] = {
         "spec": type(spec).__name__,
         "fields": _fields(spec),
     }
+    sizes = [layer.block_bytes for layer in memory.layers]
+    if share is not None:
+        # As a single rank would have them.
+        entry["fields"] = _with_all_heads(entry["fields"], share.total)
+        sizes = [size // share.count * share.total for size in sizes]
     if vllm_config.parallel_config.pipeline_parallel_size == 1:
-        entry["layers"] = [
-            [name, layer.block_bytes]
-            for name, layer in zip(memory.names, memory.layers, strict=True)
-        ]
+        entry["layers"] = [[name, size] for name, size in zip(memory.names, sizes, strict=True)]
     else:
         # Every stage has other layers but one identity must hold for all, so the split stands in.
         entry["partition"] = os.environ.get("VLLM_PP_LAYER_PARTITION")
         entry["hidden_layers"] = vllm_config.model_config.get_total_num_hidden_layers()
-        entry["layer_block_bytes"] = sorted({layer.block_bytes for layer in memory.layers})
+        entry["layer_block_bytes"] = sorted(set(sizes))
     return entry
 
 
 def _fields(spec: Any) -> dict[str, Any]:
     return {field.name: _plain(getattr(spec, field.name)) for field in dataclasses.fields(spec)}
+
+
+def _with_all_heads(fields: Any, total: int) -> Any:
+    """The fields of a spec, and of the specs in it, with the number of heads of all ranks."""
+    if isinstance(fields, dict):
+        return {
+            key: total if key == "num_kv_heads" else _with_all_heads(value, total)
+            for key, value in fields.items()
+        }
+    if isinstance(fields, list):
+        return [_with_all_heads(value, total) for value in fields]
+    return fields
 
 
 def _plain(value: Any) -> Any:

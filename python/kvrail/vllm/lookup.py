@@ -12,7 +12,7 @@ from kvrail.vllm.boundary import BoundaryTicket
 from kvrail.vllm.config import effective_value
 from kvrail.vllm.geometry import GroupGeometry
 from kvrail.vllm.lmcache_files import names_of_identity
-from kvrail.vllm.metadata import KvrailHandshake
+from kvrail.vllm.metadata import KvrailHandshake, Part
 from kvrail.vllm.request_state import Ticket
 
 
@@ -26,8 +26,8 @@ class Agreement:
 
     model: str
     identity_json: str
-    ranks: tuple[int, ...]
-    """The ranks whose files a hit needs: each distinct storage rank."""
+    parts: tuple[tuple[Part, ...], ...]
+    """What a hit needs of each KV cache group: each distinct part that a worker reads."""
     none_hash: str
 
 
@@ -56,7 +56,10 @@ def agree(handshakes: Mapping[tuple[int, int], object], expected_workers: int) -
     return Agreement(
         model=first.model,
         identity_json=first.identity_json,
-        ranks=tuple(sorted({shake.storage_rank for shake in known.values()})),
+        parts=tuple(
+            tuple(dict.fromkeys(parts))
+            for parts in zip(*(shake.parts for _, shake in sorted(known.items())), strict=True)
+        ),
         none_hash=identity["prefix_hash"]["none_hash"],
     )
 
@@ -86,8 +89,9 @@ class LookupStore:
         if effective_value(config, "layout") == "lmcache":
             options["lmcache"] = names_of_identity(agreement.identity_json)
         self.store = open_store(config, namespace, read_only=True, quiet=True, cpus=cpus, **options)
-        self._ranks = agreement.ranks
         self._groups = tuple(groups)
+        indices = (group.index for group in self._groups)
+        self._parts = dict(zip(indices, agreement.parts, strict=True))
 
     def lookup(self, keys: Sequence[bytes]) -> Ticket:
         """Asks for the longest prefix of `keys` at whose end all groups can go on, on all ranks."""
@@ -96,7 +100,7 @@ class LookupStore:
         return BoundaryTicket(self._lookup_prefix, self._lookup_each, self._groups, keys)
 
     def _lookup_prefix(self, keys: Sequence[bytes], group: int) -> Ticket:
-        return self.store.lookup(keys, group=group, ranks=self._ranks)
+        return self.store.lookup(keys, group=group, ranks=self._parts[group])
 
     def _lookup_each(self, keys: Sequence[bytes], group: int) -> PresenceTicket:
-        return self.store.lookup_each(keys, group=group, ranks=self._ranks)
+        return self.store.lookup_each(keys, group=group, ranks=self._parts[group])

@@ -88,6 +88,11 @@ class KvrailWorkerMetadata(KVConnectorWorkerMetadata):
         return KvrailWorkerMetadata(failures, stored)
 
 
+Part = int | tuple[int, int, int]
+"""What a file is named by: the rank whose it is, also for its replicas, or a pipeline stage with a
+range of KV heads, the first and the one behind the last."""
+
+
 @dataclass(frozen=True, slots=True)
 class KvrailHandshake(KVConnectorHandshakeMetadata):
     """What a worker tells the scheduler once, after its KV cache was registered."""
@@ -95,8 +100,8 @@ class KvrailHandshake(KVConnectorHandshakeMetadata):
     model: str
     identity_json: str
     """The namespace's identity; empty when nothing is stored."""
-    storage_rank: int
-    """The rank whose files this worker reads: its own, or that of the rank it is a replica of."""
+    parts: tuple[Part, ...]
+    """What this worker's files are named by, for each KV cache group."""
     world_size: int
     reason: str | None = None
     """Why nothing is stored or looked up, or None."""

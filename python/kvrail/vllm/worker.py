@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,15 +32,22 @@ from kvrail._core import (
 )
 from kvrail.vllm import layout
 from kvrail.vllm.config import effective_value
-from kvrail.vllm.identity import attention_backends, build_identity, model_name
+from kvrail.vllm.heads import HeadShare, RankBoundError, head_shares
+from kvrail.vllm.identity import attention_backends, build_identity, layout_name, model_name
 from kvrail.vllm.lmcache_files import LmcacheFiles, describe_files
 from kvrail.vllm.lmcache_hash import LmcacheHasher
-from kvrail.vllm.metadata import KvrailHandshake, KvrailMetadata, KvrailWorkerMetadata, RequestLoad
+from kvrail.vllm.metadata import (
+    KvrailHandshake,
+    KvrailMetadata,
+    KvrailWorkerMetadata,
+    Part,
+    RequestLoad,
+)
 from kvrail.vllm.stats import StatsCollector
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
     from kvrail.kv_cache import KvMemory
     from kvrail.vllm.stats import KvrailStats
@@ -63,11 +71,17 @@ class WorkerRank:
     storage_rank: int
     """The rank whose files are read: this one, or that of the rank it is a replica of."""
     world_size: int
+    tensor_rank: int = 0
+    stage: int = 0
+    """The pipeline stage."""
 
-    @property
-    def stores(self) -> bool:
+    def part(self, share: HeadShare | None) -> Part:
+        """What this rank's files of a KV cache group are named by."""
+        return self.storage_rank if share is None else (self.stage, share.first, share.end)
+
+    def stores(self, share: HeadShare | None) -> bool:
         """Whether this rank writes; replicas hold the same bytes, so one of them does."""
-        return self.global_rank == self.storage_rank
+        return self.global_rank == self.storage_rank if share is None else share.is_first
 
     @classmethod
     def current(cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> WorkerRank:
@@ -76,12 +90,15 @@ class WorkerRank:
 
         parallel = vllm_config.parallel_config
         tensor_rank = get_tp_group().rank_in_group
-        first = get_pp_group().rank_in_group * parallel.tensor_parallel_size
+        stage = get_pp_group().rank_in_group
+        first = stage * parallel.tensor_parallel_size
         replica = tensor_rank % max(1, kv_cache_config.kv_tp_replicas)
         return cls(
             global_rank=first + tensor_rank,
             storage_rank=first + tensor_rank - replica,
             world_size=parallel.pipeline_parallel_size * parallel.tensor_parallel_size,
+            tensor_rank=tensor_rank,
+            stage=stage,
         )
 
     def in_files_of_lmcache(self, workers: int) -> WorkerRank:
@@ -149,7 +166,8 @@ class ConnectorWorker:
         self._kv_caches: tuple[KvCache, ...] = ()
         self._fails_by_block = True
         self._device = "cpu"
-        self._stores_here = True
+        self._parts: tuple[Part, ...] = ()
+        self._stored_groups: Container[int] = range(sys.maxsize)
         self._announces = False
         self._storing: deque[tuple[tuple[int, bytes], StoreTicket]] = deque(maxlen=MAX_STORING)
         self._loading: dict[str, _Loading] = {}
@@ -176,7 +194,6 @@ class ConnectorWorker:
         configuration that cannot work raises a ``KvrailError``, which ends vLLM's start.
         """
         rank = WorkerRank.current(vllm_config, kv_cache_config)
-        self._stores_here = rank.stores
         events = vllm_config.kv_events_config
         self._announces = events is not None and events.enable_kv_cache_events
         reason = None
@@ -185,7 +202,6 @@ class ConnectorWorker:
             identity_json, rank = self._attach(
                 config, vllm_config, kv_cache_config, kv_caches, rank
             )
-            self._stores_here = rank.stores
         except (layout.UnsupportedModelError, MismatchError, DamagedError) as error:
             self.shutdown()
             reason = str(error)
@@ -194,7 +210,7 @@ class ConnectorWorker:
         self._handshake = KvrailHandshake(
             model=model_name(vllm_config),
             identity_json=identity_json,
-            storage_rank=rank.storage_rank,
+            parts=self._parts,
             world_size=rank.world_size,
             reason=reason,
         )
@@ -236,12 +252,17 @@ class ConnectorWorker:
                 options["lmcache"] = files.names()
                 rank = rank.in_files_of_lmcache(files.workers)
                 order = files.order.as_tuple()
+        # LMCache's files are those of a rank, also where they were copied to a store of ours.
+        shares = None
+        if lmcache is None:
+            shares = _head_shares(vllm_config, kv_cache_config, specs, kv_caches, rank)
         identity = build_identity(
             vllm_config,
             kv_cache_config,
             list(zip(specs, memories, strict=True)),
             config.chunk_size,
             lmcache,
+            shares,
         )
         identity_json = json.dumps(identity, sort_keys=True)
         namespace = Namespace(model_name(vllm_config), identity_json)
@@ -254,7 +275,10 @@ class ConnectorWorker:
             **options,
         )
         self._store = store
-        kv_caches_by_group = self._attach_groups(store, groups, memories, rank, order)
+        by_group: Sequence[HeadShare | None] = shares or [None] * len(groups)
+        self._parts = tuple(rank.part(share) for share in by_group)
+        self._stored_groups = {place for place, share in enumerate(by_group) if rank.stores(share)}
+        kv_caches_by_group = self._attach_groups(store, groups, memories, order)
         fails_by_block = len(groups) == 1 and not groups[0].geometry.is_windowed
         self.adopt(store, kv_caches_by_group, memories[0].device, fails_by_block=fails_by_block)
         if rank.global_rank == 0:
@@ -276,7 +300,6 @@ class ConnectorWorker:
         store: Store,
         groups: Sequence[layout.StoredGroup],
         memories: Sequence[KvMemory],
-        rank: WorkerRank,
         order: tuple[Any, ...] | None,
     ) -> list[KvCache]:
         """Attaches all groups, that with the largest chunks first: they cut the staging memory."""
@@ -292,7 +315,7 @@ class ConnectorWorker:
                 store,
                 blocks_per_chunk=group.geometry.kept_blocks,
                 group=group.geometry.index,
-                rank=rank.storage_rank,
+                rank=self._parts[place],
                 order=order,
             )
         return [attached[place] for place in range(len(pairs))]
@@ -358,11 +381,13 @@ class ConnectorWorker:
 
         On a GPU the copy is put on the compute stream and this returns at once.
         """
-        if not metadata.stores or not self._kv_caches or not self._stores_here:
+        if not metadata.stores or not self._kv_caches:
             return
         self._stats.touch()
         try:
             for part in metadata.stores:
+                if part.group not in self._stored_groups:
+                    continue
                 kv_cache = self._kv_caches[part.group]
                 if not self._announces:
                     kv_cache.store(part.chunks, **self._in_order())
@@ -498,6 +523,25 @@ class ConnectorWorker:
         if kind not in self._reported:
             self._reported.add(kind)
             logger.warning("kvrail: %s: %s", operation, error)
+
+
+def _head_shares(
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    groups: Sequence[KVCacheGroupSpec],
+    kv_caches: dict[str, Any],
+    rank: WorkerRank,
+) -> tuple[HeadShare, ...] | None:
+    """This rank's heads of each group; None where files are of use to this parallel size only."""
+    name = layout_name(vllm_config, kv_cache_config)
+    try:
+        return head_shares(vllm_config, kv_cache_config, groups, kv_caches, rank.tensor_rank, name)
+    except RankBoundError as reason:
+        if rank.global_rank == 0:
+            logger.info(
+                "kvrail: chunks are shared at the same tensor-parallel size only: %s", reason
+            )
+        return None
 
 
 def _current_stream(device: str) -> int:

@@ -235,10 +235,10 @@ def assert_loaded_is_stored(stored: list[Running], loaded: list[Running]) -> int
     prompt was cut into steps.
     """
 
-    def place(record: dict[str, Any]) -> tuple[int, int, str]:
-        return record["group"], record["rank"], record["key"]
+    def place(record: dict[str, Any]) -> tuple[int, str, str]:
+        return record["group"], str(record["rank"]), record["key"]
 
-    known: dict[tuple[int, int, str], list[list[str]]] = {}
+    known: dict[tuple[int, str, str], list[list[str]]] = {}
     for running in stored:
         for record in running.records("store"):
             known.setdefault(place(record), []).append(record["blocks"])
@@ -265,10 +265,10 @@ def chunk_keys(running: Running, tokens: list[int], salt: str | None = None) -> 
 
 
 def chunk_path(store: Path, key: str, rank: int = 0, group: int = 0) -> Path:
-    """Where the one chunk with this key lies."""
-    paths = list(store.glob(f"*/g{group}r{rank}/*/{key}.safetensors"))
-    assert len(paths) == 1, f"chunk {key} of group {group}, rank {rank}: {paths}"
-    return paths[0]
+    """Where the chunk with this key lies: the file of a rank, all of which are there."""
+    paths = sorted(store.glob(f"*/g{group}r*/*/{key}.safetensors"))
+    assert len(paths) > rank, f"chunk {key} of group {group}, rank {rank}: {paths}"
+    return paths[rank]
 
 
 def moved(answer: dict[str, Any], name: str) -> float:

@@ -31,8 +31,10 @@ def test_a_hit_needs_the_chunks_of_all_ranks(
     ]
     cold, writer = engines.run(Job(llama, steps, store, engine=engine, environment=environment))
     for rank in (0, 1):
-        stored = {path.stem for path in store.glob(f"*/g0r{rank}/*/*.safetensors")}
-        assert stored == {r["key"] for r in writer.records("store") if r["rank"] == rank}
+        heads = f"g0r0h{rank}-{rank + 1}"
+        stored = {path.stem for path in store.glob(f"*/{heads}/*/*.safetensors")}
+        ours = [0, rank, rank + 1]
+        assert stored == {r["key"] for r in writer.records("store") if r["rank"] == ours}
         assert len(stored) == chunks_in(prompts)
     # Of the first prompt rank 1 loses the third chunk, of the second rank 0 loses the first.
     for name, rank, index in (("reuse first", 1, 2), ("reuse second", 0, 0)):

@@ -24,7 +24,7 @@ def published(*places: tuple[int, bytes], ranks: int = 1) -> KvrailWorkerMetadat
 
 
 def made(lookup: FakeLookup, ranks: int = 1) -> tuple[ConnectorScheduler, StorageEvents]:
-    events = StorageEvents(GEOMETRY, ranks)
+    events = StorageEvents(GEOMETRY, [ranks])
     scheduler = ConnectorScheduler(GEOMETRY, SchedulerOptions())
     scheduler.enable(lookup, events=events)
     return scheduler, events
@@ -128,7 +128,7 @@ def test_what_fails_to_load_is_taken_back_and_may_be_announced_again():
 def test_of_a_window_the_blocks_in_the_file_are_announced():
     request = make_request("a", 150)
     key = keys_of(request, 2)[1]
-    events = StorageEvents(TWO_GROUPS, 1)
+    events = StorageEvents(TWO_GROUPS, [1, 1])
     events.plan(request, 1, 1, key)
     events.stored({(1, key): 1})
     (event,) = events.take()
@@ -144,7 +144,7 @@ def test_blocks_longer_than_a_hash_have_the_hash_of_their_end():
     request = make_request("a", 150)
     key = keys_of(request, 1)[0]
     whole = GroupGeometry(0, 2 * BLOCK, CHUNK)
-    events = StorageEvents(ChunkGeometry(CHUNK, 2 * BLOCK, BLOCK, (whole,)), 1)
+    events = StorageEvents(ChunkGeometry(CHUNK, 2 * BLOCK, BLOCK, (whole,)), [1])
     events.plan(request, 0, 0, key)
     events.stored({(0, key): 1})
     (event,) = events.take()
@@ -157,7 +157,7 @@ def test_what_is_remembered_is_bounded(monkeypatch):
     monkeypatch.setattr(module, "MAX_ANNOUNCED", 1)
     request = make_request("a", 300)
     keys = keys_of(request, 4)
-    events = StorageEvents(GEOMETRY, 1)
+    events = StorageEvents(GEOMETRY, [1])
     for index, key in enumerate(keys):
         events.plan(request, 0, index, key)
     events.stored({(0, key): 1 for key in keys})

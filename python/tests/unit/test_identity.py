@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
 from kvrail.vllm import layout
+from kvrail.vllm.heads import HeadShare
 from kvrail.vllm.identity import build_identity, engine_none_hash, model_name, prefix_hash
 from kvrail.vllm.layout import UnsupportedModelError
 
@@ -92,6 +94,25 @@ def identify(setup) -> dict:
 
 def test_the_same_twice(setup):
     assert identify(setup) == identify(setup)
+
+
+def test_with_shares_of_heads_all_parallel_sizes_have_one_identity(setup):
+    def of_rank(size: int, share: HeadShare) -> dict:
+        setup.vllm.parallel_config.tensor_parallel_size = size
+        spec = replace(setup.group.kv_cache_spec, num_kv_heads=share.count)
+        group = KVCacheGroupSpec(list(LAYERS), spec)
+        caches = {name: torch.zeros(4, share.count, 16, 16) for name in LAYERS}
+        memory = layout.plan_memory(group, caches, 4)
+        return build_identity(setup.vllm, setup.kv, [(group, memory)], 256, [share])
+
+    whole = of_rank(1, HeadShare(0, 2, 2, True))
+    assert [of_rank(2, HeadShare(head, head + 1, 2, True)) for head in (0, 1)] == [whole, whole]
+    assert whole["parallel"]["tensor"] == "any"
+    assert whole["groups"][0]["fields"]["num_kv_heads"] == 2
+    assert whole["groups"] == identify(setup)["groups"], "as a single rank has them"
+    assert of_rank(2, HeadShare(0, 1, 4, True)) != whole, "another number of heads"
+    setup.vllm.parallel_config.pipeline_parallel_size = 2
+    assert of_rank(1, HeadShare(0, 2, 2, True)) != whole
 
 
 def other_weights(setup):

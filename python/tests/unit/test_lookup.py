@@ -14,16 +14,23 @@ IDENTITY = {"layout": "LBNHC", "dtype": "bf16", "prefix_hash": {"none_hash": "ab
 
 def shake(rank: int, reason: str | None = None, **changes) -> KvrailHandshake:
     identity = "" if reason else json.dumps({**IDENTITY, **changes})
-    return KvrailHandshake("m", identity, rank, 2, reason)
+    return KvrailHandshake("m", identity, () if reason else (rank,), 2, reason)
 
 
 def test_all_ranks_count():
     agreement = agree({(0, 1): shake(1), (0, 0): shake(0)}, 2)
-    assert (agreement.ranks, agreement.none_hash, agreement.model) == ((0, 1), "ab", "m")
+    assert (agreement.parts, agreement.none_hash, agreement.model) == (((0, 1),), "ab", "m")
 
 
 def test_replicas_share_files():
-    assert agree({(0, 0): shake(0), (0, 1): shake(0)}, 2).ranks == (0,)
+    assert agree({(0, 0): shake(0), (0, 1): shake(0)}, 2).parts == ((0,),)
+
+
+def test_each_group_has_parts_of_its_own():
+    identity = json.dumps(IDENTITY)
+    parts = [((0, 0, 2), (0, 0, 1)), ((0, 2, 4), (0, 0, 1))]
+    shakes = {(0, rank): KvrailHandshake("m", identity, parts[rank], 2) for rank in (1, 0)}
+    assert agree(shakes, 2).parts == (((0, 0, 2), (0, 2, 4)), ((0, 0, 1),))
 
 
 def test_one_reason_is_enough():

@@ -136,7 +136,7 @@ def test_a_store_that_refuses_does_not_disturb_the_step(worker, kv_cache, monkey
 
 
 def test_a_replica_loads_but_does_not_store(worker, kv_cache):
-    worker._stores_here = False
+    worker._stored_groups = set()
     worker.submit_stores(storing(StoreChunk(b"a" * 32, None, (1, 2))))
     assert kv_cache.stores == []
 
