@@ -36,8 +36,8 @@ use crate::sync::{Mutex, PoisonError};
 const WINDOW_BYTES: usize = 4 << 20;
 /// Windows of a store, one for each load that is put together at the same time.
 const WINDOWS: usize = 4;
-/// Pages between wanted ones that are read with them, 64 KiB: a request of its own costs about as
-/// much on an NVMe disk, and far more on a mount.
+/// Pages between wanted ones that are read with them, 64 KiB: a choice that was not measured, between
+/// many small requests and bytes that nobody wants.
 const GAP_PAGES: usize = 16;
 
 /// The memory that files of other ranges are read to, made when the first is.
