@@ -7,8 +7,8 @@ use std::time::Instant;
 use kvrail_cuda::{Event, Stream};
 
 use super::batch::Member;
+use super::cache_shared::CacheShared;
 use super::gpu::Route;
-use super::kv_cache::CacheShared;
 use super::ticket::LoadReport;
 use super::watch::Watched;
 use crate::chunk::ChunkRef;

@@ -17,6 +17,7 @@ mod bad;
 mod bandwidth_record;
 mod batch;
 mod breaker;
+mod cache_shared;
 pub mod capacity;
 mod chunk_file;
 mod comparisons;
@@ -238,7 +239,7 @@ impl Store {
         blocks_per_chunk: usize,
         order: Option<TokenOrder>,
     ) -> Result<KvCache> {
-        let attachment = kv_cache::Attachment {
+        let attachment = cache_shared::Attachment {
             group,
             part,
             layout,

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::batch::{Ending, Member};
+use super::cache_shared::CacheShared;
 use super::capacity::{touch_present, touch_stored};
 use super::directory::{Location, TEMPORARY_NAME};
 use super::image;
-use super::kv_cache::CacheShared;
 use super::manifest::ensure_manifest;
 use super::mount::Mount;
 use super::notice::Topic;

@@ -4,8 +4,8 @@
 //! is put into the file's form right before it is written, and back right after it was read. The
 //! file has no checksum; page table and head of the form in memory are made when it is read.
 
+use super::cache_shared::CacheShared;
 use super::image;
-use super::kv_cache::CacheShared;
 use super::save::complete_image;
 use super::shared::StoreShared;
 use crate::chunk::{ChunkFormat, ChunkRef, PAGE_BYTES};

@@ -14,8 +14,8 @@ use super::chain::Link;
 use super::stamp::Stamp;
 use crate::chunk::{ChunkKey, ChunkRef};
 use crate::io::IoFile;
+use crate::store::cache_shared::CacheShared;
 use crate::store::directory::Location;
-use crate::store::kv_cache::CacheShared;
 use crate::store::shared::StoreShared;
 
 /// Decides the stamp of a chunk that is handed over to be stored (`is_new`) or loaded: in memory

@@ -26,8 +26,8 @@ use crate::layout::TransferPlan;
 use crate::memory::{
     ComputeStream, Gpu, GpuSlot, GpuSlots, RegisteredRegion, SlotShape, StagingRange,
 };
+use crate::store::cache_shared::CacheShared;
 use crate::store::image::CUFILE_REQUEST_BYTES;
-use crate::store::kv_cache::CacheShared;
 use crate::store::load_job::LoadJob;
 use crate::store::shared::StoreShared;
 use crate::store::staged::StagedImage;

@@ -23,7 +23,7 @@ use std::time::Duration;
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::{Config, MaxSteps, Runner};
 
-use super::kv_cache::CacheShared;
+use super::cache_shared::CacheShared;
 use crate::chunk::PAGE_BYTES;
 use crate::layout::{KvLayout, LayerSpan};
 use crate::memory::{Region, StagingPool};
