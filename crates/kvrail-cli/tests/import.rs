@@ -1,5 +1,6 @@
 //! `kvrail import` as a user runs it.
 #![allow(
+    clippy::panic,
     clippy::unwrap_used,
     clippy::indexing_slicing,
     reason = "a test that meets an error has failed"
