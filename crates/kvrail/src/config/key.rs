@@ -2,11 +2,14 @@
 
 use serde_json::Value;
 
+use super::choices::{
+    Admission, ChunkHashing, DirectoryLayout, Durability, EngineChoice, EvictionPolicy, GdsBackend,
+    LmcacheHash, LoadFailurePolicy, PageCache, PathSharding,
+};
 use super::store_config::{
-    Admission, BUFFER_MIB, CHUNK_SIZE, ChunkHashing, DISK_IO_THREADS, DirectoryLayout, Durability,
-    EngineChoice, EvictionPolicy, GdsBackend, LOOKUP_HOLD_SECONDS, LOOKUP_LIMIT_SECONDS,
-    LOW_WATERMARK, LmcacheHash, LoadFailurePolicy, MAX_LOCAL_CPU_SIZE_GB, MIN_LOAD_TOKENS,
-    PageCache, PathSharding, SLOW_LIMIT_SECONDS, StoreConfig, TTL_SECONDS, WAIT_LIMIT_SECONDS,
+    BUFFER_MIB, CHUNK_SIZE, DISK_IO_THREADS, LOOKUP_HOLD_SECONDS, LOOKUP_LIMIT_SECONDS,
+    LOW_WATERMARK, MAX_LOCAL_CPU_SIZE_GB, MIN_LOAD_TOKENS, SLOW_LIMIT_SECONDS, StoreConfig,
+    TTL_SECONDS, WAIT_LIMIT_SECONDS,
 };
 use super::value::{self, Parsed};
 

@@ -24,6 +24,7 @@
 //! # Ok::<(), kvrail::Error>(())
 //! ```
 
+mod choices;
 mod file_mode;
 mod foreign;
 mod key;
@@ -37,11 +38,12 @@ mod yaml;
 #[cfg(test)]
 mod tests;
 
+pub use choices::{
+    Admission, ChunkHashing, DirectoryLayout, Durability, EngineChoice, EvictionPolicy, GdsBackend,
+    LmcacheHash, LoadFailurePolicy, MinFree, PageCache, PathSharding, PathWeights,
+};
 pub use file_mode::FileMode;
 pub use resolve::{ResolvedConfig, resolve};
 pub use source::ConfigSources;
-pub use store_config::{
-    Admission, ChunkHashing, DirectoryLayout, Durability, EngineChoice, EvictionPolicy, GdsBackend,
-    LmcacheHash, LoadFailurePolicy, MinFree, PageCache, PathSharding, PathWeights, StoreConfig,
-};
+pub use store_config::StoreConfig;
 pub use value::{age, size};

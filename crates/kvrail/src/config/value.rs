@@ -8,8 +8,9 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
+use super::choices::{MinFree, PathWeights};
 use super::file_mode::FileMode;
-use super::store_config::{MinFree, PATH_WEIGHT, PathWeights, check_path, check_paths};
+use super::store_config::{PATH_WEIGHT, check_path, check_paths};
 
 /// A typed value, or what was expected instead.
 pub(super) type Parsed<T> = std::result::Result<T, String>;
