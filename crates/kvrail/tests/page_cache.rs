@@ -279,11 +279,9 @@ fn an_engine_that_fails_on_the_rest_of_a_cached_chunk_fails_the_load() {
         let (cache, _) = store_large(&store, directory.path());
         engine.set(&format!("read *.safetensors {fault}"));
         assert_eq!(cache.load(&[(0, 0, vec![2, 3])]).failed, [0], "{fault}");
-        assert_eq!(
-            engine.hits(),
-            1,
-            "{fault}: the engine had one of three requests"
-        );
+        // One of three requests; two where the system took pages back meanwhile, as it may.
+        let hits = engine.hits();
+        assert!((1..3).contains(&hits), "{fault}: {hits} requests");
         let metrics = store.metrics();
         assert_eq!(metrics.chunks_damaged, damaged, "{fault}");
         engine.set("");
