@@ -46,6 +46,7 @@ def build_identity(
     kv_cache_config: KVCacheConfig,
     groups: Sequence[tuple[KVCacheGroupSpec, KvMemory]],
     chunk_size: int,
+    *,
     lmcache: tuple[LmcacheHasher, LmcacheFiles] | None = None,
     heads: Sequence[HeadShare] | None = None,
 ) -> dict[str, Any]:

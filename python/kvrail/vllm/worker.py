@@ -261,8 +261,8 @@ class ConnectorWorker:
             kv_cache_config,
             list(zip(specs, memories, strict=True)),
             config.chunk_size,
-            lmcache,
-            shares,
+            lmcache=lmcache,
+            heads=shares,
         )
         identity_json = json.dumps(identity, sort_keys=True)
         namespace = Namespace(model_name(vllm_config), identity_json)

@@ -76,6 +76,7 @@ def test_sources_rank_and_every_key_tells_its_origin() -> None:
     unset = {name for name, entry in entries.items() if entry["value"] is None}
     assert unset == {
         "extra_config.direct",
+        "extra_config.local_cpu_shared",
         "extra_config.use_direct_io",
         "min_load_tokens",
         "ttl",

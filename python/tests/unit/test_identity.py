@@ -103,7 +103,7 @@ def test_with_shares_of_heads_all_parallel_sizes_have_one_identity(setup):
         group = KVCacheGroupSpec(list(LAYERS), spec)
         caches = {name: torch.zeros(4, share.count, 16, 16) for name in LAYERS}
         memory = layout.plan_memory(group, caches, 4)
-        return build_identity(setup.vllm, setup.kv, [(group, memory)], 256, [share])
+        return build_identity(setup.vllm, setup.kv, [(group, memory)], 256, heads=[share])
 
     whole = of_rank(1, HeadShare(0, 2, 2, True))
     assert [of_rank(2, HeadShare(head, head + 1, 2, True)) for head in (0, 1)] == [whole, whole]
