@@ -144,20 +144,25 @@ def test_both_read_what_either_wrote(
 HASHES = """
 import json, sys
 from kvrail.vllm.lmcache_hash import LmcacheHasher
-algorithm, tokens, size = json.load(sys.stdin)
-hasher = LmcacheHasher.of_process(algorithm)
-keys, previous = [], None
-for begin in range(0, len(tokens) - size + 1, size):
-    previous = hasher.key(tokens[begin : begin + size], previous)
-    keys.append(int.from_bytes(previous, "big", signed=hasher.has_sign))
-json.dump(keys, sys.stdout)
+algorithms, tokens, size = json.load(sys.stdin)
+answer = {}
+for algorithm in algorithms:
+    hasher = LmcacheHasher.of_process(algorithm)
+    keys, previous = [], None
+    for begin in range(0, len(tokens) - size + 1, size):
+        previous = hasher.key(tokens[begin : begin + size], previous)
+        keys.append(int.from_bytes(previous, "big", signed=hasher.has_sign))
+    answer[algorithm] = keys
+json.dump(answer, sys.stdout)
 """
+ALGORITHMS = ["builtin", "sha256", "sha256_cbor", "xxhash", "xxhash_cbor"]
 
 
-@pytest.mark.parametrize("algorithm", ["builtin", "sha256", "sha256_cbor", "xxhash", "xxhash_cbor"])
-def test_keys_are_lmcaches_for_the_same_tokens(
-    algorithm: str, ask_backend: Any, lmcache_environment: dict[str, str]
-) -> None:
+@pytest.fixture(scope="module")
+def all_keys(
+    ask_backend: Any, lmcache_environment: dict[str, str]
+) -> dict[str, tuple[list[str], list[str]]]:
+    """The keys of one prompt, ours and LMCache's, for each algorithm, from one process each."""
     tokens = [random.Random(3).randrange(150_000) for _ in range(1000)]
     prompt = {
         "model": MODEL,
@@ -165,13 +170,12 @@ def test_keys_are_lmcaches_for_the_same_tokens(
         "worker_id": 2,
         "dtype": "bfloat16",
         "chunk_size": 64,
-        "algorithm": algorithm,
         "tokens": tokens,
     }
-    (theirs,) = ask_backend(("keys", prompt))
+    theirs = ask_backend(*(("keys", prompt | {"algorithm": name}) for name in ALGORITHMS))
     done = subprocess.run(
         [sys.executable, "-c", HASHES],
-        input=json.dumps([algorithm, tokens, 64]),
+        input=json.dumps([ALGORITHMS, tokens, 64]),
         env=lmcache_environment | {"PYTHONHASHSEED": "0"},
         capture_output=True,
         text=True,
@@ -179,9 +183,21 @@ def test_keys_are_lmcaches_for_the_same_tokens(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    numbers = json.loads(done.stdout)
     ours = [
-        f"{MODEL}@4@2@{'-' if number < 0 else ''}{abs(number):x}@bfloat16"
-        for number in json.loads(done.stdout)
+        [
+            f"{MODEL}@4@2@{'-' if number < 0 else ''}{abs(number):x}@bfloat16"
+            for number in numbers[name]
+        ]
+        for name in ALGORITHMS
     ]
+    return dict(zip(ALGORITHMS, zip(ours, theirs, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_keys_are_lmcaches_for_the_same_tokens(
+    algorithm: str, all_keys: dict[str, tuple[list[str], list[str]]]
+) -> None:
+    ours, theirs = all_keys[algorithm]
     assert ours == theirs
     assert len(ours) == 1000 // 64
