@@ -206,6 +206,8 @@ def difference(expected: dict[str, Any], actual: dict[str, Any], bound: float) -
         assert len(common) >= len(ours) // 2, f"position {position}: other tokens are likely"
         largest = max(largest, *(abs(ours[name] - theirs[name]) for name in common))
         if token != other:
+            both = {str(token), str(other)}
+            assert both <= common, f"position {position}: token {other} instead of {token}"
             gap = max(abs(side[str(token)] - side[str(other)]) for side in (ours, theirs))
             assert gap <= bound, f"position {position}: token {other} instead of {token}, {gap=}"
             break

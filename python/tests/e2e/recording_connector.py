@@ -42,9 +42,10 @@ class RecordingStore:
 class RecordingKvCache:
     """Memory of a group on a rank; records blocks before stores and after loads."""
 
-    def __init__(self, cache: Any, group: int, rank: int) -> None:
+    def __init__(self, cache: Any, group: int, rank: int | tuple[int, int, int]) -> None:
         self._cache = cache
-        self._place = {"group": group, "rank": rank}
+        self._place = {"group": group, "rank": rank, "number": _number(rank)}
+        self._part = "{}h{}-{}".format(*rank) if isinstance(rank, tuple) else str(rank)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
@@ -60,18 +61,18 @@ class RecordingKvCache:
                 blocks=[block_hash(block) for block in block_ids],
             )
         ticket = self._cache.store(chunks)
-        _kill("store", self._place["rank"])
+        _kill("store", self._place["number"])
         return ticket
 
     def load(self, chunks: Sequence[tuple[bytes, bytes | None, int, Sequence[int]]]) -> Any:
         """Loads; chunks vanish before it if the control says so."""
         control = _control()
-        rank = self._place["rank"]
-        if control in ("delete", f"delete {rank}"):
+        number = self._place["number"]
+        if control in ("delete", f"delete {number}"):
             for key, *_ in chunks[-1:]:
-                _delete(key.hex(), "*" if control == "delete" else str(rank))
+                _delete(key.hex(), "*" if control == "delete" else self._part)
         ticket = self._cache.load(chunks)
-        _kill("load", rank)
+        _kill("load", number)
         return RecordingTicket(ticket, chunks, self._place, control)
 
 
@@ -79,7 +80,7 @@ class RecordingTicket:
     """A load under way; records the blocks once, when it is done."""
 
     def __init__(
-        self, ticket: Any, chunks: Sequence[Any], place: dict[str, int], control: str
+        self, ticket: Any, chunks: Sequence[Any], place: dict[str, Any], control: str
     ) -> None:
         self._ticket = ticket
         self._chunks = chunks
@@ -134,6 +135,14 @@ def _tamper(control: str, block_ids: Sequence[int]) -> None:
 def _control() -> str:
     path = os.environ.get("E2E_CONTROL")
     return Path(path).read_text() if path and os.path.exists(path) else ""
+
+
+def _number(rank: int | tuple[int, int, int]) -> int:
+    """The number of a rank that has a pipeline stage's heads, or is named by its number."""
+    if isinstance(rank, int):
+        return rank
+    stage, first, end = rank
+    return stage + first // (end - first)
 
 
 def _delete(key: str, rank: str) -> None:
