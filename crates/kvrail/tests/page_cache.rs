@@ -257,6 +257,26 @@ fn damage_in_the_page_cache_is_found_wherever_it_is() {
     }
 }
 
+/// Has an engine fail as a script says on what the page cache has not of a chunk. Returns how many
+/// requests it had; `None` where files cannot be opened direct.
+fn fail_on_the_rest(fault: &str, damaged: u64) -> Option<u64> {
+    let directory = tempfile::tempdir().unwrap();
+    let mut config = config(directory.path());
+    config.buffer_mib = 32;
+    open_direct(&config)?;
+    config.wait_limit_seconds = 5.0;
+    let engine = fault_engine(5);
+    let store = open_with(&config, engine.clone());
+    let (cache, _) = store_large(&store, directory.path());
+    engine.set(&format!("read *.safetensors {fault}"));
+    assert_eq!(cache.load(&[(0, 0, vec![2, 3])]).failed, [0], "{fault}");
+    let hits = engine.hits();
+    let metrics = store.metrics();
+    assert_eq!(metrics.chunks_damaged, damaged, "{fault}");
+    engine.set("");
+    Some(hits)
+}
+
 #[test]
 fn an_engine_that_fails_on_the_rest_of_a_cached_chunk_fails_the_load() {
     for (fault, damaged) in [
@@ -267,24 +287,18 @@ fn an_engine_that_fails_on_the_rest_of_a_cached_chunk_fails_the_load() {
         ("zero", 1),
         ("hang", 0),
     ] {
-        let directory = tempfile::tempdir().unwrap();
-        let mut config = config(directory.path());
-        config.buffer_mib = 32;
-        if open_direct(&config).is_none() {
-            return;
+        // The system may take pages back before the load; then there is another chance.
+        let mut hits = 0;
+        for _ in 0..3 {
+            let Some(had) = fail_on_the_rest(fault, damaged) else {
+                return;
+            };
+            hits = had;
+            if hits == 1 {
+                break;
+            }
         }
-        config.wait_limit_seconds = 5.0;
-        let engine = fault_engine(5);
-        let store = open_with(&config, engine.clone());
-        let (cache, _) = store_large(&store, directory.path());
-        engine.set(&format!("read *.safetensors {fault}"));
-        assert_eq!(cache.load(&[(0, 0, vec![2, 3])]).failed, [0], "{fault}");
-        // One of three requests; two where the system took pages back meanwhile, as it may.
-        let hits = engine.hits();
-        assert!((1..3).contains(&hits), "{fault}: {hits} requests");
-        let metrics = store.metrics();
-        assert_eq!(metrics.chunks_damaged, damaged, "{fault}");
-        engine.set("");
+        assert_eq!(hits, 1, "{fault}: the engine had one of three requests");
     }
 }
 
