@@ -5,6 +5,7 @@
     reason = "each test binary uses its own part of this"
 )]
 
+pub mod known;
 pub mod small_file_system;
 
 use std::path::{Path, PathBuf};
