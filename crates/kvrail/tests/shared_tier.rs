@@ -143,6 +143,19 @@ fn models_do_not_see_each_others_chunks_and_memory_that_nobody_uses_goes() {
 }
 
 #[test]
+fn one_chunk_is_room_enough() {
+    let Some((folder, memory)) = folders() else {
+        return;
+    };
+    let (store, cache) = open(&settings(folder.path(), memory.path(), 1));
+    assert_eq!(store.take_notices(), Vec::new());
+    (0..3).for_each(|index| put(&cache, index));
+    remove_file(folder.path(), 2);
+    assert!(get(&cache, 2));
+    assert_eq!(from_memory(&store), 1);
+}
+
+#[test]
 fn it_is_bounded_for_all_together_and_one_pass_leaves_those_that_are_used_again() {
     let Some((folder, memory)) = folders() else {
         return;

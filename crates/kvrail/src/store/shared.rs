@@ -197,7 +197,7 @@ impl StoreShared {
             .open_shared(folder, self.namespace.id(), slot_bytes, bytes);
         match opened {
             // A few slots are left out, so that all sets are of one size.
-            Ok(there) if there <= bytes && there >= bytes - bytes / 8 - slot_bytes => {}
+            Ok(there) if there <= bytes && there >= bytes.saturating_sub(bytes / 8 + slot_bytes) => {}
             Ok(there) => self.notices.warn(Topic::Tier, || {
                 format!(
                     "{}: the shared DRAM tier of this model has {:.3} GB, not {:.3}, as who made it wanted: others use it",
