@@ -143,6 +143,24 @@ fn models_do_not_see_each_others_chunks_and_memory_that_nobody_uses_goes() {
 }
 
 #[test]
+fn a_directory_without_the_tier_is_a_warning() {
+    let Some((folder, memory)) = folders() else {
+        return;
+    };
+    let mut settings = settings(folder.path(), memory.path(), 1);
+    settings.local_cpu = false;
+    let (store, _) = open(&settings);
+    let said = store.take_notices();
+    assert_eq!(said.len(), 1, "{said:?}");
+    assert!(
+        said[0]
+            .message
+            .starts_with("extra_config.local_cpu_shared has no effect")
+    );
+    assert!(!memory.path().join("tier").exists());
+}
+
+#[test]
 fn one_chunk_is_room_enough() {
     let Some((folder, memory)) = folders() else {
         return;

@@ -87,6 +87,11 @@ pub(super) fn open(
     let threads = config.disk_io_threads;
     let writer = Arc::new(Writer::new());
     let (notices, metrics) = (Arc::new(Notices::default()), Arc::new(Metrics::default()));
+    if config.local_cpu_shared.is_some() && !config.local_cpu && !options.quiet {
+        notices.warn(Topic::Tier, || {
+            "extra_config.local_cpu_shared has no effect: expected local_cpu true beside it".into()
+        });
+    }
     let engines = Engines::new(
         config.io_engine,
         engine,
