@@ -1,20 +1,17 @@
 """The scheduler side of the connector: what to look up, to load and to store.
 
-It sees keys and block ids, never memory. Nothing here waits for I/O, except for at most one
-millisecond in steps that compute nothing; and no failure of the store leaves a hook as an
-exception, because to vLLM a cache that fails is a cache that misses.
+It sees keys and block ids, never memory. No failure of the store leaves a hook as an exception,
+because to vLLM a cache that fails is a cache that misses.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvrail._core import KvrailError, WaitTimeoutError
-from kvrail.vllm.bad_keys import BadKeys
 from kvrail.vllm.chunk_plan import load_chunks, store_chunks, store_states
 from kvrail.vllm.events import StorageEvents
 from kvrail.vllm.geometry import ChunkGeometry
@@ -31,7 +28,9 @@ from kvrail.vllm.metadata import (
     RequestLoad,
     StoreChunk,
 )
-from kvrail.vllm.request_state import RequestState, Ticket
+from kvrail.vllm.request_lookups import Lookup, RequestLookups
+from kvrail.vllm.request_state import RequestState
+from kvrail.vllm.tally import Tally
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -40,18 +39,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-# A request can wait in vLLM's queue for long; what was absent at its arrival may have come since.
-ANSWER_SECONDS = 5.0
-# Requests are looked up at their arrival, but a burst of them must not delay the next one in turn.
-MAX_EARLY_LOOKUPS = 64
 # What a request carries in its kv_transfer_params to get its chunk keys back, for `kvrail explain`.
 EXPLAIN = "kvrail_explain"
 # Keys in such an answer: 64 bytes each, at the end of a response.
 MAX_EXPLAINED_CHUNKS = 1024
-# A step without work for the model would be repeated at once; waiting here spares the spinning.
-IDLE_WAIT_SECONDS = 0.001
-
-Lookup = Callable[[Sequence[bytes]], Ticket]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,23 +75,19 @@ class ConnectorScheduler:
         self._options = options
         self._adapter_fingerprint = adapter_fingerprint
         self._hasher = hasher
-        self._clock = clock
+        self._tally = Tally()
+        self._lookups = RequestLookups(geometry, options.wait_limit_seconds, self._tally, clock)
         self._load_or_compute = LoadOrCompute(
             options.min_load_tokens,
             min_step_tokens=geometry.chunk_size,
             max_step_tokens=options.max_step_tokens,
             clock=clock,
         )
-        self._lookup: Lookup | None = None
         self._late_check: Callable[[], str | None] | None = None
         self._states: dict[str, RequestState] = {}
-        # The two sets below keep a step with nothing to do from walking over all requests.
-        self._waiting: dict[str, RequestState] = {}
+        # Keeps a step with nothing to do from walking over all requests.
         self._storing: set[str] = set()
         self._loads: list[RequestLoad] = []
-        self._bad_keys = BadKeys(clock)
-        self._reported: set[str] = set()
-        self._counters: dict[str, float] = {}
         self._events: StorageEvents | None = None
 
     # Life of the connector.
@@ -116,14 +103,13 @@ class ConnectorScheduler:
         `late_check` is called once, with the first request, and returns a reason to stop or None.
         `events` is told what became of chunks.
         """
-        self._lookup = lookup
+        self._lookups.enable(lookup, None if events is None else self._tell_missing)
         self._late_check = late_check
         self._events = events
 
     def disable(self) -> None:
         """Ends all lookups, loads and stores that were not handed to the worker yet."""
-        self._lookup = None
-        self._waiting.clear()
+        self._lookups.disable()
         self._storing.clear()
 
     @property
@@ -134,26 +120,22 @@ class ConnectorScheduler:
     @property
     def enabled(self) -> bool:
         """Whether anything is looked up or stored."""
-        return self._lookup is not None
+        return self._lookups.enabled
 
     def take_counters(self) -> dict[str, float]:
         """What was counted since the last call, with the gauges when there is anything."""
-        # Asked for in every step, and nearly always in vain.
-        if not self._counters:
-            return {}
-        counters, self._counters = self._counters, {}
-        return counters | self._load_or_compute.gauges()
+        counters = self._tally.take()
+        return counters | self._load_or_compute.gauges() if counters else counters
 
     # Hooks, in the order of a request's life.
 
     def on_new_request(self, request: Request) -> None:
         """Looks the request up early, so that the answer is there when vLLM asks."""
         state = self._state_of(request)
-        if state is None or len(self._waiting) >= MAX_EARLY_LOOKUPS or not self._may_load(state):
+        if state is None or not self._lookups.has_room() or not self._may_load(state):
             return
-        limit = state.loadable_chunks(self._geometry)
-        if limit > 0:
-            self._submit(state)
+        if state.loadable_chunks(self._geometry) > 0:
+            self._lookups.submit(state)
 
     def get_num_new_matched_tokens(
         self, request: Request, local_tokens: int
@@ -169,10 +151,10 @@ class ConnectorScheduler:
         limit = state.loadable_chunks(self._geometry)
         if local_tokens >= limit * self._geometry.chunk_size:
             return 0, False
-        hit_chunks = self._answer(state)
+        hit_chunks = self._lookups.answer(state)
         if hit_chunks is None:
             return None, False
-        hit_tokens = self._good_prefix(state, min(hit_chunks, limit)) * self._geometry.chunk_size
+        hit_tokens = hit_chunks * self._geometry.chunk_size
         if hit_tokens <= local_tokens or not self._is_worth_loading(
             state, hit_tokens - local_tokens
         ):
@@ -215,8 +197,8 @@ class ConnectorScheduler:
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KvrailMetadata:
         """The worker's part of this step."""
         no_forward = scheduler_output.total_num_scheduled_tokens == 0
-        if no_forward and self._waiting:
-            self._wait_for_an_answer()
+        if no_forward:
+            self._lookups.wait_for_one()
         stores: tuple[GroupStore, ...] = ()
         if self._storing and not no_forward:
             stores = self._plan_stores(scheduler_output)
@@ -240,7 +222,7 @@ class ConnectorScheduler:
         for request_id in finished_loads:
             self._load_or_compute.load_ended(request_id, failed=request_id in failures)
         for request_id, keys in failures.items():
-            self._bad_keys.add(keys)
+            self._lookups.failed_to_load(keys)
             state = self._states.get(request_id)
             if state is None:
                 continue
@@ -282,7 +264,7 @@ class ConnectorScheduler:
     def request_finished(self, request_id: str) -> None:
         """Forgets a request that ended or was aborted; a load under way is the worker's to end."""
         self._states.pop(request_id, None)
-        self._waiting.pop(request_id, None)
+        self._lookups.forget(request_id)
         self._storing.discard(request_id)
         self._load_or_compute.forget(request_id)
 
@@ -291,7 +273,7 @@ class ConnectorScheduler:
     def _state_of(self, request: Request) -> RequestState | None:
         """The request's state, made on first sight; None when kvrail leaves the request alone."""
         state = self._states.get(request.request_id)
-        if state is not None or self._lookup is None:
+        if state is not None or not self.enabled:
             return state
         if self._late_check is not None:
             reason, self._late_check = self._late_check(), None
@@ -304,7 +286,7 @@ class ConnectorScheduler:
             return None
         problem = request_problem(request) if self._hasher is not None else None
         if problem is not None:
-            self._report(
+            self._tally.report(
                 f"request with {problem}",
                 f"LMCache's hashes are made of tokens alone: requests with {problem} are not "
                 "stored or loaded",
@@ -314,7 +296,7 @@ class ConnectorScheduler:
         if request.lora_request is not None:
             adapter = self._adapter_fingerprint(request.lora_request)
             if adapter is None:
-                self._report(
+                self._tally.report(
                     f"adapter {request.lora_request.lora_name}",
                     "its weights cannot be identified, so its requests are not stored or loaded",
                 )
@@ -328,90 +310,17 @@ class ConnectorScheduler:
             self._storing.add(request.request_id)
         return state
 
+    def _tell_missing(self, state: RequestState, index: int) -> None:
+        if self._events is not None:
+            self._events.lost(state.request, index, state.keys[index])
+
     def _may_load(self, state: RequestState) -> bool:
         return (
-            self._lookup is not None
+            self.enabled
             and self._options.may_load
             and not state.load_failed
             and not state.request.skip_reading_prefix_cache
         )
-
-    # Lookups.
-
-    def _submit(self, state: RequestState) -> None:
-        assert self._lookup is not None
-        # One chunk more than may be loaded where the prompt ends with one: if it is there, it need
-        # not be stored again.
-        request = state.request
-        count = min(
-            request.num_tokens // self._geometry.chunk_size,
-            len(request.block_hashes) // self._geometry.hashes_per_chunk,
-        )
-        state.hit_chunks = None
-        state.submitted_at = self._clock()
-        try:
-            state.ticket = self._lookup(state.chunk_keys(self._geometry, count))
-        except KvrailError as error:
-            self._fail_lookup(state, error)
-            return
-        self._waiting[state.request.request_id] = state
-
-    def _answer(self, state: RequestState) -> int | None:
-        """Leading chunks present, or None while that is not known."""
-        if state.hit_chunks is not None and self._clock() - state.answered_at > ANSWER_SECONDS:
-            state.hit_chunks = None
-        if state.hit_chunks is None and state.ticket is None:
-            self._submit(state)
-        return self._poll(state)
-
-    def _poll(self, state: RequestState) -> int | None:
-        ticket = state.ticket
-        if ticket is None:
-            return state.hit_chunks
-        try:
-            found = ticket.poll()
-        except KvrailError as error:
-            self._fail_lookup(state, error)
-            return state.hit_chunks
-        if found is not None:
-            self._settle(state, found)
-        elif self._clock() - state.submitted_at > self._options.wait_limit_seconds:
-            self._count("lookup_timeouts", 1)
-            self._report("lookup", "no answer within the wait limit, taken for a miss")
-            self._settle(state, 0)
-        return state.hit_chunks
-
-    def _settle(self, state: RequestState, found: int) -> None:
-        state.ticket = None
-        state.hit_chunks = found
-        if self._events is not None and found < len(state.keys):
-            self._events.lost(state.request, found, state.keys[found])
-        state.answered_at = self._clock()
-        if not state.load_failed:
-            state.stored_chunks = max(state.stored_chunks, self._good_prefix(state, found))
-        self._waiting.pop(state.request.request_id, None)
-
-    def _fail_lookup(self, state: RequestState, error: KvrailError) -> None:
-        self._report(f"lookup {type(error).__name__}", error)
-        self._count("lookup_errors", 1)
-        self._settle(state, 0)
-
-    def _wait_for_an_answer(self) -> None:
-        state = next(iter(self._waiting.values()))
-        if state.ticket is None:
-            return
-        try:
-            self._settle(state, state.ticket.wait(IDLE_WAIT_SECONDS))
-        except WaitTimeoutError:
-            return
-        except KvrailError as error:
-            self._fail_lookup(state, error)
-
-    def _good_prefix(self, state: RequestState, count: int) -> int:
-        """`count`, cut at the first chunk that failed to load a short while ago."""
-        if not self._bad_keys:
-            return count
-        return self._bad_keys.good_prefix(state.chunk_keys(self._geometry, count))
 
     # Loads and stores.
 
@@ -421,10 +330,9 @@ class ConnectorScheduler:
             return state.verdict.load
         verdict = state.verdict = self._load_or_compute.decide(tokens)
         if not verdict.load:
-            self._count("loads_declined", 1)
-            self._count("declined_tokens", tokens)
-            if verdict.compute_seconds and "declined" not in self._reported:
-                self._reported.add("declined")
+            self._tally.count("loads_declined", 1)
+            self._tally.count("declined_tokens", tokens)
+            if verdict.compute_seconds and self._tally.is_first("declined"):
                 logger.info(
                     "kvrail: a hit of %d tokens is computed: loading is expected to take %.3f s, "
                     "computing %.3f s; min_load_tokens: 0 loads every hit",
@@ -460,7 +368,7 @@ class ConnectorScheduler:
     ) -> None:
         """Stores the chunks that are complete when this step's forward is done."""
         state = self._states[req_id]
-        self._poll(state)
+        self._lookups.poll(state)
         geometry, request = self._geometry, state.request
         limit = len(request.block_hashes) * geometry.hash_tokens
         if not self._options.save_decode_cache:
@@ -503,9 +411,9 @@ class ConnectorScheduler:
         chunks = state.loadable_chunks(self._geometry)
         self._explain(state, chunks)
         possible = chunks * self._geometry.chunk_size
-        self._count("requests_looked_up", 1)
-        self._count("hit_tokens", hit_tokens)
-        self._count("miss_tokens", max(0, possible - state.local_tokens - hit_tokens))
+        self._tally.count("requests_looked_up", 1)
+        self._tally.count("hit_tokens", hit_tokens)
+        self._tally.count("miss_tokens", max(0, possible - state.local_tokens - hit_tokens))
 
     def _explain(self, state: RequestState, chunks: int) -> None:
         """Notes how much was found; where debugging is on, logs the first chunk that was not."""
@@ -521,19 +429,3 @@ class ConnectorScheduler:
                     chunks,
                     keys[found].hex(),
                 )
-
-    def _count(self, name: str, amount: float) -> None:
-        if amount:
-            self._counters[name] = self._counters.get(name, 0.0) + amount
-
-    def _report(self, kind: str, problem: object) -> None:
-        """Logs the first problem of each kind; the rest is in the counters."""
-        if kind not in self._reported and len(self._reported) < 100:
-            self._reported.add(kind)
-            logger.warning("kvrail: %s: %s", kind, problem)
-
-
-def merge_counters(target: dict[str, float], source: Mapping[str, float]) -> None:
-    """Adds `source` to `target`, key by key."""
-    for name, amount in source.items():
-        target[name] = target.get(name, 0.0) + amount

@@ -7,35 +7,26 @@ soon as the step is over. For the same reason nothing has to be done when vLLM p
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kvrail import STARTUP_CPUS, cufile
 from kvrail._core import (
     Config,
     DamagedError,
     KvCache,
     KvrailError,
-    LoadReport,
-    LoadTicket,
     MismatchError,
-    Namespace,
     Store,
     StoreTicket,
-    WaitTimeoutError,
 )
-from kvrail.vllm import layout
-from kvrail.vllm.config import effective_value
-from kvrail.vllm.heads import HeadShare, RankBoundError, head_shares
-from kvrail.vllm.identity import attention_backends, build_identity, layout_name, model_name
-from kvrail.vllm.lmcache_files import LmcacheFiles, describe_files
-from kvrail.vllm.lmcache_hash import LmcacheHasher
+from kvrail.vllm.attachment import attach
+from kvrail.vllm.identity import model_name
+from kvrail.vllm.layout import UnsupportedModelError
+from kvrail.vllm.loading import Loading, Reports
 from kvrail.vllm.metadata import (
     KvrailHandshake,
     KvrailMetadata,
@@ -44,12 +35,12 @@ from kvrail.vllm.metadata import (
     RequestLoad,
 )
 from kvrail.vllm.stats import StatsCollector
+from kvrail.vllm.worker_rank import WorkerRank
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    from kvrail.kv_cache import KvMemory
     from kvrail.vllm.stats import KvrailStats
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -63,100 +54,6 @@ CLOSE_LIMIT_SECONDS = 3.0
 MAX_STORING = 16_384
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerRank:
-    """The place of a worker in its engine."""
-
-    global_rank: int
-    storage_rank: int
-    """The rank whose files are read: this one, or that of the rank it is a replica of."""
-    world_size: int
-    tensor_rank: int = 0
-    stage: int = 0
-    """The pipeline stage."""
-
-    def part(self, share: HeadShare | None) -> Part:
-        """What this rank's files of a KV cache group are named by."""
-        return self.storage_rank if share is None else (self.stage, share.first, share.end)
-
-    def stores(self, share: HeadShare | None) -> bool:
-        """Whether this rank writes; replicas hold the same bytes, so one of them does."""
-        return self.global_rank == self.storage_rank if share is None else share.is_first
-
-    @classmethod
-    def current(cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> WorkerRank:
-        """The rank of this process."""
-        from vllm.distributed.parallel_state import get_pp_group, get_tp_group
-
-        parallel = vllm_config.parallel_config
-        tensor_rank = get_tp_group().rank_in_group
-        stage = get_pp_group().rank_in_group
-        first = stage * parallel.tensor_parallel_size
-        replica = tensor_rank % max(1, kv_cache_config.kv_tp_replicas)
-        return cls(
-            global_rank=first + tensor_rank,
-            storage_rank=first + tensor_rank - replica,
-            world_size=parallel.pipeline_parallel_size * parallel.tensor_parallel_size,
-            tensor_rank=tensor_rank,
-            stage=stage,
-        )
-
-    def in_files_of_lmcache(self, workers: int) -> WorkerRank:
-        """The place of this worker where each has files, or all the files of the first."""
-        return replace(self, storage_rank=self.global_rank if workers == self.world_size else 0)
-
-
-Reports = list[LoadReport | None]
-
-
-class _Loading:
-    """A request's loads under way, one for each KV cache group that takes part."""
-
-    def __init__(self, load: RequestLoad, tickets: list[LoadTicket | None]) -> None:
-        self.load = load
-        self.tickets = tickets
-        """Those that were submitted and are not done."""
-        self.reports: Reports = [None] * len(load.parts)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing writes to the request's blocks any more."""
-        return all(ticket is None for ticket in self.tickets)
-
-    def poll(self, report_error: Callable[[str, object], None]) -> None:
-        """Takes what is done; an error ends a load without a report."""
-        for place, ticket in enumerate(self.tickets):
-            if ticket is None:
-                continue
-            try:
-                report = ticket.poll()
-            except KvrailError as error:
-                report_error("load", error)
-                self.tickets[place] = None
-                continue
-            if report is not None:
-                self._take(place, report)
-
-    def wait(self, limit_seconds: float, report_error: Callable[[str, object], None]) -> None:
-        """Waits a moment for the first that is not done.
-
-        A load is never given up here: the store may still write to the blocks, and it ends every
-        load within its own limit.
-        """
-        place, ticket = next((p, t) for p, t in enumerate(self.tickets) if t is not None)
-        try:
-            self._take(place, ticket.wait(limit_seconds))
-        except WaitTimeoutError:
-            return
-        except KvrailError as error:
-            report_error("load", error)
-            self.tickets[place] = None
-
-    def _take(self, place: int, report: LoadReport) -> None:
-        self.tickets[place] = None
-        self.reports[place] = report
-
-
 class ConnectorWorker:
     """One worker's store, its attached KV cache and the loads under way."""
 
@@ -166,11 +63,10 @@ class ConnectorWorker:
         self._kv_caches: tuple[KvCache, ...] = ()
         self._fails_by_block = True
         self._device = "cpu"
-        self._parts: tuple[Part, ...] = ()
         self._stored_groups: Container[int] = range(sys.maxsize)
         self._announces = False
         self._storing: deque[tuple[tuple[int, bytes], StoreTicket]] = deque(maxlen=MAX_STORING)
-        self._loading: dict[str, _Loading] = {}
+        self._loading: dict[str, Loading] = {}
         self._settled: list[tuple[RequestLoad, Reports]] = []
         self._failed_blocks: set[int] = set()
         self._failed_requests: set[str] = set()
@@ -198,127 +94,32 @@ class ConnectorWorker:
         self._announces = events is not None and events.enable_kv_cache_events
         reason = None
         identity_json = ""
+        parts: tuple[Part, ...] = ()
         try:
-            identity_json, rank = self._attach(
-                config, vllm_config, kv_cache_config, kv_caches, rank
+            attached = attach(
+                self._open_store, config, vllm_config, kv_cache_config, kv_caches, rank
             )
-        except (layout.UnsupportedModelError, MismatchError, DamagedError) as error:
-            self.shutdown()
+        except (UnsupportedModelError, MismatchError, DamagedError) as error:
             reason = str(error)
             if rank.global_rank == 0:
                 logger.warning("kvrail: nothing is stored or loaded: %s", reason)
+        else:
+            identity_json, parts = attached.identity_json, attached.parts
+            self._stored_groups = attached.stored_groups
+            self.adopt(
+                attached.store,
+                attached.kv_caches,
+                attached.device,
+                fails_by_block=attached.fails_by_block,
+            )
+            self._log_notices()
         self._handshake = KvrailHandshake(
             model=model_name(vllm_config),
             identity_json=identity_json,
-            parts=self._parts,
+            parts=parts,
             world_size=rank.world_size,
             reason=reason,
         )
-
-    def _attach(
-        self,
-        config: Config,
-        vllm_config: VllmConfig,
-        kv_cache_config: KVCacheConfig,
-        kv_caches: dict[str, Any],
-        rank: WorkerRank,
-    ) -> tuple[str, WorkerRank]:
-        """Opens the store and attaches; returns the identity, and the rank by its files."""
-        groups = layout.select_groups(
-            kv_cache_config,
-            config.chunk_size,
-            vllm_config.parallel_config.decode_context_parallel_size,
-        )
-        memories = [
-            layout.plan_memory(group.spec, kv_caches, kv_cache_config.num_blocks)
-            for group in groups
-        ]
-        layout.check_device(groups, memories[0].device)
-        specs = [group.spec for group in groups]
-        lmcache: tuple[LmcacheHasher, LmcacheFiles] | None = None
-        options: dict[str, Any] = cufile.store_options()
-        order = None
-        if config.lmcache_hash is not None:
-            hasher = LmcacheHasher.of_process(config.lmcache_hash)
-            files = describe_files(
-                vllm_config,
-                groups,
-                [kv_caches[name] for name in memories[0].names],
-                attention_backends(vllm_config, specs),
-                hasher,
-            )
-            lmcache = (hasher, files)
-            if effective_value(config, "layout") == "lmcache":
-                options["lmcache"] = files.names()
-                rank = rank.in_files_of_lmcache(files.workers)
-                order = files.order.as_tuple()
-        # LMCache's files are those of a rank, also where they were copied to a store of ours.
-        shares = None
-        if lmcache is None:
-            shares = _head_shares(vllm_config, kv_cache_config, specs, kv_caches, rank)
-        identity = build_identity(
-            vllm_config,
-            kv_cache_config,
-            list(zip(specs, memories, strict=True)),
-            config.chunk_size,
-            lmcache=lmcache,
-            heads=shares,
-        )
-        identity_json = json.dumps(identity, sort_keys=True)
-        namespace = Namespace(model_name(vllm_config), identity_json)
-        store = self._open_store(
-            config,
-            namespace,
-            # What differs from other namespaces is the same on all ranks; one of them says it.
-            quiet=rank.global_rank != 0,
-            cpus=STARTUP_CPUS,
-            **options,
-        )
-        self._store = store
-        by_group: Sequence[HeadShare | None] = shares or [None] * len(groups)
-        self._parts = tuple(rank.part(share) for share in by_group)
-        self._stored_groups = {place for place, share in enumerate(by_group) if rank.stores(share)}
-        kv_caches_by_group = self._attach_groups(store, groups, memories, order)
-        fails_by_block = len(groups) == 1 and not groups[0].geometry.is_windowed
-        self.adopt(store, kv_caches_by_group, memories[0].device, fails_by_block=fails_by_block)
-        if rank.global_rank == 0:
-            logger.info(
-                "kvrail: %s: chunks of %d tokens, %s bytes each per rank; %s",
-                namespace.directory_name,
-                config.chunk_size,
-                " + ".join(str(kv_cache.payload_bytes) for kv_cache in kv_caches_by_group),
-                "; ".join(
-                    ", ".join(f"{key} {value}" for key, value in mount.items())
-                    for mount in store.describe()
-                ),
-            )
-        self._log_notices()
-        return identity_json, rank
-
-    def _attach_groups(
-        self,
-        store: Store,
-        groups: Sequence[layout.StoredGroup],
-        memories: Sequence[KvMemory],
-        order: tuple[Any, ...] | None,
-    ) -> list[KvCache]:
-        """Attaches all groups, that with the largest chunks first: they cut the staging memory."""
-        pairs = list(zip(groups, memories, strict=True))
-        largest_first = sorted(
-            range(len(pairs)),
-            key=lambda place: -pairs[place][0].geometry.kept_blocks * pairs[place][1].block_bytes,
-        )
-        attached: dict[int, KvCache] = {}
-        for place in largest_first:
-            group, memory = pairs[place]
-            attached[place] = memory.attach(
-                store,
-                blocks_per_chunk=group.geometry.kept_blocks,
-                group=group.geometry.index,
-                rank=self._parts[place],
-                order=order,
-            )
-        return [attached[place] for place in range(len(pairs))]
 
     def adopt(
         self,
@@ -361,7 +162,7 @@ class ConnectorWorker:
         for load in metadata.loads:
             self._stats.touch()
             # Whatever was submitted is waited for: it may still write to the request's blocks.
-            loading = _Loading(load, [None] * len(load.parts))
+            loading = Loading(load, [None] * len(load.parts))
             for place, part in enumerate(load.parts):
                 if not self._kv_caches:
                     break
@@ -484,7 +285,7 @@ class ConnectorWorker:
         loading.wait(IDLE_WAIT_SECONDS, self._report)
         self._settle_if_over(loading)
 
-    def _settle_if_over(self, loading: _Loading) -> None:
+    def _settle_if_over(self, loading: Loading) -> None:
         if loading.is_over:
             del self._loading[loading.load.request_id]
             self._settled.append((loading.load, loading.reports))
@@ -523,25 +324,6 @@ class ConnectorWorker:
         if kind not in self._reported:
             self._reported.add(kind)
             logger.warning("kvrail: %s: %s", operation, error)
-
-
-def _head_shares(
-    vllm_config: VllmConfig,
-    kv_cache_config: KVCacheConfig,
-    groups: Sequence[KVCacheGroupSpec],
-    kv_caches: dict[str, Any],
-    rank: WorkerRank,
-) -> tuple[HeadShare, ...] | None:
-    """This rank's heads of each group; None where files are of use to this parallel size only."""
-    name = layout_name(vllm_config, kv_cache_config)
-    try:
-        return head_shares(vllm_config, kv_cache_config, groups, kv_caches, rank.tensor_rank, name)
-    except RankBoundError as reason:
-        if rank.global_rank == 0:
-            logger.info(
-                "kvrail: chunks are shared at the same tensor-parallel size only: %s", reason
-            )
-        return None
 
 
 def _current_stream(device: str) -> int:

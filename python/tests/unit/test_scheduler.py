@@ -20,7 +20,6 @@ from fakes import (
 
 from kvrail._core import ClosedError
 from kvrail.vllm import bad_keys
-from kvrail.vllm import scheduler as module
 from kvrail.vllm.geometry import ChunkGeometry
 from kvrail.vllm.metadata import (
     NO_WORK,
@@ -28,6 +27,7 @@ from kvrail.vllm.metadata import (
     KvrailMetadata,
     KvrailWorkerMetadata,
 )
+from kvrail.vllm.request_lookups import ANSWER_SECONDS, IDLE_WAIT_SECONDS, MAX_EARLY_LOOKUPS
 from kvrail.vllm.scheduler import ConnectorScheduler, SchedulerOptions
 
 
@@ -284,16 +284,16 @@ def test_an_old_answer_is_asked_for_again(clock):
     assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
     lookup.present = set(keys)
     assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
-    clock.now += module.ANSWER_SECONDS + 1
+    clock.now += ANSWER_SECONDS + 1
     assert scheduler.get_num_new_matched_tokens(request, 0) == (4 * CHUNK, True)
 
 
 def test_early_lookups_are_bounded(clock):
     lookup = FakeLookup(answering=False)
     scheduler = make(lookup, clock)
-    for index in range(module.MAX_EARLY_LOOKUPS + 5):
+    for index in range(MAX_EARLY_LOOKUPS + 5):
         scheduler.on_new_request(make_request(f"r{index}", 300, first=1000 * index))
-    assert len(lookup.tickets) == module.MAX_EARLY_LOOKUPS
+    assert len(lookup.tickets) == MAX_EARLY_LOOKUPS
 
 
 def test_an_idle_step_waits_for_a_lookup_once_and_briefly(clock):
@@ -302,7 +302,7 @@ def test_an_idle_step_waits_for_a_lookup_once_and_briefly(clock):
     scheduler = make(lookup, clock)
     scheduler.on_new_request(request)
     assert scheduler.build_connector_meta(step()) is NO_WORK_NO_FORWARD
-    assert lookup.tickets[0].waits == [module.IDLE_WAIT_SECONDS]
+    assert lookup.tickets[0].waits == [IDLE_WAIT_SECONDS]
     lookup.settle(lookup.tickets[0])
     scheduler.build_connector_meta(step())
     assert scheduler.build_connector_meta(step()) is NO_WORK_NO_FORWARD
