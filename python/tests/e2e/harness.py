@@ -255,13 +255,17 @@ def assert_loaded_is_stored(stored: list[Running], loaded: list[Running]) -> int
     return count
 
 
-def chunk_keys(running: Running, tokens: list[int], salt: str | None = None) -> list[str]:
-    """The chunk keys of a prompt that the engine was asked, from vLLM's own block hashes."""
+def chunk_keys(
+    running: Running, tokens: list[int], salt: str | None = None, blocks: int = 2
+) -> list[str]:
+    """The chunk keys of a prompt that the engine was asked, from vLLM's own block hashes.
+
+    A chunk's key is the hash of the last of its blocks.
+    """
     prompt = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
     for record in running.records("request"):
         if record["prompt"] == prompt and record["salt"] == salt:
-            # A chunk is two blocks here, and its key is the hash of its last block.
-            keys: list[str] = record["hashes"][1::2]
+            keys: list[str] = record["hashes"][blocks - 1 :: blocks]
             return keys
     raise AssertionError("the engine never saw this prompt")
 

@@ -20,7 +20,10 @@ import torch
 
 import kvrail._core as core
 
-_kv_caches: dict[str, torch.Tensor] = {}
+_kv_caches: dict[str, list[torch.Tensor]] = {}
+"""Of each layer; a state may be several tensors."""
+_layers: list[list[str]] = []
+"""The names of each group's layers."""
 _real_store = core.Store
 
 
@@ -58,7 +61,7 @@ class RecordingKvCache:
                 **self._place,
                 key=key.hex(),
                 parent=parent.hex() if parent else None,
-                blocks=[block_hash(block) for block in block_ids],
+                blocks=[block_hash(self._place["group"], block) for block in block_ids],
             )
         ticket = self._cache.store(chunks)
         _kill("store", self._place["number"])
@@ -100,30 +103,32 @@ class RecordingTicket:
         if report is None or self._report is not None:
             return self._report
         self._report = report
-        _tamper(self._control, self._chunks[0][3])
+        group = self._place["group"]
+        _tamper(self._control, group, self._chunks[0][3])
         for index, (key, _, first_block, block_ids) in enumerate(self._chunks):
             _record(
                 event="load",
                 **self._place,
                 key=key.hex(),
                 first_block=first_block,
-                blocks=[block_hash(block) for block in block_ids],
+                blocks=[block_hash(group, block) for block in block_ids],
                 failed=index in report.failed,
             )
         return report
 
 
-def block_hash(block: int) -> str:
-    """SHA-256 of one block's bytes over all layers, in the order of the layers."""
+def block_hash(group: int, block: int) -> str:
+    """SHA-256 of one block's bytes over all layers of its group, in the order of the layers."""
     digest = hashlib.sha256()
-    for tensor in _kv_caches.values():
-        digest.update(tensor[block].contiguous().view(torch.uint8).numpy().tobytes())
+    for layer in _layers[group]:
+        for tensor in _kv_caches.get(layer, []):
+            digest.update(tensor[block].contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _tamper(control: str, block_ids: Sequence[int]) -> None:
-    for tensor in _kv_caches.values():
-        if control == "zero":
+def _tamper(control: str, group: int, block_ids: Sequence[int]) -> None:
+    for tensor in (tensor for layer in _layers[group] for tensor in _kv_caches.get(layer, [])):
+        if control in ("zero", f"zero {group}"):
             tensor[block_ids[0]].zero_()
         elif control == "swap":
             first, second = block_ids[0], block_ids[1]
@@ -176,10 +181,16 @@ from kvrail.vllm import KvrailConnector  # noqa: E402  (after the store was repl
 class RecordingConnector(KvrailConnector):
     """`KvrailConnector` with the store above underneath."""
 
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        """Keeps which layers there are."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        _layers[:] = [list(group.layer_names) for group in kv_cache_config.kv_cache_groups]
+
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Keeps the tensors, to read the blocks from."""
         _kv_caches.clear()
-        _kv_caches.update(kv_caches)
+        for layer, found in kv_caches.items():
+            _kv_caches[layer] = list(found) if isinstance(found, (list, tuple)) else [found]
         super().register_kv_caches(kv_caches)
 
     def on_new_request(self, request: Any) -> None:

@@ -37,6 +37,8 @@ class Case:
     groups: int
     files: int
     engine: dict[str, Any] = field(default_factory=dict)
+    draft: Callable[[Path], Path] | None = None
+    """What builds the model that drafts, where there is one."""
 
 
 def _of(make_config: Callable[[], Any]) -> Callable[[Path], Path]:
@@ -65,6 +67,14 @@ CASES = {
             }
         },
     ),
+    # The layer of the head is one more of the group, with blocks of its own.
+    "EAGLE drafts": Case(
+        tiny_model.build_llama,
+        1,
+        CHUNKS,
+        {"speculative_config": {"method": "eagle", "num_speculative_tokens": 2}},
+        tiny_model.build_eagle_head,
+    ),
 }
 
 
@@ -82,7 +92,10 @@ def _run_both(
 @pytest.mark.parametrize("name", CASES)
 def test_answers_of_a_restarted_vllm(name: str, engines: Engines, tmp_path: Path) -> None:
     case, store, control = CASES[name], tmp_path / "kv", tmp_path / "control"
-    job = Job(case.build(tmp_path / "model"), [], store, engine=case.engine)
+    job = Job(case.build(tmp_path / "model"), [], store, engine=dict(case.engine))
+    if case.draft is not None:
+        head = {"model": str(case.draft(tmp_path / "draft"))}
+        job.engine["speculative_config"] = case.engine["speculative_config"] | head
     spoil = [
         step("wait_for_chunks", directory=str(store), files=case.files),
         step("make_file", path=str(control), text="zero"),

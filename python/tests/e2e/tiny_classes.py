@@ -15,6 +15,7 @@ from transformers import (
     FalconH1Config,
     Gemma3nTextConfig,
     GptOssConfig,
+    Lfm2Config,
     Llama4TextConfig,
     PretrainedConfig,
 )
@@ -46,14 +47,17 @@ def build(make_config: Callable[[], PretrainedConfig], folder: Path, seed: int =
 
 def _draw(name: str, weight: torch.Tensor) -> None:
     """Draws a matrix, with a gain where it makes attention or the answer sharp."""
-    if name.endswith(("q_norm.weight", "k_norm.weight")):
+    if name.endswith(
+        ("q_norm.weight", "k_norm.weight", "q_layernorm.weight", "k_layernorm.weight")
+    ):
         # Where queries and keys are normalised, their projections cannot make attention sharp.
         weight += 1.0
     elif name.endswith("sinks"):
         weight.normal_()
-    elif weight.dim() > 1 and "conv" not in name:
-        # Experts' matrices, in three dimensions, are stored transposed.
-        inputs = weight.shape[1] if weight.dim() == 3 else weight.shape[-1]
+    elif weight.dim() > 1 and "conv1d" not in name:
+        # Experts' matrices, in three dimensions, are stored transposed; filters are not.
+        is_transposed = weight.dim() == 3 and "conv" not in name
+        inputs = weight.shape[1] if is_transposed else weight.shape[-1]
         sharp = name.endswith(("q_proj.weight", "k_proj.weight", "lm_head.weight"))
         gain = tiny_model.ATTENTION_GAIN if sharp or "embed" in name else 1.0
         weight.normal_(std=gain / math.sqrt(inputs))
@@ -99,4 +103,17 @@ def falcon_h1() -> PretrainedConfig:
     """Each layer has attention and a mamba state."""
     return FalconH1Config(
         **COMMON, num_hidden_layers=2, mamba_d_ssm=256, mamba_n_heads=8, mamba_d_state=16
+    )
+
+
+def lfm2() -> PretrainedConfig:
+    """Short convolutions, whose state is the two tokens before, and attention, in turn."""
+    return Lfm2Config(
+        **COMMON | {"intermediate_size": tiny_model.INTERMEDIATE},
+        num_hidden_layers=4,
+        layer_types=["conv", "full_attention"] * 2,
+        # What vLLM reads and transformers' class does not have.
+        block_auto_adjust_ff_dim=False,
+        block_dim=tiny_model.HIDDEN,
+        conv_dim=tiny_model.HIDDEN,
     )

@@ -46,6 +46,24 @@ def build_mixed(folder: Path, windowed: Sequence[bool], window: int, seed: int =
     return folder
 
 
+def build_eagle_head(folder: Path, seed: int = 8) -> Path:
+    """Writes an EAGLE head of one layer for the Llama above and returns the folder.
+
+    It takes the embedding and the last matrix from the model that it drafts for.
+    """
+    config = _llama_config("LlamaForCausalLM", "llama") | {"num_hidden_layers": 1}
+    layer = {
+        name.removeprefix("model."): weight
+        for name, weight in _llama_weights(seed, 1).items()
+        # What comes out of `fc` is not normalised again.
+        if name.startswith("model.layers.") and "input_layernorm" not in name
+    }
+    generator = torch.Generator().manual_seed(seed)
+    joined = torch.randn(HIDDEN, 2 * HIDDEN, generator=generator) / math.sqrt(2 * HIDDEN)
+    _write_model(folder, config, layer | {"fc.weight": joined})
+    return folder
+
+
 def _llama_config(architecture: str, model_type: str) -> dict[str, object]:
     return {
         "architectures": [architecture],
