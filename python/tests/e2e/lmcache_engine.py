@@ -1,8 +1,8 @@
-"""One vLLM engine behind LMCache's connector: reads a job, answers its prompts, writes the result.
+"""One vLLM engine behind LMCache's connector, which answers prompts for as long as it is asked.
 
-The job is a JSON file with `model`, `port`, `prompts` (name to token ids), `rounds` and `result`.
-The result has for each round the answers by name, and the tokens that came from the cache. Between
-rounds it waits for `settle` seconds, in which LMCache stores.
+The argument is a JSON file with `model`, `port` and `result`. Each line of standard input is JSON,
+prompts' token ids by name; the answers by name, with the tokens that came from the cache, replace
+the file `result`. The end of the input is the end of the engine.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 from vllm import LLM, SamplingParams
 
 
-def _answer(output: Any) -> dict[str, Any]:
+def _answer(output: Any, seconds: float) -> dict[str, Any]:
     completion = output.outputs[0]
     return {
         "tokens": list(completion.token_ids),
@@ -23,6 +23,7 @@ def _answer(output: Any) -> dict[str, Any]:
             for position in completion.logprobs
         ],
         "cached": output.num_cached_tokens,
+        "seconds": seconds,
     }
 
 
@@ -43,15 +44,16 @@ def main() -> None:
         },
     )
     sampling = SamplingParams(max_tokens=8, temperature=0, logprobs=5, ignore_eos=True)
-    rounds = []
-    for _ in range(job["rounds"]):
+    result = Path(job["result"])
+    for line in sys.stdin:
         answers = {}
-        for name, prompt in job["prompts"].items():
+        for name, prompt in json.loads(line).items():
+            start = time.monotonic()
             (output,) = engine.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
-            answers[name] = _answer(output)
-        rounds.append(answers)
-        time.sleep(job["settle"])
-    Path(job["result"]).write_text(json.dumps(rounds))
+            answers[name] = _answer(output, time.monotonic() - start)
+        new = result.with_suffix(".new")
+        new.write_text(json.dumps(answers))
+        new.rename(result)
 
 
 if __name__ == "__main__":

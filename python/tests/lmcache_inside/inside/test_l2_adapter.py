@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from slab import SHAPE, Driver, bits, key
+from lmcache_slab import SHAPE, Driver, bits, key
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "e2e"))
+from faulty_mount import CannotMountError, FaultyMount
 
 
 def chunk_files(tmp_path: Path) -> list[Path]:
@@ -154,6 +159,56 @@ def test_a_full_disk_is_no_error(adapters: Callable[..., Driver], l1: Any, tmp_p
         driver.adapter.close()
     finally:
         subprocess.run(["umount", "--lazy", str(small)], check=True)
+
+
+def test_a_mount_that_hangs_is_waited_for_within_limits(
+    adapters: Callable[..., Driver], l1: Any, tmp_path: Path
+) -> None:
+    """Every task ends, as a miss, and what was stored is found again when the mount is well."""
+    wait, lookup = 1.5, 0.5
+    # The watch looks ten times a second; the rest is for a busy machine.
+    slack = 2.0
+    try:
+        mount = FaultyMount(tmp_path, seed=6)
+    except CannotMountError as error:
+        pytest.skip(f"cannot mount a faulty file system: {error}")
+    try:
+        limits = {"wait_limit_seconds": wait, "lookup_limit_seconds": lookup}
+        driver = adapters(gds_path=str(mount.path), extra_config=limits)
+        keys = [key(index) for index in range(4)]
+        objects = [l1.random(index) for index in range(4)]
+        new = [key(index) for index in range(4, 8)]
+        assert driver.store(keys, objects).is_successful()
+        assert driver.lookup(keys) == [True] * 4
+        mount.set("* *-* hang")
+        targets = [l1.allocate() for _ in keys]
+        for what, bound, work in (
+            ("load", wait, lambda: any(driver.load(keys, targets))),
+            ("lookup", lookup + wait, lambda: any(driver.lookup(keys))),
+            ("store", wait, lambda: driver.store(new, objects).is_successful()),
+            ("delete", wait, lambda: driver.adapter.delete(new)),
+        ):
+            start = time.monotonic()
+            assert not work(), what
+            seconds = time.monotonic() - start
+            print(f"{what}: {seconds:.2f} s with the limit {bound} s")
+            assert seconds < bound + slack, what
+        assert mount.hits() > 0
+        mount.set("")
+        deadline = time.monotonic() + 25
+        while driver.lookup(keys) != [True] * 4:
+            assert time.monotonic() < deadline, "what was stored is not found again"
+            time.sleep(0.2)
+        assert driver.load(keys, targets) == [True] * 4
+        for target, original in zip(targets, objects, strict=True):
+            assert torch.equal(l1.bytes(target), l1.bytes(original))
+        mount.set("* *-* hang")
+        driver.load(keys, targets)
+        start = time.monotonic()
+        driver.adapter.close()
+        assert time.monotonic() - start < 4 * wait + slack
+    finally:
+        mount.unmount()
 
 
 def test_two_adapters_share_a_directory(adapters: Callable[..., Driver], l1: Any) -> None:

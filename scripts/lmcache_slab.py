@@ -59,14 +59,9 @@ class L1:
 class Driver:
     """Drives an adapter as the controllers do: submits, polls the event, takes the result."""
 
-    def __init__(self, params: dict[str, Any], l1: L1) -> None:
-        given = {
-            "type": "plugin",
-            "module_path": "kvrail.lmcache",
-            "class_name": "KvrailL2Adapter",
-            "adapter_params": params,
-        }
-        config = get_l2_adapter_config_class("plugin").from_dict(given)
+    def __init__(self, adapter: dict[str, Any], l1: L1) -> None:
+        """`adapter` is a value of the server's `--l2-adapter`."""
+        config = get_l2_adapter_config_class(adapter["type"]).from_dict(adapter)
         self.adapter = create_l2_adapter_from_registry(config, l1_memory_desc=l1.description)
 
     def store(self, keys: list[ObjectKey], objects: list[Any]) -> Any:
