@@ -15,7 +15,7 @@ SOAK_PROCESSES ?= 8
 # A test that hangs is ended with a stack trace after its timeout.
 PYTEST := python -m pytest -ra --durations=5 --timeout=600
 
-.PHONY: help environment model build demo test bench bench-loops bench-overhead bench-step bench-ttft bench-layerwise bench-lmcache soak fmt clean clean-cache requirements \
+.PHONY: help environment model build demo test bench bench-loops bench-overhead bench-step bench-ttft bench-layerwise bench-lmcache bench-lmcache-adapters bench-heads soak fmt clean clean-cache requirements \
   tools kernels-check fmt-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test \
   fuzz concurrency-test sanitize sanitize-all instructions-check
 
@@ -123,6 +123,12 @@ bench-layerwise: build ## Measure whether a load layer by layer would beat the a
 bench-lmcache: build ## Measure vLLM with kvrail, and with LMCache's server over its adapters and over kvrail's.
 	@$(STEP) 'bench-lmcache: kvrail, and LMCache over fs, fs_native and kvrail' $(WITHIN) python scripts/bench_lmcache.py
 
+bench-lmcache-adapters: build ## Measure the L2 adapters of LMCache's server alone, kvrail's beside its own.
+	@$(STEP) 'bench-lmcache-adapters: fs, fs_native and kvrail' $(WITHIN) python scripts/bench_lmcache_adapters.py
+
+bench-heads: build ## Measure loads of files named by KV heads, at the same and across tensor-parallel sizes.
+	@$(STEP) 'bench-heads: files named by heads' $(WITHIN) python scripts/bench_heads.py
+
 soak: tools ## Run the model checker for SOAK_SECONDS (an hour) in SOAK_PROCESSES (8), with a report.
 	@$(STEP) 'soak: many processes, faults and crashes against a model' $(WITHIN) \
 	  cargo run --release --locked --package kvrail-testing --bin soak -- --seconds $(SOAK_SECONDS) --processes $(SOAK_PROCESSES)
@@ -141,4 +147,4 @@ clean: ## Remove what was built in the checkout.
 
 clean-cache: ## Remove what the cache folder holds: environments, model, tools. All checkouts share it.
 	@cd "$$(scripts/cache_folder)" && rm -rf venv-* lmcache-* uv-* uv.lock cargo-tools* model.lock \
-	  SmolLM2-* .SmolLM2-* wide-kv-* .wide-kv-* demo-* overhead-* step-* ttft-* layerwise-*
+	  SmolLM2-* .SmolLM2-* wide-kv-* .wide-kv-* demo-* overhead-* step-* ttft-* layerwise-* heads-*

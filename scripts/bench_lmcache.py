@@ -13,14 +13,13 @@ import contextlib
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from engine_run import print_result, random_tokens, run_apart, scratch_folder
+from engine_run import print_result, random_tokens, run_apart, scratch_folder, spread
 from make_model import cache_folder
 from make_wide_model import KV_BYTES_PER_TOKEN, VOCABULARY, make_wide_model
 
@@ -32,6 +31,7 @@ THREADS = 4
 STORE_LIMIT_SECONDS = 60.0
 RUN_LIMIT_SECONDS = 400.0
 L1_GB = 2.0
+LOG_CHARACTERS = 4000
 
 
 def l2_adapter(side: str, store: Path) -> dict[str, Any]:
@@ -113,7 +113,12 @@ def run_child(arguments: argparse.Namespace) -> None:
             adapter = l2_adapter(arguments.side, arguments.store)
             log = arguments.store.with_suffix(".log")
             server = stack.enter_context(serve(adapter, log, os.environ, L1_GB))
-        print_result(measure(arguments, server, drop_from_page_cache))
+        try:
+            print_result(measure(arguments, server, drop_from_page_cache))
+        except Exception:
+            if server is not None:
+                print(server.log.read_text()[-LOG_CHARACTERS:])
+            raise
 
 
 def measure(arguments: argparse.Namespace, server: Any, drop: Any) -> list[dict[str, Any]]:
@@ -169,12 +174,6 @@ def measure(arguments: argparse.Namespace, server: Any, drop: Any) -> list[dict[
             raise RuntimeError(f"{warm['cached']} tokens of {len(prompt) - 1} were loaded")
         figures.append({"tokens": len(prompt), "cold": first, "warm": warm})
     return figures[1:]
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """The median, and the lowest and the highest."""
-    middle, low, high = statistics.median(values), min(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def report(rounds: list[dict[str, list[dict[str, Any]]]]) -> None:

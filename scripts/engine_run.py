@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,12 @@ KILL_LIMIT_SECONDS = 10.0
 def random_tokens(source: random.Random, count: int, vocabulary_size: int) -> list[int]:
     """Draws tokens, but none from the ends of the vocabulary, where the special ones are."""
     return [source.randrange(100, vocabulary_size - 100) for _ in range(count)]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """The median, and the lowest and the highest."""
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def print_result(result: Any) -> None:
