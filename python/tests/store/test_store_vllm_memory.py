@@ -1,7 +1,8 @@
-"""Quantized KV caches, in memory that vLLM's own functions allocate: bytes with their scales.
+"""KV caches that need a GPU to compute with, in memory that vLLM's own functions allocate.
 
-vLLM keeps the scales of a per-token type behind each head's data, inside the page that its spec
-describes, so that they move with it. The types need a GPU to compute with, not to be moved.
+Quantized ones: vLLM keeps the scales of a per-token type behind each head's data, inside the page
+that its spec describes, so that they move with it. And MLA with a sparse indexer, whose group has
+layers with pages of two sizes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    KVCacheSpec,
     MLAAttentionSpec,
+    SparseCacheRole,
+    UniformTypeKVCacheSpecs,
     get_kv_quant_mode,
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -74,7 +78,7 @@ LAYOUTS = [KVCacheLayout.LBHNC, KVCacheLayout.LBNHC, KVCacheLayout.BLHNC, KVCach
 
 
 def allocated(
-    spec: FullAttentionSpec, kv_layout: KVCacheLayout, seed: int
+    group: KVCacheGroupSpec, kv_layout: KVCacheLayout, seed: int
 ) -> tuple[KVCacheConfig, dict[str, torch.Tensor]]:
     """vLLM's KV cache of random bytes."""
     settings = SimpleNamespace(
@@ -85,10 +89,9 @@ def allocated(
     config = SimpleNamespace(
         cache_config=settings, attention_config=SimpleNamespace(hisparse_config=None)
     )
-    group = KVCacheGroupSpec(list(LAYERS), spec)
     kv_cache_config = get_kv_cache_config_from_groups(config, [group], 1 << 30)
     views = allocate_kv_cache(kv_cache_config, torch.device("cpu"), kv_layout)
-    backing = torch.empty(0, dtype=torch.uint8).set_(views[LAYERS[0]].untyped_storage())
+    backing = torch.empty(0, dtype=torch.uint8).set_(views[group.layer_names[0]].untyped_storage())
     generator = torch.Generator().manual_seed(seed)
     backing.copy_(torch.randint(0, 256, backing.shape, dtype=torch.uint8, generator=generator))
     return kv_cache_config, views
@@ -99,30 +102,61 @@ def page(view: torch.Tensor, block: int) -> bytes:
     return view[block].contiguous().view(torch.uint8).numpy().tobytes()
 
 
-@pytest.mark.parametrize("kv_layout", LAYOUTS, ids=lambda kv_layout: kv_layout.name)
-@pytest.mark.parametrize("name", SPECS)
-def test_data_and_scales_come_back(tmp_path: Path, name: str, kv_layout: KVCacheLayout) -> None:
-    spec, token_bytes = SPECS[name]
-    kv_cache_config, source = allocated(spec, kv_layout, seed=1)
-    _, target = allocated(spec, kv_layout, seed=2)
-    (group,) = layout.select_groups(kv_cache_config, BLOCKS_PER_CHUNK * BLOCK_TOKENS, 1)
-    block_bytes = len(LAYERS) * spec.num_heads * BLOCK_TOKENS * token_bytes
+def check_round_trip(
+    path: Path, made: KVCacheGroupSpec, kv_layout: KVCacheLayout, block_bytes: int
+) -> None:
+    """Stores a chunk of one KV cache and loads it into other blocks of another."""
+    kv_cache_config, source = allocated(made, kv_layout, seed=1)
+    _, target = allocated(made, kv_layout, seed=2)
+    tokens = made.kv_cache_spec.block_size
+    (group,) = layout.select_groups(kv_cache_config, BLOCKS_PER_CHUNK * tokens, 1)
     stored, loaded = [7, 2, 9, 4], [0, 11, 5, 3]
     before = {layer: view.clone() for layer, view in target.items()}
-    with open_store(tmp_path) as store:
+    with open_store(path) as store:
         memory = layout.plan_memory(group.spec, source, BLOCKS)
         assert memory.block_bytes == block_bytes
         cache = memory.attach(store, blocks_per_chunk=BLOCKS_PER_CHUNK)
         assert cache.store([(key(0), None, stored)]).wait(LIMIT_SECONDS).stored == 1
-    with open_store(tmp_path) as store:
+    with open_store(path) as store:
         memory = layout.plan_memory(group.spec, target, BLOCKS)
         cache = memory.attach(store, blocks_per_chunk=BLOCKS_PER_CHUNK)
         assert cache.load([(key(0), None, 0, loaded)]).wait(LIMIT_SECONDS).failed == []
-    for layer in LAYERS:
+    for layer in made.layer_names:
         for origin, place in zip(stored, loaded, strict=True):
             assert page(target[layer], place) == page(source[layer], origin)
         for place in set(range(BLOCKS)) - set(loaded):
             assert page(target[layer], place) == page(before[layer], place)
+
+
+@pytest.mark.parametrize("kv_layout", LAYOUTS, ids=lambda kv_layout: kv_layout.name)
+@pytest.mark.parametrize("name", SPECS)
+def test_data_and_scales_come_back(tmp_path: Path, name: str, kv_layout: KVCacheLayout) -> None:
+    spec, token_bytes = SPECS[name]
+    block_bytes = len(LAYERS) * spec.num_heads * BLOCK_TOKENS * token_bytes
+    check_round_trip(tmp_path, KVCacheGroupSpec(list(LAYERS), spec), kv_layout, block_bytes)
+
+
+@pytest.mark.parametrize("kv_layout", LAYOUTS, ids=lambda kv_layout: kv_layout.name)
+def test_mla_with_a_sparse_indexer(tmp_path: Path, kv_layout: KVCacheLayout) -> None:
+    """As vLLM 0.32 serves DeepSeek-V3.2: a latent state of 656 bytes, an indexer's key of 132."""
+    block_tokens, state_bytes, indexer_bytes = 64, 656, 128 + 128 // 128 * 4
+    latent = dataclasses.replace(mla("fp8_ds_mla", state_bytes), block_size=block_tokens)
+    indexer = MLAAttentionSpec(
+        block_size=block_tokens,
+        num_kv_heads=1,
+        max_tp_shards=1,
+        head_size=indexer_bytes,
+        dtype=torch.uint8,
+        cache_role=SparseCacheRole.INDEXER,
+    )
+    specs: dict[str, KVCacheSpec] = {}
+    for index in range(3):
+        specs[f"model.layers.{index}.self_attn.attn"] = latent
+        specs[f"model.layers.{index}.self_attn.indexer.k_cache"] = indexer
+    uniform = UniformTypeKVCacheSpecs.from_specs(specs)
+    assert uniform is not None
+    block_bytes = 3 * block_tokens * (state_bytes + indexer_bytes)
+    check_round_trip(tmp_path, KVCacheGroupSpec(list(specs), uniform), kv_layout, block_bytes)
 
 
 def test_a_spec_without_its_scales_would_be_noticed() -> None:
