@@ -18,6 +18,7 @@ from transformers import (
     Lfm2Config,
     Llama4TextConfig,
     PretrainedConfig,
+    Qwen3NextConfig,
 )
 
 COMMON: dict[str, Any] = {
@@ -116,4 +117,23 @@ def lfm2() -> PretrainedConfig:
         block_auto_adjust_ff_dim=False,
         block_dim=tiny_model.HIDDEN,
         conv_dim=tiny_model.HIDDEN,
+    )
+
+
+def qwen3_next() -> PretrainedConfig:
+    """A gated delta network and attention; experts. vLLM's CPU build needs bfloat16.
+
+    The state of one head of 128 is no larger than a block of 128 tokens of the other layer, so that
+    vLLM need not make its blocks larger.
+    """
+    return Qwen3NextConfig(
+        **COMMON,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=1,
+        linear_num_value_heads=1,
+        moe_intermediate_size=64,
+        num_experts=2,
+        num_experts_per_tok=1,
+        shared_expert_intermediate_size=64,
     )
