@@ -44,6 +44,7 @@ def main() -> None:
         kv_transfer_config={
             "kv_connector": "LMCacheMPConnector",
             "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": extra,
         },
     )
