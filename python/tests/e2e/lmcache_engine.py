@@ -6,7 +6,6 @@ the file `result`. The end of the input is the end of the engine.
 """
 
 import json
-import multiprocessing
 import sys
 import time
 from pathlib import Path
@@ -29,9 +28,6 @@ def _answer(output: Any, seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    # vLLM asks for spawned processes on a CPU; forked ones only save the imports.
-    fork = multiprocessing.get_context("fork")
-    multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment]
     job = json.loads(Path(sys.argv[1]).read_text())
     extra = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": job["port"]}
     engine = LLM(
