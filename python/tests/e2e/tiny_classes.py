@@ -17,6 +17,7 @@ from transformers import (
     GptOssConfig,
     Lfm2Config,
     Llama4TextConfig,
+    MixtralConfig,
     PretrainedConfig,
     Qwen3NextConfig,
 )
@@ -98,6 +99,11 @@ def llama4() -> PretrainedConfig:
         intermediate_size_mlp=256,
         num_local_experts=2,
     )
+
+
+def mixtral() -> PretrainedConfig:
+    """Experts, and attention to all tokens in every layer."""
+    return MixtralConfig(**COMMON, num_hidden_layers=4, num_local_experts=4, num_experts_per_tok=2)
 
 
 def falcon_h1() -> PretrainedConfig:
