@@ -51,6 +51,7 @@ CASES = {
     "Gemma 3n": Case(
         _of(tiny_classes.gemma3n), 5, 5 * CHUNKS, {"max_num_batched_tokens": CHUNK_TOKENS}
     ),
+    "Gemma 3": Case(_of(tiny_classes.gemma3), 6, 6 * CHUNKS),
     "gpt-oss": Case(_of(tiny_classes.gpt_oss), 2, 2 * CHUNKS),
     # Of the chunks of a group with segments every other one is at the end of a segment.
     "Llama 4": Case(_of(tiny_classes.llama4), 4, CHUNKS + 3 * (3 + 3 + 2)),

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     FalconH1Config,
     Gemma3nTextConfig,
+    Gemma3TextConfig,
     GptOssConfig,
     Lfm2Config,
     Llama4TextConfig,
@@ -63,6 +64,11 @@ def _draw(name: str, weight: torch.Tensor) -> None:
         sharp = name.endswith(("q_proj.weight", "k_proj.weight", "lm_head.weight"))
         gain = tiny_model.ATTENTION_GAIN if sharp or "embed" in name else 1.0
         weight.normal_(std=gain / math.sqrt(inputs))
+
+
+def gemma3() -> PretrainedConfig:
+    """Five layers with a window to one that sees all tokens."""
+    return Gemma3TextConfig(**COMMON, num_hidden_layers=6, sliding_window=300)
 
 
 def gemma3n() -> PretrainedConfig:
