@@ -55,6 +55,7 @@ CASES = {
     "gpt-oss": Case(_of(tiny_classes.gpt_oss), 2, 2 * CHUNKS),
     # Of the chunks of a group with segments every other one is at the end of a segment.
     "Llama 4": Case(_of(tiny_classes.llama4), 4, CHUNKS + 3 * (3 + 3 + 2)),
+    "MiniCPM3": Case(_of(tiny_classes.minicpm3), 1, CHUNKS),
     "Mixtral": Case(_of(tiny_classes.mixtral), 1, CHUNKS),
     "n-gram drafts": Case(
         tiny_model.build_llama,

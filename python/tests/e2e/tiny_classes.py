@@ -18,6 +18,7 @@ from transformers import (
     GptOssConfig,
     Lfm2Config,
     Llama4TextConfig,
+    MiniCPM3Config,
     MixtralConfig,
     PretrainedConfig,
     Qwen3NextConfig,
@@ -105,6 +106,13 @@ def llama4() -> PretrainedConfig:
         intermediate_size_mlp=256,
         num_local_experts=2,
     )
+
+
+def minicpm3() -> PretrainedConfig:
+    """Keys and values out of a latent vector, kept by vLLM as those of plain attention."""
+    sizes = {"kv_lora_rank": 64, "q_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32}
+    own = {"num_key_value_heads": tiny_model.HEADS, "v_head_dim": tiny_model.HEAD_SIZE}
+    return MiniCPM3Config(**COMMON | sizes | own, num_hidden_layers=4)
 
 
 def mixtral() -> PretrainedConfig:
