@@ -67,6 +67,13 @@ impl Stream {
         self.handle.expose_provenance()
     }
 
+    /// Returns whether this is the legacy default stream, which batches of copies do not take
+    /// (`cuMemcpyBatchAsync` in the driver's documentation).
+    pub fn is_legacy_default(&self) -> bool {
+        // `CU_STREAM_LEGACY` is its other name.
+        self.handle.addr() <= 1
+    }
+
     /// Returns the context.
     pub fn context(&self) -> &Context {
         &self.context

@@ -227,7 +227,7 @@ impl GpuSlot {
                 // checked; both stay until the stream is past the mark that the caller sets.
                 unsafe { kernels.copy(stream, descriptors, pieces.len()) }.map_err(failed)
             }
-            (CopyMethod::Batch, _) => {
+            (CopyMethod::Batch, _) if !stream.is_legacy_default() => {
                 let targets: Vec<u64> = pieces.iter().map(|piece| piece.target).collect();
                 let sources: Vec<u64> = pieces.iter().map(|piece| piece.source).collect();
                 let bytes: Vec<usize> = pieces.iter().map(|piece| piece.bytes).collect();
