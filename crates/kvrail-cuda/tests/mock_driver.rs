@@ -195,3 +195,33 @@ fn streams_run_when_they_are_waited_for_and_in_the_order_of_events() {
     drop((event, first, second, memory, context));
     assert_eq!(mocks.balance().0, 0);
 }
+
+#[test]
+fn calls_are_not_refused_while_another_thread_captures_a_graph() {
+    type Push = extern "C" fn(usize) -> i32;
+    type Allocate = unsafe extern "C" fn(*mut u64, usize) -> i32;
+    type Exchange = unsafe extern "C" fn(*mut u32) -> i32;
+    let (mocks, cuda) = start();
+    let context = cuda.retain_primary(0).unwrap();
+    // SAFETY: the mock is loaded already and has no initialisers.
+    let library = unsafe { libloading::Library::new(mocks.cuda()) }.unwrap();
+    // SAFETY: the types are those of cuda.h.
+    let push = unsafe { library.get::<Push>(b"cuCtxPushCurrent_v2") }.unwrap();
+    // SAFETY: as above.
+    let allocate = unsafe { library.get::<Allocate>(b"cuMemAlloc_v2") }.unwrap();
+    // SAFETY: as above.
+    let exchange =
+        unsafe { library.get::<Exchange>(b"cuThreadExchangeStreamCaptureMode") }.unwrap();
+    mocks.capturing(true);
+    let (mut address, mut mode) = (0, 0);
+    assert_eq!(push(1), 0);
+    // SAFETY: the pointer is to a live integer.
+    let refused = unsafe { allocate(&raw mut address, 64) };
+    assert_eq!(refused, 900, "the mock refuses nothing");
+    let memory = send(&context, &[7; 64]);
+    assert_eq!(fetch(&context, memory.address(), 64), [7; 64]);
+    // SAFETY: as above.
+    assert_eq!(unsafe { exchange(&raw mut mode) }, 0);
+    assert_eq!(mode, 0, "the thread has its own mode again");
+    mocks.capturing(false);
+}

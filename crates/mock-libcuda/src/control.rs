@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use mock_script::{Action, Script};
 
 use crate::memory::memory;
-use crate::objects::OBJECTS;
+use crate::objects::{CAPTURING, OBJECTS};
 
 static SCRIPT: Script = Script::new();
 static FROM_ENVIRONMENT: Once = Once::new();
@@ -32,6 +32,12 @@ pub unsafe extern "C" fn kvrail_mock_script(text: *const c_char) -> i32 {
     // SAFETY: the caller's text ends with a zero.
     let text = unsafe { CStr::from_ptr(text) };
     i32::from(SCRIPT.set(&text.to_string_lossy()).is_err())
+}
+
+/// Has another thread capture a graph, in the mode that is PyTorch's default, or end that.
+#[unsafe(no_mangle)]
+pub extern "C" fn kvrail_mock_capturing(on: bool) {
+    CAPTURING.store(on, Ordering::SeqCst);
 }
 
 /// Returns how often a function was called.

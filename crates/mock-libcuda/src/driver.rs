@@ -12,7 +12,7 @@ use mock_script::Action;
 
 use crate::control::enter;
 use crate::memory::{device_limit, memory};
-use crate::objects::{count, current, device_count, pop, push};
+use crate::objects::{count, current, device_count, exchange_capture_mode, is_refused, pop, push};
 use crate::streams::{Work, streams};
 
 type Handle = *mut c_void;
@@ -23,6 +23,8 @@ const NO_DEVICE: c_int = 101;
 const NO_CONTEXT: c_int = 201;
 const NOT_FOUND: c_int = 500;
 const NOT_READY: c_int = 600;
+/// `CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED`.
+const CAPTURE_UNSUPPORTED: c_int = 900;
 
 /// Counts the call; returns what the script wants instead of the work.
 macro_rules! begin {
@@ -37,6 +39,17 @@ macro_rules! begin {
         let Some($device) = current() else {
             return NO_CONTEXT;
         };
+    };
+}
+
+/// As `begin`, for a call that would disturb a capture (CUDA programming guide: "prohibited and
+/// unhandled operations").
+macro_rules! begin_unsafe {
+    ($name:literal, $device:ident) => {
+        begin!($name, $device);
+        if is_refused() {
+            return CAPTURE_UNSUPPORTED;
+        }
     };
 }
 
@@ -173,6 +186,15 @@ pub unsafe extern "C" fn cuCtxPopCurrent_v2(context: *mut Handle) -> c_int {
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuThreadExchangeStreamCaptureMode(mode: *mut c_uint) -> c_int {
+    begin!("cuThreadExchangeStreamCaptureMode");
+    // SAFETY: the caller's pointer is to the mode that it wants.
+    let before = exchange_capture_mode(unsafe { *mode });
+    // SAFETY: passed on.
+    unsafe { put(mode, before) }
+}
+
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(
     least: *mut c_int,
     greatest: *mut c_int,
@@ -195,7 +217,7 @@ pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) ->
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> c_int {
-    begin!("cuMemAlloc", device);
+    begin_unsafe!("cuMemAlloc", device);
     match memory().allocate(device, bytes) {
         // SAFETY: passed on.
         Some(start) => unsafe { put(address, start) },
@@ -205,7 +227,7 @@ pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> c_int
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemFree_v2(address: u64) -> c_int {
-    begin!("cuMemFree", _device);
+    begin_unsafe!("cuMemFree", _device);
     // Freeing waits for the device.
     streams().finish_all();
     if memory().free(address) { 0 } else { INVALID }
@@ -213,7 +235,7 @@ pub extern "C" fn cuMemFree_v2(address: u64) -> c_int {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemHostRegister_v2(start: *mut c_void, bytes: usize, _flags: c_uint) -> c_int {
-    begin!("cuMemHostRegister", _device);
+    begin_unsafe!("cuMemHostRegister", _device);
     match memory().pinned.insert(start.expose_provenance(), bytes) {
         None => 0,
         Some(_) => 712,
@@ -222,7 +244,7 @@ pub extern "C" fn cuMemHostRegister_v2(start: *mut c_void, bytes: usize, _flags:
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemHostUnregister(start: *mut c_void) -> c_int {
-    begin!("cuMemHostUnregister", _device);
+    begin_unsafe!("cuMemHostUnregister", _device);
     match memory().pinned.remove(&start.expose_provenance()) {
         Some(_) => 0,
         None => 713,
@@ -317,6 +339,10 @@ pub unsafe extern "C" fn cuMemcpyBatchAsync(
     let Some(_) = current() else {
         return NO_CONTEXT;
     };
+    // As documented: not on the legacy default stream.
+    if stream.is_null() {
+        return INVALID;
+    }
     for index in 0..number {
         // SAFETY: the lists have `number` entries.
         let (target, source) = unsafe { (*targets.add(index), *sources.add(index)) };
@@ -349,7 +375,7 @@ pub extern "C" fn cuStreamDestroy_v2(stream: Handle) -> c_int {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuStreamSynchronize(stream: Handle) -> c_int {
-    begin!("cuStreamSynchronize", _device);
+    begin_unsafe!("cuStreamSynchronize", _device);
     streams().finish(stream.addr())
 }
 
@@ -377,7 +403,7 @@ pub extern "C" fn cuEventRecord(event: Handle, stream: Handle) -> c_int {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuEventQuery(event: Handle) -> c_int {
-    begin!("cuEventQuery", _device);
+    begin_unsafe!("cuEventQuery", _device);
     streams().finish_event(event.addr())
 }
 
@@ -400,7 +426,7 @@ pub extern "C" fn cuEventDestroy_v2(_event: Handle) -> c_int {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleLoadData(module: *mut Handle, image: *const c_void) -> c_int {
-    begin!("cuModuleLoadData", _device);
+    begin_unsafe!("cuModuleLoadData", _device);
     // SAFETY: PTX ends with a zero.
     let text = unsafe { CStr::from_ptr(image.cast()) }.to_string_lossy();
     if !text.contains(".visible .entry kvrail_copy(") {
@@ -413,7 +439,7 @@ pub unsafe extern "C" fn cuModuleLoadData(module: *mut Handle, image: *const c_v
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuModuleUnload(_module: Handle) -> c_int {
-    begin!("cuModuleUnload", _device);
+    begin_unsafe!("cuModuleUnload", _device);
     count(-1);
     0
 }

@@ -71,6 +71,12 @@ impl Mocks {
         set_script(&self.cufile.1, b"kvrail_mockfile_script", text);
     }
 
+    /// Has another thread capture a graph, or end that.
+    pub fn capturing(&self, on: bool) {
+        type Capturing = extern "C" fn(bool);
+        find::<Capturing>(&self.cuda.1, b"kvrail_mock_capturing")(on);
+    }
+
     /// Returns how often a function of libcuda was called.
     pub fn cuda_calls(&self, function: &str) -> u64 {
         calls(&self.cuda.1, b"kvrail_mock_count", function)

@@ -1,20 +1,22 @@
 //! The primary context of a device.
 #![expect(unsafe_code, reason = "calls the CUDA driver")]
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_uint};
 use std::ptr;
 use std::sync::Arc;
 
 use super::cuda::Cuda;
 use super::memory::{DeviceMemory, PinnedRange};
 use super::stream::{Event, Stream};
-use super::sys::{Api, Device, Handle};
+use super::sys::{Api, CAPTURE_RELAXED, Device, Handle};
 use crate::error::{Result, check};
 
 /// A hold on the primary context of a device. Clones share it; the last one gives it back.
 ///
 /// Every method makes the context current on the calling thread and puts back what was, so each
-/// works on any thread.
+/// works on any thread. It also works while another thread captures a graph: in the default mode
+/// of capture the driver refuses to allocate and to query events on every thread of the process,
+/// and a call that it refuses ends that capture, so meanwhile this thread is in the relaxed mode.
 #[derive(Debug, Clone)]
 pub struct Context {
     inner: Arc<Inner>,
@@ -83,7 +85,14 @@ impl Context {
         check("cuCtxPushCurrent", unsafe {
             (self.api().push)(self.inner.handle)
         })?;
-        let _current = Current(self);
+        let mut current = Current {
+            context: self,
+            capture_mode: CAPTURE_RELAXED,
+        };
+        // SAFETY: the pointer is to a live integer, which then holds the mode that was.
+        check("cuThreadExchangeStreamCaptureMode", unsafe {
+            (self.api().exchange_capture_mode)(&raw mut current.capture_mode)
+        })?;
         work()
     }
 
@@ -150,13 +159,20 @@ impl Context {
 }
 
 /// The context as the current one of a thread.
-struct Current<'a>(&'a Context);
+struct Current<'a> {
+    context: &'a Context,
+    /// The thread's mode of capture before.
+    capture_mode: c_uint,
+}
 
 impl Drop for Current<'_> {
     fn drop(&mut self) {
+        let api = self.context.api();
+        // SAFETY: as in `run`.
+        let _ = unsafe { (api.exchange_capture_mode)(&raw mut self.capture_mode) };
         let mut popped = ptr::null_mut();
         // SAFETY: this thread pushed the context, and pops whatever it pushed later itself.
-        let _ = unsafe { (self.0.api().pop)(&raw mut popped) };
+        let _ = unsafe { (api.pop)(&raw mut popped) };
     }
 }
 

@@ -20,6 +20,8 @@ pub(crate) const STREAM_NON_BLOCKING: c_uint = 1;
 pub(crate) const HOST_REGISTER: c_uint = 1 | 2;
 /// `CUDA_ERROR_NOT_READY`.
 pub(crate) const NOT_READY: c_int = 600;
+/// `CU_STREAM_CAPTURE_MODE_RELAXED`: calls of this thread are not refused while others capture.
+pub(crate) const CAPTURE_RELAXED: c_uint = 2;
 /// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and `_MINOR`.
 pub(crate) const COMPUTE_CAPABILITY: [c_int; 2] = [75, 76];
 
@@ -52,6 +54,7 @@ functions! {
         release = "cuDevicePrimaryCtxRelease_v2": fn(Device) -> c_int;
         push = "cuCtxPushCurrent_v2": fn(Handle) -> c_int;
         pop = "cuCtxPopCurrent_v2": fn(*mut Handle) -> c_int;
+        exchange_capture_mode = "cuThreadExchangeStreamCaptureMode": fn(*mut c_uint) -> c_int;
         priorities = "cuCtxGetStreamPriorityRange": fn(*mut c_int, *mut c_int) -> c_int;
         memory_info = "cuMemGetInfo_v2": fn(*mut usize, *mut usize) -> c_int;
         allocate = "cuMemAlloc_v2": fn(*mut Pointer, usize) -> c_int;
