@@ -168,6 +168,12 @@ fn every_way_and_every_method_is_measured_and_every_byte_compared() {
                 assert!(is_measured(&found[0]["ratio"]), "{:?}", found[0]);
             }
         }
+        for (work, rows) in [("gather + hash", 1), ("scatter + verify", 1), ("gather", 0)] {
+            let row = [("method", "hashing kernel"), ("work", work)];
+            let found = find(&model["copies"], &row);
+            assert_eq!(found.len(), rows, "{work}");
+            assert!(found.iter().all(|row| is_measured(&row["ratio"])));
+        }
         let ways: &[&str] = match layout {
             "lb" => &["posix", "cufile"],
             _ => &["posix", "cufile", "direct"],
@@ -256,6 +262,7 @@ fn what_the_driver_lacks_is_skipped_and_said() {
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let model = &report["models"][0];
     for (what, reason) in [
+        ("gather by hashing kernel", "222"),
         ("gather by kernel", "222"),
         ("gather by batch copy", "801"),
         ("page hashes by the GPU", "222"),
@@ -277,16 +284,27 @@ fn what_the_driver_lacks_is_skipped_and_said() {
 
 #[test]
 fn wrong_bytes_are_exit_code_1() {
-    let bench = Bench::new();
-    // The first launches are the checks of the kernels at start.
-    let output = run(bench
-        .command()
-        .args(["--device", "cuda:0"])
-        .env("KVRAIL_MOCK_CUDA_SCRIPT", "cuLaunchKernel every=7 flip"));
-    let error = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{error}");
-    assert!(error.starts_with("error: chunk"), "{error}");
-    assert!(bench.is_clean());
+    let scattered = "kvrail_scatter_verified every=3 flip
+        kvrail_copy every=5 flip
+        cuMemcpyBatchAsync every=5 flip
+        cuMemcpyDtoDAsync every=5 flip";
+    for (script, found) in [
+        ("kvrail_gather_hashed every=3 flip", "the GPU finds page"),
+        (scattered, "chunk"),
+    ] {
+        let bench = Bench::new();
+        // The first launch of each kernel is its check at start. What gathers wrongly is found out by
+        // the hashes, what scatters wrongly by a look at what was loaded.
+        let output = run(bench
+            .command()
+            .args(["--device", "cuda:0"])
+            .env("KVRAIL_MOCK_CUDA_SCRIPT", script));
+        let error = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{script}: {error}");
+        assert!(error.starts_with("error: chunk"), "{error}");
+        assert!(error.contains(found), "{error}");
+        assert!(bench.is_clean());
+    }
 }
 
 #[test]

@@ -32,6 +32,6 @@ pub use driver::{
 };
 pub use error::{Error, ErrorKind, Result};
 pub use kernels::{
-    COPY_PIECE_BYTES, CopyDescriptor, HashDescriptor, Kernels, PAGE_BYTES, reference,
+    COPY_PIECE_BYTES, CopyDescriptor, HashDescriptor, Kernels, PAGE_BYTES, Pages, reference,
 };
 pub use library::LibraryPaths;

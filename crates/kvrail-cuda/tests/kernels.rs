@@ -9,7 +9,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use kvrail_cuda::{CopyDescriptor, HashDescriptor, PAGE_BYTES, reference};
+use kvrail_cuda::{CopyDescriptor, HashDescriptor, PAGE_BYTES, Pages, reference};
 use libloading::Library;
 use twox_hash::XxHash3_64;
 
@@ -23,6 +23,14 @@ extern "C" void run_copy(unsigned blocks, const CopyDescriptor *descriptors, u64
 extern "C" void run_hash(unsigned blocks, const HashDescriptor *descriptors, u64 count, u64 pages,
                          u64 *hashes) {
     launch(blocks, 128, [&] { kvrail_hash_pages(descriptors, count, pages, hashes); });
+}
+extern "C" void run_gather(unsigned blocks, const CopyDescriptor *pieces, u64 count, u64 image,
+                           u64 pages, u64 *hashes, u64 entries) {
+    launch(blocks, 128, [&] { kvrail_gather_hashed(pieces, count, image, pages, hashes, entries); });
+}
+extern "C" void run_scatter(unsigned blocks, const CopyDescriptor *pieces, u64 count, u64 image,
+                            u64 pages, const u64 *expected, u64 *bad) {
+    launch(blocks, 128, [&] { kvrail_scatter_verified(pieces, count, image, pages, expected, bad); });
 }
 "#;
 
@@ -139,8 +147,8 @@ fn pages_are_hashed_as_xxh3_does() {
     let Some(library) = compile() else { return };
     // SAFETY: the function's type is that of MAIN.
     let run = unsafe { library.get::<Run>(b"run_hash") }.unwrap();
-    let bytes = pattern(41 * PAGE_BYTES + 8);
-    let base = bytes.as_ptr().expose_provenance().next_multiple_of(8);
+    let bytes = pattern(41 * PAGE_BYTES + 16);
+    let base = bytes.as_ptr().expose_provenance().next_multiple_of(16);
     let skew = base - bytes.as_ptr().expose_provenance();
     // Runs in an order of their own, and one that leaves a gap in the hashes.
     let runs = [(0_usize, 20_usize, 13_usize), (13, 0, 20), (33, 34, 8)];
@@ -165,5 +173,209 @@ fn pages_are_hashed_as_xxh3_does() {
         // SAFETY: as above.
         unsafe { run(blocks, descriptors.as_ptr(), 3, 41, hashes.as_mut_ptr()) };
         assert_eq!(hashes, expected, "{blocks} blocks");
+    }
+}
+
+/// Memory that begins at a multiple of 4096, as a slot's image does.
+#[repr(align(4096))]
+struct Page(#[expect(dead_code, reason = "read by its address")] [u8; PAGE_BYTES]);
+
+fn pages_of(count: usize, fill: u8) -> Vec<Page> {
+    (0..count).map(|_| Page([fill; PAGE_BYTES])).collect()
+}
+
+fn bytes_of(pages: &[Page]) -> &[u8] {
+    // SAFETY: pages are bytes, one behind the other.
+    unsafe { std::slice::from_raw_parts(pages.as_ptr().cast(), size_of_val(pages)) }
+}
+
+fn address(pages: &[Page]) -> u64 {
+    pages.as_ptr().expose_provenance() as u64
+}
+
+/// Lengths of pieces in turn, multiples of 16: one of one length, one of half pages as those of MLA,
+/// one of pieces far below and above a page.
+const LENGTHS: [&[usize]; 4] = [
+    &[4096],
+    &[18_432],
+    &[16, 4080, 48, 12_288, 8_208, 32],
+    &[5008, 5008, 80],
+];
+
+/// Pieces from somewhere in `other` for all but `last` bytes of `count` pages from `skip` on:
+/// (place in `other`, place in the pages, length).
+fn cut(lengths: &[usize], count: usize, skip: usize, last: usize) -> Vec<[usize; 3]> {
+    let end = count * PAGE_BYTES - last;
+    let mut at = skip;
+    let mut pieces = Vec::new();
+    for bytes in lengths.iter().cycle() {
+        let bytes = (*bytes).min(end - at);
+        if bytes == 0 {
+            break;
+        }
+        // Places in `other` go backwards, with a gap between two of them.
+        let place = 2 * count * PAGE_BYTES - (at - skip) - bytes - 16 * (pieces.len() % 97);
+        pieces.push([place / 16 * 16, at, bytes]);
+        at += bytes;
+    }
+    pieces
+}
+
+#[test]
+fn pages_are_gathered_and_hashed_in_one_pass() {
+    type Run = unsafe extern "C" fn(u32, *const CopyDescriptor, u64, u64, u64, *mut u64, u64);
+    let Some(library) = compile() else { return };
+    // SAFETY: the function's type is that of MAIN.
+    let run = unsafe { library.get::<Run>(b"run_gather") }.unwrap();
+    let count = 19;
+    let mut source = pages_of(2 * count + 8, 0);
+    let noise = pattern(size_of_val(&source[..]));
+    // SAFETY: as long as the pages.
+    unsafe {
+        source
+            .as_mut_ptr()
+            .cast::<u8>()
+            .copy_from(noise.as_ptr(), noise.len())
+    };
+    for (lengths, pad) in LENGTHS
+        .iter()
+        .flat_map(|lengths| [(*lengths, 0), (*lengths, 4064)])
+    {
+        let pieces = cut(lengths, count, 0, pad);
+        let mut expected = Vec::new();
+        for [from, _, bytes] in &pieces {
+            expected.extend_from_slice(&noise[*from..from + bytes]);
+        }
+        expected.resize(count * PAGE_BYTES, 0);
+        let mut table: Vec<u64> = expected
+            .chunks(PAGE_BYTES)
+            .map(XxHash3_64::oneshot)
+            .collect();
+        table.resize(count + 5, 0);
+        let gathered = |by: &dyn Fn(&[CopyDescriptor], Pages)| {
+            let image = pages_of(count, 0x5A);
+            let mut hashes = vec![7_u64; count + 5];
+            let mut list: Vec<CopyDescriptor> = pieces
+                .iter()
+                .map(|[from, to, bytes]| CopyDescriptor {
+                    source: address(&source) + *from as u64,
+                    target: address(&image) + *to as u64,
+                    bytes: *bytes as u64,
+                })
+                .collect();
+            if pad > 0 {
+                list.push(CopyDescriptor {
+                    source: 0,
+                    target: address(&image) + (count * PAGE_BYTES - pad) as u64,
+                    bytes: pad as u64,
+                });
+            }
+            let pages = Pages {
+                address: address(&image),
+                count,
+                hashes: hashes.as_mut_ptr().expose_provenance() as u64,
+            };
+            by(&list, pages);
+            assert!(bytes_of(&image) == expected, "{lengths:?} {pad}");
+            assert_eq!(hashes, table, "{lengths:?} {pad}");
+        };
+        gathered(&|list, pages| {
+            // SAFETY: the pieces lie in `source` and fill the pages.
+            unsafe { reference::gather_hashed(list, pages, count + 5) };
+        });
+        for blocks in [1, 3, 5] {
+            gathered(&|list, pages| {
+                let hashes = std::ptr::with_exposed_provenance_mut(pages.hashes as usize);
+                let (start, number) = (list.as_ptr(), list.len() as u64);
+                let (all, entries) = (count as u64, count as u64 + 5);
+                // SAFETY: as above.
+                unsafe { run(blocks, start, number, pages.address, all, hashes, entries) };
+            });
+        }
+    }
+}
+
+#[test]
+fn only_pages_that_are_what_they_should_be_are_scattered() {
+    type Run =
+        unsafe extern "C" fn(u32, *const CopyDescriptor, u64, u64, u64, *const u64, *mut u64);
+    let Some(library) = compile() else { return };
+    // SAFETY: the function's type is that of MAIN.
+    let run = unsafe { library.get::<Run>(b"run_scatter") }.unwrap();
+    let count = 19;
+    let mut image = pages_of(count, 0);
+    let noise = pattern(count * PAGE_BYTES);
+    // SAFETY: as long as the pages.
+    unsafe {
+        image
+            .as_mut_ptr()
+            .cast::<u8>()
+            .copy_from(noise.as_ptr(), noise.len())
+    };
+    let good: Vec<u64> = noise.chunks(PAGE_BYTES).map(XxHash3_64::oneshot).collect();
+    let cases = [
+        (0, 0, vec![]),
+        (160, 0, vec![0]),
+        (4080, 4064, vec![18, 5, 6]),
+        (16, 32, vec![9]),
+    ];
+    for (lengths, (skip, last, bad)) in LENGTHS
+        .iter()
+        .flat_map(|lengths| cases.iter().map(move |case| (lengths, case)))
+    {
+        let pieces = cut(lengths, count, *skip, *last);
+        let mut expected = vec![0xEE_u8; (2 * count + 8) * PAGE_BYTES];
+        for [to, from, bytes] in &pieces {
+            for index in (0..*bytes).filter(|index| !bad.contains(&((from + index) / PAGE_BYTES))) {
+                expected[to + index] = noise[from + index];
+            }
+        }
+        let mut hashes = good.clone();
+        for page in bad {
+            hashes[*page] ^= 1;
+        }
+        let first = bad.iter().min().map(|page| *page as u64);
+        let scattered = |by: &dyn Fn(&[CopyDescriptor], Pages) -> Option<u64>| {
+            let target = pages_of(2 * count + 8, 0xEE);
+            let list: Vec<CopyDescriptor> = pieces
+                .iter()
+                .map(|[to, from, bytes]| CopyDescriptor {
+                    source: address(&image) + *from as u64,
+                    target: address(&target) + *to as u64,
+                    bytes: *bytes as u64,
+                })
+                .collect();
+            let pages = Pages {
+                address: address(&image),
+                count,
+                hashes: hashes.as_ptr().expose_provenance() as u64,
+            };
+            assert_eq!(by(&list, pages), first, "{lengths:?} {skip} {last}");
+            assert!(bytes_of(&target) == expected, "{lengths:?} {skip} {last}");
+        };
+        scattered(&|list, pages| {
+            // SAFETY: the pieces lie in the pages and in `target`.
+            unsafe { reference::scatter_verified(list, pages) }
+        });
+        for blocks in [1, 3, 5] {
+            scattered(&|list, pages| {
+                let hashes = std::ptr::with_exposed_provenance(pages.hashes as usize);
+                let (start, number) = (list.as_ptr(), list.len() as u64);
+                let mut found = u64::MAX;
+                // SAFETY: as above.
+                unsafe {
+                    run(
+                        blocks,
+                        start,
+                        number,
+                        pages.address,
+                        count as u64,
+                        hashes,
+                        &raw mut found,
+                    );
+                }
+                (found != u64::MAX).then_some(found)
+            });
+        }
     }
 }

@@ -1,5 +1,6 @@
 // What kvrail.cu needs of CUDA, for the host's compiler. A block's threads are threads of the
 // host; those of a warp meet at a barrier to exchange words, as lanes do.
+#include <atomic>
 #include <barrier>
 #include <cstdint>
 #include <memory>
@@ -8,7 +9,6 @@
 
 #define __device__
 #define __global__
-#define __constant__ static
 #define __launch_bounds__(threads)
 
 struct Dimensions {
@@ -34,6 +34,14 @@ static unsigned long long __shfl_xor_sync(unsigned, unsigned long long word, uns
     const unsigned long long other = warp->words[lane ^ mask];
     warp->meeting.arrive_and_wait();
     return other;
+}
+
+static unsigned long long atomicMin(unsigned long long *address, unsigned long long value) {
+    std::atomic_ref<unsigned long long> held(*address);
+    unsigned long long before = held.load();
+    while (value < before && !held.compare_exchange_weak(before, value)) {
+    }
+    return before;
 }
 
 static unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {

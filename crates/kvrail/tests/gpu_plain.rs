@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use common::noise;
 use kvrail::chunk::{ChunkFormat, PAGE_BYTES, hash_pages};
 use kvrail::layout::TransferPlan;
-use kvrail::memory::{CopyMethod, Gpu, GpuSlots, HostArena, SlotShape, StagingPool};
+use kvrail::memory::{CopyMethod, Gpu, GpuSlots, HostArena, PagesInSlot, SlotShape, StagingPool};
 use kvrail::{ErrorKind, KvLayout, LayerSpan, Region};
 use kvrail_cuda::Cuda;
 use mock_support::Mocks;
@@ -22,13 +22,17 @@ const BLOCKS: usize = 8;
 const LAYERS: usize = 3;
 
 fn layout() -> KvLayout {
+    layout_of(BLOCK_BYTES)
+}
+
+fn layout_of(block_bytes: usize) -> KvLayout {
     let span = |layer| LayerSpan {
         region: 0,
-        offset: layer * BLOCKS * BLOCK_BYTES,
-        block_stride: BLOCK_BYTES,
-        block_bytes: BLOCK_BYTES,
+        offset: layer * BLOCKS * block_bytes,
+        block_stride: block_bytes,
+        block_bytes,
     };
-    let bytes = LAYERS * BLOCKS * BLOCK_BYTES;
+    let bytes = LAYERS * BLOCKS * block_bytes;
     KvLayout::new((0..LAYERS).map(span).collect(), BLOCKS, &[bytes]).unwrap()
 }
 
@@ -137,12 +141,102 @@ fn every_way_of_copying_pieces_brings_the_same_bytes() {
 }
 
 #[test]
+fn every_way_makes_the_same_image_and_brings_it_back() {
+    let mocks = Mocks::load();
+    // Multiples of 16, as the kernels that hash want pieces, and others, which go another way.
+    for block_bytes in [5008, BLOCK_BYTES] {
+        goes_every_way(&open(&mocks), block_bytes);
+    }
+}
+
+fn goes_every_way(gpu: &Gpu, block_bytes: usize) {
+    let layout = layout_of(block_bytes);
+    let format = ChunkFormat::new(layout.payload_shape(2)).unwrap();
+    let shape = SlotShape::new(&layout, &format, 2);
+    let slots = GpuSlots::new(gpu, shape, 1, None).unwrap();
+    let region = gpu.allocate(LAYERS * BLOCKS * block_bytes).unwrap();
+    let memory = noise(2, region.bytes());
+    let regions = [region];
+    let plan = TransferPlan::new(&layout, &[6, 1]).unwrap();
+    let payload = |memory: &[u8], plan: &TransferPlan| -> Vec<u8> {
+        let ranges = plan.ranges().iter();
+        let bytes = ranges.flat_map(|range| &memory[range.offset..range.offset + range.bytes]);
+        bytes.copied().collect()
+    };
+    let stored = payload(&memory, &plan);
+    let (start, table) = (format.payload_offset(), format.table_offset());
+    let mut expected = stored.clone();
+    expected.resize(table - start, 0);
+    let mut hashes = vec![0; format.page_count()];
+    hash_pages(&expected, &mut hashes);
+    expected.extend(hashes.iter().flat_map(|hash| hash.to_le_bytes()));
+    expected.resize(format.file_bytes() - start, 0);
+    let pinned = HostArena::pinned(format.file_bytes(), gpu.context()).unwrap();
+    let pool = StagingPool::over(pinned, format.file_bytes()).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    for method in CopyMethod::ALL {
+        let gpu = gpu.with_method(method).unwrap();
+        let mut slot = slots.take(&gpu, deadline).unwrap();
+        let (compute, own) = (gpu.store_stream(), gpu.store_stream());
+        gpu.write(&regions[0], 0, &memory).unwrap();
+        slot.gather_chunk(&format, &plan, &regions, compute, own)
+            .unwrap();
+        let mut image = pool.take(deadline).unwrap();
+        slot.fetch(own, start..format.file_bytes(), &mut image)
+            .unwrap();
+        slot.mark(own).unwrap();
+        slot.wait(deadline).unwrap();
+        assert!(image.as_slice()[..expected.len()] == expected, "{method}");
+        // The second block alone, from where it begins in its page.
+        let skipped = plan.bytes() / 2;
+        let page = skipped / PAGE_BYTES;
+        let one = TransferPlan::new(&layout, &[3]).unwrap();
+        let place = PagesInSlot {
+            start: start + page * PAGE_BYTES,
+            count: format.page_count() - page,
+            expected: table + page * 8,
+            payload: start + skipped,
+        };
+        let verified = slot.scatter_verified(own, &one, &regions, place).unwrap();
+        slot.mark(own).unwrap();
+        slot.wait(deadline).unwrap();
+        let is_taken = method == CopyMethod::HashingKernel && block_bytes.is_multiple_of(16);
+        assert_eq!(verified, is_taken, "{method}");
+        if verified {
+            assert_eq!(slot.bad_page().unwrap(), None);
+            let mut found = vec![0; memory.len()];
+            gpu.read(&regions[0], 0, &mut found).unwrap();
+            assert!(
+                payload(&found, &one) == stored[skipped..],
+                "the block loaded"
+            );
+            // Expected hashes that are those of the pages before: the first is bad already.
+            let wrong = PagesInSlot {
+                expected: table,
+                ..place
+            };
+            assert!(slot.scatter_verified(own, &one, &regions, wrong).unwrap());
+            slot.mark(own).unwrap();
+            slot.wait(deadline).unwrap();
+            assert_eq!(slot.bad_page().unwrap(), Some(0));
+            let outside = PagesInSlot {
+                payload: place.start - 16,
+                ..place
+            };
+            assert!(slot.scatter_verified(own, &one, &regions, outside).is_err());
+        }
+    }
+}
+
+#[test]
 fn kernels_that_do_not_work_cannot_be_forced() {
     let mocks = Mocks::load();
     mocks.script_cuda("cuModuleLoadData error=222");
     let gpu = open(&mocks);
-    let error = gpu.with_method(CopyMethod::Kernel).unwrap_err();
-    assert!(error.to_string().contains("222"), "{error}");
+    for method in [CopyMethod::HashingKernel, CopyMethod::Kernel] {
+        let error = gpu.with_method(method).unwrap_err();
+        assert!(error.to_string().contains("222"), "{error}");
+    }
     assert_eq!(
         gpu.with_method(CopyMethod::Pieces).unwrap().method(),
         CopyMethod::Pieces

@@ -8,6 +8,7 @@
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr;
 
+use kvrail_cuda::Pages;
 use mock_script::Action;
 
 use crate::control::enter;
@@ -455,6 +456,8 @@ pub unsafe extern "C" fn cuModuleGetFunction(
     let number = match unsafe { CStr::from_ptr(name) }.to_bytes() {
         b"kvrail_copy" => 1,
         b"kvrail_hash_pages" => 2,
+        b"kvrail_gather_hashed" => 3,
+        b"kvrail_scatter_verified" => 4,
         _ => return NOT_FOUND,
     };
     // SAFETY: passed on.
@@ -479,9 +482,20 @@ pub unsafe extern "C" fn cuLaunchKernel(
     let Some(_) = current() else {
         return NO_CONTEXT;
     };
-    // SAFETY: both kernels have at least two arguments of 8 bytes, and the second one four.
+    // SAFETY: all kernels have at least two arguments of 8 bytes, the second four, the others six.
     let argument = |index| unsafe { **arguments.add(index).cast::<*const u64>() };
     let (descriptors, number) = (argument(0), argument(1) as usize);
+    // A script may also name the kernel.
+    let kernel = match function.addr() {
+        1 => "kvrail_copy",
+        2 => "kvrail_hash_pages",
+        3 => "kvrail_gather_hashed",
+        _ => "kvrail_scatter_verified",
+    };
+    let action = match (action, enter(kernel)) {
+        (_, Some(Action::Error(code))) => return code,
+        (action, of_kernel) => action.or(of_kernel),
+    };
     let work = match function.addr() {
         1 => Work::CopyKernel {
             action,
@@ -493,6 +507,18 @@ pub unsafe extern "C" fn cuLaunchKernel(
             descriptors,
             number,
             hashes: argument(3),
+        },
+        kernel @ (3 | 4) => Work::PagesKernel {
+            action,
+            gathers: kernel == 3,
+            descriptors,
+            number,
+            pages: Pages {
+                address: argument(2),
+                count: argument(3) as usize,
+                hashes: argument(4),
+            },
+            last: argument(5),
         },
         _ => return INVALID,
     };

@@ -8,6 +8,7 @@ use std::ffi::c_int;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use kvrail_cuda::Pages;
 use mock_script::Action;
 
 use crate::work;
@@ -34,6 +35,16 @@ pub(crate) enum Work {
         descriptors: u64,
         number: usize,
         hashes: u64,
+    },
+    /// A launch of `kvrail_gather_hashed` or `kvrail_scatter_verified`.
+    PagesKernel {
+        action: Option<Action>,
+        gathers: bool,
+        descriptors: u64,
+        number: usize,
+        pages: Pages,
+        /// The last argument: the number of entries, or where the number of a bad page goes.
+        last: u64,
     },
     /// The point of an event's nth recording.
     Record(usize, u64),

@@ -3,7 +3,7 @@
 use std::ffi::c_int;
 use std::ptr;
 
-use kvrail_cuda::{CopyDescriptor, HashDescriptor, reference};
+use kvrail_cuda::{CopyDescriptor, HashDescriptor, Pages, reference};
 use mock_script::Action;
 
 use crate::memory::memory;
@@ -34,6 +34,15 @@ pub(crate) fn perform(work: Work) -> c_int {
             hashes,
             // SAFETY: as the kernel's contract says.
         } => unsafe { run_hash(descriptors, number, hashes, action) },
+        Work::PagesKernel {
+            action,
+            gathers,
+            descriptors,
+            number,
+            pages,
+            last,
+            // SAFETY: as the kernels' contracts say.
+        } => unsafe { run_on_pages(gathers, descriptors, number, pages, last, action) },
         Work::Record(..) | Work::Wait(..) => 0,
     }
 }
@@ -61,36 +70,125 @@ unsafe fn transfer(action: Option<Action>, target: u64, source: u64, bytes: usiz
     0
 }
 
-unsafe fn run_copy(descriptors: u64, number: usize, action: Option<Action>) -> c_int {
+/// Reads copy descriptors from device memory and puts addresses that the CPU may touch into them;
+/// address 0 stays.
+unsafe fn pieces(descriptors: u64, number: usize) -> Option<Vec<CopyDescriptor>> {
     let memory = memory();
-    let Some(list) = memory.alias(descriptors, number * size_of::<CopyDescriptor>()) else {
-        return ILLEGAL_ADDRESS;
-    };
+    let list = memory.alias(descriptors, number * size_of::<CopyDescriptor>())?;
     // SAFETY: the range was checked; descriptors are plain numbers.
     let list = unsafe { std::slice::from_raw_parts(list.cast::<CopyDescriptor>(), number) };
-    let mut translated = Vec::with_capacity(number);
-    for piece in list {
-        let bytes = piece.bytes as usize;
-        let ends = (
-            memory.alias(piece.source, bytes),
-            memory.alias(piece.target, bytes),
-        );
-        let (Some(source), Some(target)) = ends else {
-            return ILLEGAL_ADDRESS;
-        };
-        translated.push(CopyDescriptor {
-            source: source.expose_provenance() as u64,
-            target: target.expose_provenance() as u64,
+    let at = |address: u64, bytes: u64| match address {
+        0 => Some(0),
+        _ => Some(memory.alias(address, bytes as usize)?.expose_provenance() as u64),
+    };
+    let translated = |piece: &CopyDescriptor| {
+        Some(CopyDescriptor {
+            source: at(piece.source, piece.bytes)?,
+            target: at(piece.target, piece.bytes)?,
             bytes: piece.bytes,
-        });
-    }
-    // SAFETY: all ranges were checked.
-    unsafe { reference::copy(&translated) };
-    if let (Some(Action::Flip), Some(last)) = (action, translated.last()) {
+        })
+    };
+    list.iter().map(translated).collect()
+}
+
+/// Flips a bit of what a kernel that copies wrote last.
+unsafe fn flip_last(pieces: &[CopyDescriptor], action: Option<Action>) {
+    if let (Some(Action::Flip), Some(last)) = (action, pieces.last()) {
         let target = ptr::with_exposed_provenance_mut::<u8>(last.target as usize);
         // SAFETY: the first byte of a range that was checked.
         unsafe { *target ^= 1 };
     }
+}
+
+unsafe fn run_copy(descriptors: u64, number: usize, action: Option<Action>) -> c_int {
+    // SAFETY: as the kernel's contract says.
+    let Some(pieces) = (unsafe { pieces(descriptors, number) }) else {
+        return ILLEGAL_ADDRESS;
+    };
+    if pieces
+        .iter()
+        .any(|piece| piece.source == 0 || piece.target == 0)
+    {
+        return ILLEGAL_ADDRESS;
+    }
+    // SAFETY: all ranges were checked.
+    unsafe { reference::copy(&pieces) };
+    // SAFETY: as above.
+    unsafe { flip_last(&pieces, action) };
+    0
+}
+
+/// Runs one of the kernels that copy and hash; anything outside device memory is an illegal address.
+unsafe fn run_on_pages(
+    gathers: bool,
+    descriptors: u64,
+    number: usize,
+    pages: Pages,
+    last: u64,
+    action: Option<Action>,
+) -> c_int {
+    // SAFETY: as the kernel's contract says.
+    let Some(list) = (unsafe { pieces(descriptors, number) }) else {
+        return ILLEGAL_ADDRESS;
+    };
+    let entries = if gathers { last as usize } else { pages.count };
+    let (image, hashes, bad) = {
+        let memory = memory();
+        let at = |address, bytes| {
+            memory
+                .alias(address, bytes)
+                .map(<*mut u8>::expose_provenance)
+        };
+        (
+            at(pages.address, pages.count * 4096),
+            at(pages.hashes, entries * 8),
+            memory.alias(last, 8),
+        )
+    };
+    let (Some(image), Some(hashes)) = (image, hashes) else {
+        return ILLEGAL_ADDRESS;
+    };
+    // On the side of the pages nothing lies outside them or leaves a gap.
+    let side = |piece: &CopyDescriptor| if gathers { piece.target } else { piece.source };
+    let end = image + pages.count * 4096;
+    let contiguous = list.windows(2).all(|pair| match pair {
+        [one, next] => side(one) + one.bytes == side(next),
+        _ => true,
+    });
+    let inside = list.iter().all(|piece| {
+        piece.bytes > 0
+            && (piece.source | piece.target | piece.bytes).is_multiple_of(16)
+            && piece.target != 0
+            && side(piece) >= image as u64
+            && side(piece) + piece.bytes <= end as u64
+    });
+    let whole: u64 = list.iter().map(|piece| piece.bytes).sum();
+    if !contiguous || !inside || gathers && whole != (pages.count * 4096) as u64 {
+        return ILLEGAL_ADDRESS;
+    }
+    let translated = Pages {
+        address: image as u64,
+        count: pages.count,
+        hashes: hashes as u64,
+    };
+    if gathers {
+        // SAFETY: all ranges were checked.
+        unsafe { reference::gather_hashed(&list, translated, entries) };
+    } else {
+        let Some(bad) = bad else {
+            return ILLEGAL_ADDRESS;
+        };
+        let bad = bad.cast::<u64>();
+        // SAFETY: as above.
+        if let Some(page) = unsafe { reference::scatter_verified(&list, translated) } {
+            // SAFETY: eight bytes that were checked.
+            let before = unsafe { bad.read_unaligned() };
+            // SAFETY: as above.
+            unsafe { bad.write_unaligned(before.min(page)) };
+        }
+    }
+    // SAFETY: all ranges were checked.
+    unsafe { flip_last(&list, action) };
     0
 }
 

@@ -63,13 +63,15 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // XXH3-64 with seed 0, as its specification says (doc/xxhash_spec.md of xxHash), for inputs of
 // 4096 bytes: four blocks of 1024 bytes, each 16 stripes of 64 bytes, each eight words, one for
-// each accumulator. Eight threads hash a page, each with one accumulator.
+// each accumulator. A warp hashes a page: within a block the stripes only add to the accumulators,
+// so its lanes take two words of a stripe each, with 16 bytes in one access, and add up afterwards.
 
 const u64 PRIME32_1 = 0x9E3779B1ull;
 const u64 PRIME64_1 = 0x9E3779B185EBCA87ull;
 
-// The 192 bytes of the default secret, as little-endian words.
-__constant__ const u64 SECRET[24] = {
+// The 192 bytes of the default secret, as little-endian words. Not constant memory: that serves
+// one word at a time, and here each lane wants another one.
+__device__ const u64 SECRET[24] = {
     0xbe4ba423396cfeb8ull, 0x1cad21f72c81017cull, 0xdb979083e96dd4deull, 0x1f67b3b7a4a44072ull,
     0x78e5c0cc4ee679cbull, 0x2172ffcc7dd05a82ull, 0x8e2443f7744608b8ull, 0x4c263a81e69035e0ull,
     0xcb00c391bb52283cull, 0xa32e531b8b65d088ull, 0x4ef90da297486471ull, 0xd8acdea946ef1938ull,
@@ -78,7 +80,7 @@ __constant__ const u64 SECRET[24] = {
     0xfca1477d58be162bull, 0xce31d07ad1b8f88full, 0x280416958f3acb45ull, 0x7e404bbbcafbd7afull,
 };
 
-__constant__ const u64 START[8] = {
+__device__ const u64 START[8] = {
     0xC2B2AE3Dull,         0x9E3779B185EBCA87ull, 0xC2B2AE3D27D4EB4Full, 0x165667B19E3779F9ull,
     0x85EBCA77C2B2AE63ull, 0x85EBCA77ull,         0x27D4EB2F165667C5ull, 0x9E3779B1ull,
 };
@@ -93,32 +95,120 @@ __device__ u64 secret_at(u32 offset) {
     return SECRET[word] >> shift | SECRET[word + 1] << (64 - shift);
 }
 
-// Adds one word of a stripe to this thread's accumulator, and the neighbour's word.
-__device__ u64 accumulate(u64 accumulator, u64 word, u64 key) {
-    const u64 mixed = word ^ key;
-    return accumulator + __shfl_xor_sync(0xffffffffu, word, 1) + (mixed & 0xffffffffull) * (mixed >> 32);
+// What a lane knows of the secret: it has accumulators 2 * (lane % 4) and the next, and of a block
+// the stripes lane / 4 and lane / 4 + 8.
+struct Keys {
+    u64 stripes[2][2];
+    // For the very last stripe of a page, which has a key of its own; it is the last of the fourth
+    // block here because 4096 is a multiple of 64.
+    u64 last[2];
+    u64 scramble[2];
+    u64 merge[2];
+    u64 start[2];
+};
+
+__device__ Keys keys_of(u32 lane) {
+    const u32 accumulator = lane % 4 * 2;
+    const u32 stripe = lane / 4;
+    Keys keys;
+    for (u32 side = 0; side < 2; side++) {
+        const u32 own = accumulator + side;
+        keys.stripes[0][side] = SECRET[stripe + own];
+        keys.stripes[1][side] = SECRET[stripe + 8 + own];
+        keys.last[side] = stripe == 7 ? secret_at(192 - 64 - 7 + 8 * own) : keys.stripes[1][side];
+        keys.scramble[side] = SECRET[16 + own];
+        keys.merge[side] = secret_at(11 + 8 * own);
+        keys.start[side] = START[own];
+    }
+    return keys;
 }
 
-// Hashes pages of 4096 bytes: four pages for each warp. `pages` is the number of all pages.
+// Sixteen bytes of a page, as two words.
+struct alignas(16) Pair {
+    u64 first;
+    u64 second;
+};
+
+// Pairs of a page that a lane has: number `index` is pair `index * 32 + lane` of the page.
+const u32 PAIRS = 8;
+
+__device__ u64 product(u64 word, u64 key) {
+    const u64 mixed = word ^ key;
+    return (mixed & 0xffffffffull) * (mixed >> 32);
+}
+
+__device__ u64 add_up(u64 value) {
+    value += __shfl_xor_sync(0xffffffffu, value, 4);
+    value += __shfl_xor_sync(0xffffffffu, value, 8);
+    return value + __shfl_xor_sync(0xffffffffu, value, 16);
+}
+
+__device__ u64 scrambled(u64 accumulator, u64 key) {
+    return ((accumulator ^ (accumulator >> 47)) ^ key) * PRIME32_1;
+}
+
+// Returns the hash of a page of which each lane of the warp has its pairs; all lanes get it.
+__device__ u64 hash_page(const Pair *pairs, const Keys &keys) {
+    u64 first = keys.start[0];
+    u64 second = keys.start[1];
+#pragma unroll
+    for (u32 block = 0; block < 4; block++) {
+        u64 to_first = 0;
+        u64 to_second = 0;
+#pragma unroll
+        for (u32 half = 0; half < 2; half++) {
+            const Pair pair = pairs[block * 2 + half];
+            const bool last = block == 3 && half == 1;
+            const u64 *own = last ? keys.last : keys.stripes[half];
+            // An accumulator gets the product of its own word, and its neighbour's word.
+            to_first += pair.second + product(pair.first, own[0]);
+            to_second += pair.first + product(pair.second, own[1]);
+        }
+        first += add_up(to_first);
+        second += add_up(to_second);
+        if (block != 3) {
+            first = scrambled(first, keys.scramble[0]);
+            second = scrambled(second, keys.scramble[1]);
+        }
+    }
+    // Pairs of accumulators are multiplied, and the four products added up.
+    const u64 left = first ^ keys.merge[0];
+    const u64 right = second ^ keys.merge[1];
+    u64 sum = (left * right) ^ __umul64hi(left, right);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    u64 hash = PAGE_BYTES * PRIME64_1 + sum;
+    hash ^= hash >> 37;
+    hash *= 0x165667919E3779F9ull;
+    return hash ^ (hash >> 32);
+}
+
+// The number of this thread's warp among all, and how many there are.
+__device__ u64 warp_number() { return ((u64)blockIdx.x * blockDim.x + threadIdx.x) / 32; }
+__device__ u64 warp_count() { return (u64)gridDim.x * blockDim.x / 32; }
+
+__device__ void load_page(u64 source, u32 lane, Pair *pairs) {
+    const Pair *from = (const Pair *)source + lane;
+#pragma unroll
+    for (u32 index = 0; index < PAIRS; index++) {
+        pairs[index] = from[index * 32];
+    }
+}
+
+__device__ void store_page(u64 target, u32 lane, const Pair *pairs) {
+    Pair *to = (Pair *)target + lane;
+#pragma unroll
+    for (u32 index = 0; index < PAIRS; index++) {
+        to[index * 32] = pairs[index];
+    }
+}
+
+// Hashes pages of 4096 bytes, a warp for each.
 extern "C" __global__ void __launch_bounds__(128)
     kvrail_hash_pages(const HashDescriptor *descriptors, u64 count, u64 pages, u64 *hashes) {
-    const u32 lane = threadIdx.x % 8;
-    const u64 group = ((u64)blockIdx.x * blockDim.x + threadIdx.x) / 8;
-    const u64 groups = (u64)gridDim.x * blockDim.x / 8;
-    // The words of the secret that this accumulator meets, one for each stripe of a block.
-    u64 keys[16];
-#pragma unroll
-    for (u32 stripe = 0; stripe < 16; stripe++) {
-        keys[stripe] = SECRET[stripe + lane];
-    }
-    const u64 scramble_key = SECRET[16 + lane];
-    const u64 last_key = secret_at(192 - 64 - 7 + 8 * lane);
-    const u64 merge_key = secret_at(11 + 8 * lane);
-    // All threads of a warp stay together, for the exchange of words: those without a page of
-    // their own hash the last one again.
-    for (u64 base = group - group % 4; base < pages; base += groups) {
-        const u64 own = base + group % 4;
-        const u64 page = own < pages ? own : pages - 1;
+    const u32 lane = threadIdx.x % 32;
+    const Keys keys = keys_of(lane);
+    for (u64 page = warp_number(); page < pages; page += warp_count()) {
         u64 source = 0;
         u64 target = 0;
         u64 before = 0;
@@ -130,40 +220,127 @@ extern "C" __global__ void __launch_bounds__(128)
             }
             before += run.pages;
         }
-        const u64 *words = (const u64 *)source + lane;
-        u64 accumulator = START[lane];
+        Pair pairs[PAIRS];
+        load_page(source, lane, pairs);
+        const u64 hash = hash_page(pairs, keys);
+        if (lane == 0) {
+            hashes[target] = hash;
+        }
+    }
+}
+
+// Where a piece lies on the side of the pages: pieces are contiguous there, in ascending order.
+template <bool GATHER> __device__ u64 on_pages(const CopyDescriptor &piece) {
+    return GATHER ? piece.target : piece.source;
+}
+
+// Returns the number of the piece that has `address` on the side of the pages.
+template <bool GATHER>
+__device__ u64 piece_at(const CopyDescriptor *pieces, u64 count, u64 address) {
+    const CopyDescriptor first = pieces[0];
+    // Most chunks are pieces of one length.
+    u64 low = (address - on_pages<GATHER>(first)) / first.bytes;
+    if (low < count) {
+        const CopyDescriptor guess = pieces[low];
+        const u64 start = on_pages<GATHER>(guess);
+        if (address >= start && address - start < guess.bytes) {
+            return low;
+        }
+    }
+    low = 0;
+    u64 high = count;
+    while (high - low > 1) {
+        const u64 middle = (low + high) / 2;
+        if (address < on_pages<GATHER>(pieces[middle])) {
+            high = middle;
+        } else {
+            low = middle;
+        }
+    }
+    return low;
+}
+
+// Copies pieces to pages that lie one behind the other from `image` on, and hashes the pages on
+// the way, a warp for each. The pieces fill the pages, in ascending order; a piece without a source
+// is zeros. What `hashes` has behind the last page, `entries` in all, becomes zero.
+extern "C" __global__ void __launch_bounds__(128)
+    kvrail_gather_hashed(const CopyDescriptor *pieces, u64 count, u64 image, u64 pages, u64 *hashes,
+                         u64 entries) {
+    const u32 lane = threadIdx.x % 32;
+    const Keys keys = keys_of(lane);
+    for (u64 page = warp_number(); page < pages; page += warp_count()) {
+        const u64 start = image + page * PAGE_BYTES;
+        u64 number = piece_at<true>(pieces, count, start);
+        CopyDescriptor piece = pieces[number];
+        Pair pairs[PAIRS];
+        if (piece.source != 0 && start + PAGE_BYTES <= piece.target + piece.bytes) {
+            load_page(piece.source + (start - piece.target), lane, pairs);
+        } else {
 #pragma unroll
-        for (u32 block = 0; block < 4; block++) {
-            u64 loaded[16];
-#pragma unroll
-            for (u32 stripe = 0; stripe < 16; stripe++) {
-                loaded[stripe] = words[(block * 16 + stripe) * 8];
-            }
-#pragma unroll
-            for (u32 stripe = 0; stripe < 15; stripe++) {
-                accumulator = accumulate(accumulator, loaded[stripe], keys[stripe]);
-            }
-            // The very last stripe has a key of its own; it is the last of the fourth block here
-            // because 4096 is a multiple of 64.
-            accumulator = accumulate(accumulator, loaded[15], block == 3 ? last_key : keys[15]);
-            if (block != 3) {
-                accumulator ^= accumulator >> 47;
-                accumulator ^= scramble_key;
-                accumulator *= PRIME32_1;
+            for (u32 index = 0; index < PAIRS; index++) {
+                const u64 address = start + (index * 32 + lane) * sizeof(Pair);
+                while (address - piece.target >= piece.bytes) {
+                    number++;
+                    piece = pieces[number];
+                }
+                pairs[index] = Pair{0, 0};
+                if (piece.source != 0) {
+                    pairs[index] = *(const Pair *)(piece.source + (address - piece.target));
+                }
             }
         }
-        // Pairs of accumulators are multiplied, and the four products added up.
-        const u64 mixed = accumulator ^ merge_key;
-        const u64 other = __shfl_xor_sync(0xffffffffu, mixed, 1);
-        u64 sum = (mixed * other) ^ __umul64hi(mixed, other);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 4);
-        u64 hash = PAGE_BYTES * PRIME64_1 + sum;
-        hash ^= hash >> 37;
-        hash *= 0x165667919E3779F9ull;
-        hash ^= hash >> 32;
-        if (lane == 0 && own < pages) {
-            hashes[target] = hash;
+        store_page(start, lane, pairs);
+        const u64 hash = hash_page(pairs, keys);
+        if (lane == 0) {
+            hashes[page] = hash;
+        }
+    }
+    const u64 threads = (u64)gridDim.x * blockDim.x;
+    for (u64 entry = pages + (u64)blockIdx.x * blockDim.x + threadIdx.x; entry < entries;
+         entry += threads) {
+        hashes[entry] = 0;
+    }
+}
+
+// Copies pieces from pages that lie one behind the other from `image` on, a warp for each page,
+// and only from pages whose hash is the expected one; the number of the first other page, if it is
+// below, goes to `bad`. The pieces lie in the pages in ascending order, without gaps; the first page
+// may begin before the first piece, and the last page end behind the last one.
+extern "C" __global__ void __launch_bounds__(128)
+    kvrail_scatter_verified(const CopyDescriptor *pieces, u64 count, u64 image, u64 pages,
+                            const u64 *expected, u64 *bad) {
+    const u32 lane = threadIdx.x % 32;
+    const Keys keys = keys_of(lane);
+    const u64 begin = pieces[0].source;
+    const CopyDescriptor tail = pieces[count - 1];
+    const u64 end = tail.source + tail.bytes;
+    for (u64 page = warp_number(); page < pages; page += warp_count()) {
+        const u64 start = image + page * PAGE_BYTES;
+        Pair pairs[PAIRS];
+        load_page(start, lane, pairs);
+        if (hash_page(pairs, keys) != expected[page]) {
+            if (lane == 0) {
+                atomicMin(bad, page);
+            }
+            continue;
+        }
+        u64 number = piece_at<false>(pieces, count, start < begin ? begin : start);
+        CopyDescriptor piece = pieces[number];
+        if (start >= piece.source && start + PAGE_BYTES <= piece.source + piece.bytes) {
+            store_page(piece.target + (start - piece.source), lane, pairs);
+            continue;
+        }
+#pragma unroll
+        for (u32 index = 0; index < PAIRS; index++) {
+            const u64 address = start + (index * 32 + lane) * sizeof(Pair);
+            if (address < begin || address >= end) {
+                continue;
+            }
+            while (address - piece.source >= piece.bytes) {
+                number++;
+                piece = pieces[number];
+            }
+            *(Pair *)(piece.target + (address - piece.source)) = pairs[index];
         }
     }
 }

@@ -1,4 +1,4 @@
-//! kvrail's own kernels: many copies in one launch, and the hashes of pages.
+//! kvrail's own kernels: many copies in one launch, the hashes of pages, and both in one pass.
 //!
 //! `kvrail.cu` is the source, `kvrail.ptx` what the driver gets: PTX of CUDA 12.0 for compute
 //! capability 8.0, which every later driver and GPU takes. `scripts/kernels` makes one from the
@@ -23,8 +23,8 @@ pub const COPY_PIECE_BYTES: usize = 64 << 10;
 /// Threads of a block of each kernel, as `__launch_bounds__` in the source says.
 const COPY_THREADS: c_uint = 256;
 const HASH_THREADS: c_uint = 128;
-/// Pages that a block of the hash kernel takes at a time: eight threads to a page.
-const HASH_PAGES: usize = HASH_THREADS as usize / 8;
+/// Pages that a block of a kernel that hashes takes at a time: a warp of 32 threads to a page.
+const HASH_PAGES: usize = HASH_THREADS as usize / 32;
 /// Blocks of one launch at most; more work than that is done in rounds.
 const BLOCKS_MAX: usize = 1 << 20;
 
@@ -46,7 +46,7 @@ pub struct CopyDescriptor {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HashDescriptor {
-    /// Address of the first page, a multiple of 8.
+    /// Address of the first page, a multiple of 16.
     pub source: u64,
     /// Where the hash of the first page goes: an index into the hashes.
     pub first_page: u64,
@@ -61,6 +61,19 @@ pub struct Kernels {
     module: Handle,
     copy: Handle,
     hash_pages: Handle,
+    gather_hashed: Handle,
+    scatter_verified: Handle,
+}
+
+/// Pages that lie one behind the other, and what of [`Kernels`] goes to them or comes from them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pages {
+    /// Address of the first page, a multiple of 16.
+    pub address: DevicePointer,
+    /// Number of pages.
+    pub count: usize,
+    /// Address of their hashes, 8 bytes for each.
+    pub hashes: DevicePointer,
 }
 
 // SAFETY: modules and functions may be used from any thread.
@@ -91,9 +104,13 @@ impl Kernels {
             module,
             copy: ptr::null_mut(),
             hash_pages: ptr::null_mut(),
+            gather_hashed: ptr::null_mut(),
+            scatter_verified: ptr::null_mut(),
         };
         kernels.copy = kernels.function(c"kvrail_copy")?;
         kernels.hash_pages = kernels.function(c"kvrail_hash_pages")?;
+        kernels.gather_hashed = kernels.function(c"kvrail_gather_hashed")?;
+        kernels.scatter_verified = kernels.function(c"kvrail_scatter_verified")?;
         Ok(kernels)
     }
 
@@ -142,6 +159,81 @@ impl Kernels {
         ];
         let blocks = pages.div_ceil(HASH_PAGES);
         self.launch(stream, self.hash_pages, blocks, HASH_THREADS, arguments)
+    }
+
+    /// Puts `count` copies to `pages` on a stream, which also hashes the pages: each byte is read
+    /// once. A copy from address 0 writes zeros. Behind the hashes there may be more entries,
+    /// `entries` in all, which become zero.
+    ///
+    /// # Safety
+    /// `descriptors` is device memory with `count` [`CopyDescriptor`]s when the stream gets there:
+    /// sources, targets and lengths multiples of 16, none empty, the targets in ascending order and
+    /// without gaps exactly the pages. The hashes have room for `entries`, not fewer than the pages.
+    ///
+    /// # Errors
+    /// What the driver said.
+    pub unsafe fn gather_hashed(
+        &self,
+        stream: &Stream,
+        descriptors: DevicePointer,
+        count: usize,
+        pages: Pages,
+        entries: usize,
+    ) -> Result<()> {
+        let last = entries as u64;
+        self.launch_on_pages(stream, self.gather_hashed, descriptors, count, pages, last)
+    }
+
+    /// Puts `count` copies from `pages` on a stream, of the pages whose hash is the one given for
+    /// it. The number of the first other page goes to the 8 bytes at `bad`, if it is below what is
+    /// there.
+    ///
+    /// # Safety
+    /// As [`Kernels::gather_hashed`], with the sources in ascending order and without gaps in the
+    /// pages, of which the first may begin earlier and the last end later.
+    ///
+    /// # Errors
+    /// What the driver said.
+    pub unsafe fn scatter_verified(
+        &self,
+        stream: &Stream,
+        descriptors: DevicePointer,
+        count: usize,
+        pages: Pages,
+        bad: DevicePointer,
+    ) -> Result<()> {
+        self.launch_on_pages(
+            stream,
+            self.scatter_verified,
+            descriptors,
+            count,
+            pages,
+            bad,
+        )
+    }
+
+    /// Launches one of the two kernels that copy and hash, whose arguments differ in the last one.
+    fn launch_on_pages(
+        &self,
+        stream: &Stream,
+        function: Handle,
+        mut descriptors: DevicePointer,
+        count: usize,
+        pages: Pages,
+        mut last: u64,
+    ) -> Result<()> {
+        let (mut number, mut all) = (count as u64, pages.count as u64);
+        let (mut image, mut hashes) = (pages.address, pages.hashes);
+        let arguments = [
+            (&raw mut descriptors).cast(),
+            (&raw mut number).cast(),
+            (&raw mut image).cast(),
+            (&raw mut all).cast(),
+            (&raw mut hashes).cast(),
+            (&raw mut last).cast(),
+        ];
+        let blocks = pages.count.div_ceil(HASH_PAGES);
+        self.launch(stream, function, blocks, HASH_THREADS, arguments)
     }
 
     fn launch<const N: usize>(

@@ -119,7 +119,8 @@ pub(super) fn verify_pages(
     bad.map_or(Ok(()), |bad| Err(bad_page(format, first + bad)))
 }
 
-fn bad_page(format: &ChunkFormat, page: usize) -> Error {
+/// Returns the error of a page that is not what was stored.
+pub(super) fn bad_page(format: &ChunkFormat, page: usize) -> Error {
     let count = format.page_count();
     let message = format!("page {page} of {count} does not match its checksum");
     Error::new(ErrorKind::Damaged, message)

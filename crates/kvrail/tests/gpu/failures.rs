@@ -17,9 +17,9 @@ fn a_driver_that_does_not_take_the_kernels_copies_by_itself() {
 
 #[test]
 fn kernels_that_compute_something_else_are_found_out_at_the_start() {
-    for nth in [1, 2] {
+    for nth in 1..=4 {
         let mocks = Mocks::load();
-        // The first launch of the check copies, the second one hashes; there are two GPUs.
+        // The launches of the check: copy, hash, gather with hashes, scatter with hashes.
         mocks.script_cuda(&format!("cuLaunchKernel nth={nth} flip"));
         let folder = tempfile::tempdir().unwrap();
         let store = open(&mocks, folder.path());
@@ -39,12 +39,19 @@ fn kernels_that_compute_something_else_are_found_out_at_the_start() {
 }
 
 #[test]
-fn a_bad_chunk_is_a_miss_and_reaches_no_block() {
+fn a_bad_chunk_is_a_miss_and_no_byte_that_is_not_verified_reaches_a_block() {
     let mocks = Mocks::load();
     let folder = tempfile::tempdir().unwrap();
     let store = open(&mocks, folder.path());
     let cache = Cache::attach(&mocks, &store, 0).unwrap();
-    for (name, at) in [(1_u64, 100), (2, 4096), (3, 20_000), (4, 38_000)] {
+    // In the head, in a page, in another one, in the page table; and the page, if it is one.
+    let flips = [
+        (100, None),
+        (4096, Some(0)),
+        (20_000, Some(3)),
+        (38_000, None),
+    ];
+    for (name, (at, bad_page)) in (1..).zip(flips) {
         cache.write(&noise(name, cache.memory.bytes()));
         assert_eq!(cache.store(name, [0, 1]).stored, 1);
         let path = chunk_path(folder.path(), 0, name);
@@ -54,8 +61,31 @@ fn a_bad_chunk_is_a_miss_and_reaches_no_block() {
         let before = cache.read();
         let report = cache.load(name, 0, &[6, 7]);
         assert_eq!(report.failed, [0], "a flipped bit at {at}");
-        assert!(cache.read() == before, "blocks were written by a bad chunk");
         assert!(!path.exists(), "the bad file was not set aside");
+        let after = cache.read();
+        for other in (0..GEOMETRY.blocks).filter(|other| ![6, 7].contains(other)) {
+            assert!(
+                block(&after, other) == block(&before, other),
+                "block {other}"
+            );
+        }
+        let payload =
+            |memory: &[u8], blocks: [usize; 2]| blocks.map(|one| block(memory, one)).concat();
+        let (was, is) = (payload(&before, [6, 7]), payload(&after, [6, 7]));
+        let Some(bad_page) = bad_page else {
+            assert!(is == was, "written by a chunk with a bad frame: {at}");
+            continue;
+        };
+        // A page is written if it is right, or it is not; of the bad one nothing is.
+        let stored = payload(&before, [0, 1]);
+        for (page, bytes) in is.chunks(4096).enumerate() {
+            let range = page * 4096..page * 4096 + bytes.len();
+            let is_verified = page != bad_page && *bytes == stored[range.clone()];
+            assert!(
+                is_verified || *bytes == was[range],
+                "page {page}, bit at {at}"
+            );
+        }
     }
     assert_eq!(store.metrics().chunks_damaged, 4);
 }
@@ -148,10 +178,10 @@ fn what_cannot_work_is_an_error_when_the_cache_is_attached() {
     assert_eq!(error.kind(), ErrorKind::Gpu);
     assert!(error.to_string().contains("out of memory") || error.to_string().contains("are free"));
     drop(hog);
-    // The KV cache of the test, four for the check of the kernels, two each for the two other ways
+    // The KV cache of the test, nine for the check of the kernels, two each for the two other ways
     // of copying; then 16, 8, 4, 2 slots and one.
     let refused = |nth| format!("cuMemAlloc nth={nth} error=2");
-    mocks.script_cuda(&(10..=14).map(refused).collect::<Vec<_>>().join("\n"));
+    mocks.script_cuda(&(15..=19).map(refused).collect::<Vec<_>>().join("\n"));
     let error = Cache::attach(&mocks, &store, 0).err().unwrap().to_string();
     for word in [
         "cufile_buffer_size",

@@ -9,7 +9,8 @@ use std::time::Instant;
 use kvrail::chunk::ChunkFormat;
 use kvrail::layout::TransferPlan;
 use kvrail::memory::{
-    CopyMethod, Gpu, GpuSlot, GpuSlots, HostArena, SlotShape, StagingPool, StagingRange,
+    CopyMethod, Gpu, GpuSlot, GpuSlots, HostArena, PagesInSlot, SlotShape, StagingPool,
+    StagingRange,
 };
 use kvrail::{Error, Region};
 use kvrail_cuda::{Event, Stream};
@@ -35,7 +36,8 @@ pub(crate) enum Work {
     GatherHash,
     /// From a slot to scattered blocks.
     Scatter,
-    /// Hashes of the pages, their way to the host, and scatter: all that a load does.
+    /// Page hashes, compared on the GPU or brought to the host for that, and scatter: all that a load
+    /// does inside the GPU.
     ScatterVerify,
 }
 
@@ -57,6 +59,11 @@ impl Work {
             Self::Scatter => "scatter",
             Self::ScatterVerify => "scatter + verify",
         }
+    }
+
+    /// Returns whether `method` has a way of its own to do this.
+    pub(crate) fn is_by(self, method: CopyMethod) -> bool {
+        self == Self::Plain || self.hashes() || method != CopyMethod::HashingKernel
     }
 
     /// Returns whether kernels are needed.
@@ -149,7 +156,7 @@ impl Copies {
             host: self.host.take(deadline)?,
         };
         let stream = gpu.store_stream();
-        let outcome = self.put(work, stream, busy_copies, &mut taken);
+        let outcome = self.put(work, stream, busy_copies, &mut taken, deadline);
         // Whatever came of it, nothing is given back while the GPU works on it.
         let mut settled = Ok(());
         for slot in taken.slots.iter_mut().chain([&mut taken.busy]) {
@@ -157,6 +164,14 @@ impl Copies {
         }
         let (start, end, calls_waited_for) = outcome?;
         settled?;
+        if work == Work::ScatterVerify && gpu.hashes_on_the_way() {
+            for (index, slot) in taken.slots.iter().enumerate() {
+                if let Some(page) = slot.bad_page()? {
+                    let message = format!("chunk {index}: the GPU finds page {page} bad");
+                    return Err(Failure::new(message).damaged());
+                }
+            }
+        }
         let milliseconds = end.milliseconds_since(&start).map_err(gpu_failure)?;
         Ok(Timing {
             milliseconds: f64::from(milliseconds) / CHUNKS as f64,
@@ -172,10 +187,20 @@ impl Copies {
         stream: &Stream,
         busy_copies: usize,
         taken: &mut Taken,
+        deadline: Instant,
     ) -> Result<(Event, Event, bool), Failure> {
         let event = || stream.context().event().map_err(gpu_failure);
         let (start, end) = (event()?, event()?);
         let whole = 0..self.format.file_bytes();
+        if work == Work::ScatterVerify {
+            // Pages that are not what their page table says would not be copied.
+            for (slot, plan) in taken.slots.iter_mut().zip(&self.gathers) {
+                slot.gather_chunk(&self.format, plan, &self.regions, stream, stream)?;
+                slot.mark(stream)?;
+                // The descriptors of what follows take the place of these.
+                slot.wait(deadline)?;
+            }
+        }
         for _ in 0..busy_copies {
             taken.busy.fetch(stream, whole.clone(), &mut taken.host)?;
         }
@@ -210,26 +235,31 @@ impl Copies {
         let table = self.format.table_offset();
         match work {
             Work::Plain => {}
-            Work::Gather | Work::GatherHash => {
+            Work::Gather => {
                 let plan = self.gathers.get(index).ok_or_else(missing)?;
-                let end = start + self.payload_bytes();
-                // As a store: what the file has behind payload and hashes is zero.
-                let zeros = [
-                    end..end + self.format.pad_bytes(),
-                    table + pages * 8..table + self.format.table_bytes(),
-                ];
-                slot.gather(stream, plan, &self.regions, start, &zeros)?;
-                if work.hashes() {
-                    slot.hash_pages(stream, start, pages, Some(table))?;
-                }
+                slot.gather(stream, plan, &self.regions, start, &[])?;
             }
-            Work::Scatter | Work::ScatterVerify => {
-                if work.hashes() {
-                    slot.hash_pages(stream, start, pages, None)?;
-                    slot.fetch_hashes(stream, pages)?;
-                }
+            Work::GatherHash => {
+                let plan = self.gathers.get(index).ok_or_else(missing)?;
+                slot.gather_chunk(&self.format, plan, &self.regions, stream, stream)?;
+            }
+            Work::Scatter => {
                 let plan = self.scatters.get(index).ok_or_else(missing)?;
                 slot.scatter(stream, plan, &self.regions, start)?;
+            }
+            Work::ScatterVerify => {
+                let plan = self.scatters.get(index).ok_or_else(missing)?;
+                let place = PagesInSlot {
+                    start,
+                    count: pages,
+                    expected: table,
+                    payload: start,
+                };
+                if !slot.scatter_verified(stream, plan, &self.regions, place)? {
+                    slot.hash_pages(stream, start, pages, None)?;
+                    slot.fetch_hashes(stream, pages)?;
+                    slot.scatter(stream, plan, &self.regions, start)?;
+                }
             }
         }
         Ok(())

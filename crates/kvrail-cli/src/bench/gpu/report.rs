@@ -257,7 +257,6 @@ fn limit_name(side: Side) -> &'static str {
 /// Works out each piece of work by each method.
 fn copies(rounds: &[Round], chunk_bytes: usize) -> Vec<CopyReport> {
     let gigabytes = chunk_bytes as f64 / 1e9;
-    let methods = [CopyMethod::Kernel, CopyMethod::Batch, CopyMethod::Pieces];
     let times = |work: Work, method: CopyMethod| -> Vec<Timing> {
         let all = rounds.iter().flat_map(|round| &round.copies);
         let own = all.filter(|(found, by, _)| (*found, *by) == (work, method));
@@ -266,7 +265,7 @@ fn copies(rounds: &[Round], chunk_bytes: usize) -> Vec<CopyReport> {
     let rate =
         |times: &[Timing]| Spread::of(times.iter().map(|time| gigabytes / time.milliseconds * 1e3));
     let mut reports = Vec::new();
-    for method in methods {
+    for method in CopyMethod::ALL {
         let plain = times(Work::Plain, method);
         for work in Work::ALL {
             let own = times(work, method);

@@ -202,8 +202,12 @@ impl<'a> Bench<'a> {
 
     /// Finds out which ways of copying pieces this device and driver have.
     fn find_methods(&mut self, skipped: &mut Vec<(String, String)>) {
-        for method in [CopyMethod::Kernel, CopyMethod::Batch, CopyMethod::Pieces] {
-            match self.copies.time(Work::Gather, method) {
+        for method in CopyMethod::ALL {
+            let work = match method {
+                CopyMethod::HashingKernel => Work::GatherHash,
+                _ => Work::Gather,
+            };
+            match self.copies.time(work, method) {
                 Ok(_) => self.methods.push(method),
                 Err(error) => skipped.push((format!("gather by {method}"), error.to_string())),
             }
@@ -259,7 +263,8 @@ impl<'a> Bench<'a> {
         methods.rotate_left(turn);
         for method in methods {
             for work in [Work::Plain].into_iter().chain(Work::ALL) {
-                if !work.hashes() || self.gpu.kernels().is_some() {
+                let is_possible = !work.hashes() || self.gpu.kernels().is_some();
+                if is_possible && work.is_by(method) {
                     times.push((work, method, self.copies.time(work, method)?));
                 }
             }

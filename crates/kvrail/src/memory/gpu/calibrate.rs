@@ -1,8 +1,10 @@
-//! Which way of copying pieces is the quickest for a KV cache: found out by timing each.
+//! Which way of copying pieces is the quickest for a KV cache: found out by timing each, page hashes
+//! included, since one of the ways makes them as it copies.
 
 use std::time::{Duration, Instant};
 
 use super::{CopyMethod, Gpu, GpuSlots};
+use crate::chunk::ChunkFormat;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::TransferPlan;
 use crate::memory::Region;
@@ -25,7 +27,8 @@ impl Gpu {
     /// Times each way that works on this device with the ranges of `plan`, interleaved, and returns
     /// the GPU with the quickest chosen, and all times in ascending order.
     ///
-    /// Reads the KV cache and writes to a slot only. The clock is the device's, so what the driver
+    /// What is timed is all that a store does inside the GPU, on one stream. Reads the KV cache and
+    /// writes to a slot only. The clock is the device's, so what the driver
     /// takes to submit many pieces counts where the stream waits for it, as a forward would.
     ///
     /// # Errors
@@ -35,7 +38,7 @@ impl Gpu {
         slots: &GpuSlots,
         plan: &TransferPlan,
         regions: &[Region],
-        at: usize,
+        format: &ChunkFormat,
     ) -> Result<(Self, Vec<Timing>)> {
         let mut times: Vec<(CopyMethod, Vec<f32>)> = self
             .methods()
@@ -44,7 +47,9 @@ impl Gpu {
             .collect();
         for round in 0..=ROUNDS {
             for (method, taken) in &mut times {
-                let time = self.forced(*method).time_gather(slots, plan, regions, at)?;
+                let time = self
+                    .forced(*method)
+                    .time_gather(slots, plan, regions, format)?;
                 if round > 0 {
                     taken.push(time);
                 }
@@ -71,14 +76,14 @@ impl Gpu {
         slots: &GpuSlots,
         plan: &TransferPlan,
         regions: &[Region],
-        at: usize,
+        format: &ChunkFormat,
     ) -> Result<f32> {
         let deadline = Instant::now() + LIMIT;
         let mut slot = slots.take(self, deadline)?;
         let stream = self.store_stream();
         let start = self.mark(stream)?;
         let gathered = slot
-            .gather(stream, plan, regions, at, &[])
+            .gather_chunk(format, plan, regions, stream, stream)
             .and_then(|()| slot.mark(stream));
         if let Err(error) = gathered {
             drop(slot.settle(stream, deadline));

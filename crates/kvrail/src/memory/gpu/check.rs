@@ -4,8 +4,10 @@
     reason = "copies between memory of its own, on the GPU and on the host"
 )]
 
-use kvrail_cuda::{Context, DeviceMemory, HashDescriptor, Kernels, Priority, Stream};
-use kvrail_cuda::{CopyDescriptor, Error as CudaError};
+use kvrail_cuda::{
+    Context, CopyDescriptor, DeviceMemory, Error as CudaError, HashDescriptor, Kernels, Pages,
+    Priority, Stream,
+};
 
 use super::CopyMethod;
 use crate::chunk::{PAGE_BYTES, hash_pages};
@@ -25,8 +27,123 @@ const PIECES: [(usize, usize, usize); 7] = [
     (130_021, 130_031, 3),
 ];
 
-/// Checks both kernels against the CPU.
+/// Sources of pieces of whole 16 bytes, which end anywhere in a page: (source, bytes). They fill
+/// pages one behind the other, with zeros up to the last page's end.
+const ALIGNED_PIECES: [(usize, usize); 6] = [
+    (65_536, 40_000),
+    (16, 4_080),
+    (110_000, 4_096),
+    (120_000, 16),
+    (8_192, 53_248),
+    (0, 8_000),
+];
+/// Where the pieces begin that are scattered, in the first page.
+const SCATTERED_FROM: usize = 48;
+/// The page whose expected hash is wrong when pages are scattered.
+const BAD_PAGE: usize = 7;
+/// Entries of the page table, a few of them behind the last page.
+const ENTRIES: usize = PAGES + 3;
+
+/// Checks the kernels against the CPU.
 pub(super) fn check_kernels(context: &Context, kernels: &Kernels) -> Result<()> {
+    check_apart(context, kernels)?;
+    check_together(context, kernels)
+}
+
+/// Checks the kernels that hash as they copy.
+fn check_together(context: &Context, kernels: &Kernels) -> Result<()> {
+    let bench = Bench::new(context)?;
+    let mut expected = Vec::with_capacity(BYTES);
+    let mut pieces = Vec::new();
+    for (from, bytes) in ALIGNED_PIECES {
+        pieces.push([
+            bench.source.address() + from as u64,
+            expected.len() as u64,
+            bytes as u64,
+        ]);
+        expected.extend_from_slice(bench.pattern.get(from..from + bytes).unwrap_or_default());
+    }
+    let filled = expected.len();
+    pieces.push([0, filled as u64, (BYTES - filled) as u64]);
+    expected.resize(BYTES, 0);
+    let mut hashes = vec![0; PAGES];
+    hash_pages(&expected, &mut hashes);
+    let mut table: Vec<u64> = hashes.clone();
+    table.resize(ENTRIES, 0);
+
+    let image = bench.target.address();
+    let gathers: Vec<u64> = pieces
+        .iter()
+        .flat_map(|[source, at, bytes]| [*source, image + at, *bytes])
+        .collect();
+    let gathers = bench.send(&bytes_of(&gathers))?;
+    let entries = bench.send(&vec![0xA5; ENTRIES * 8])?;
+    let pages = Pages {
+        address: image,
+        count: PAGES,
+        hashes: entries.address(),
+    };
+    let (stream, count) = (&bench.stream, pieces.len());
+    // SAFETY: the pieces lie in the source and fill the target; there is room for the entries.
+    unsafe { kernels.gather_hashed(stream, gathers.address(), count, pages, ENTRIES) }
+        .map_err(failed)?;
+    let found = bench.fetch(&bench.target)?;
+    differ(found == expected, "pieces gathered and hashed by the GPU")?;
+    let found = bench.fetch(&entries)?;
+    differ(
+        found == bytes_of(&table),
+        "hashes of the GPU beside pieces that it gathers",
+    )?;
+
+    // Back, to where they came from, which is something else by now; but for one bad page.
+    let wanted = SCATTERED_FROM..filled;
+    let blank = vec![0; BYTES];
+    bench.send_to(&bench.source, &blank)?;
+    if let Some(hash) = table.get_mut(BAD_PAGE) {
+        *hash ^= 1 << 40;
+    }
+    bench.send_to(&entries, &bytes_of(&table))?;
+    let mut scattered = blank;
+    let mut words = Vec::new();
+    for [target, at, bytes] in pieces.iter().take(ALIGNED_PIECES.len()) {
+        let (start, end) = (*at as usize, (at + bytes) as usize);
+        let from = start.max(wanted.start);
+        words.extend([
+            image + from as u64,
+            target + (from - start) as u64,
+            (end - from) as u64,
+        ]);
+        let base = (target - bench.source.address()) as usize;
+        for at in (from..end).filter(|at| at / PAGE_BYTES != BAD_PAGE) {
+            if let (Some(to), Some(byte)) = (scattered.get_mut(base + at - start), expected.get(at))
+            {
+                *to = *byte;
+            }
+        }
+    }
+    words.push(u64::MAX);
+    let count = ALIGNED_PIECES.len();
+    let scatters = bench.send(&bytes_of(&words))?;
+    let bad = scatters.address() + (count * size_of::<CopyDescriptor>()) as u64;
+    // SAFETY: the pieces lie in the pages, without gaps, and their targets in the source; the word
+    // behind them is theirs.
+    unsafe { kernels.scatter_verified(stream, scatters.address(), count, pages, bad) }
+        .map_err(failed)?;
+    let found = bench.fetch(&bench.source)?;
+    differ(
+        found == scattered,
+        "pieces verified and scattered by the GPU",
+    )?;
+    let found = bench.fetch(&scatters)?;
+    let page = found.get(count * size_of::<CopyDescriptor>()..);
+    differ(
+        page == Some(&(BAD_PAGE as u64).to_ne_bytes()),
+        "number of a bad page found by the GPU",
+    )
+}
+
+/// Checks the kernels that copy or hash.
+fn check_apart(context: &Context, kernels: &Kernels) -> Result<()> {
     let bench = Bench::new(context)?;
     let (source, target) = (bench.source.address(), bench.target.address());
     let copies = PIECES.map(|(from, to, bytes)| CopyDescriptor {
@@ -159,6 +276,10 @@ impl<'a> Bench<'a> {
         .map_err(failed)?;
         Ok(bytes)
     }
+}
+
+fn bytes_of(words: &[u64]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
 fn failed(error: CudaError) -> Error {

@@ -17,6 +17,8 @@ const STREAMS: usize = 4;
 /// How many pieces are copied between KV cache and a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CopyMethod {
+    /// One launch of our own kernel that hashes the pages as it copies them.
+    HashingKernel,
     /// One launch of our own kernel.
     Kernel,
     /// One `cuMemcpyBatchAsync`.
@@ -25,9 +27,15 @@ pub enum CopyMethod {
     Pieces,
 }
 
+impl CopyMethod {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::HashingKernel, Self::Kernel, Self::Batch, Self::Pieces];
+}
+
 impl fmt::Display for CopyMethod {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.write_str(match self {
+            Self::HashingKernel => "hashing kernel",
             Self::Kernel => "kernel",
             Self::Batch => "batch copy",
             Self::Pieces => "copy per piece",
@@ -96,7 +104,9 @@ impl Gpu {
             Err(error) => (None, format!("kernels not used ({error})")),
         };
         let mut methods = Vec::new();
-        methods.extend(kernels.as_ref().map(|_| CopyMethod::Kernel));
+        if kernels.is_some() {
+            methods.extend([CopyMethod::HashingKernel, CopyMethod::Kernel]);
+        }
         let mut failure = None;
         for method in [CopyMethod::Batch, CopyMethod::Pieces] {
             match check_copies(&context, method) {
@@ -143,6 +153,11 @@ impl Gpu {
     pub fn method(&self) -> CopyMethod {
         let first = self.inner.methods.first().copied();
         self.forced.or(first).unwrap_or(CopyMethod::Pieces)
+    }
+
+    /// Returns whether loads are verified and scattered in one pass.
+    pub fn hashes_on_the_way(&self) -> bool {
+        self.method() == CopyMethod::HashingKernel
     }
 
     /// Returns the ways of copying pieces that work on this device.

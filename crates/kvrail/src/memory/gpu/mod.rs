@@ -11,10 +11,12 @@ mod check;
 mod device;
 mod frame;
 mod hash;
+mod hashing;
 mod plain;
 mod slot;
 mod transfer;
 
 pub use calibrate::Timing;
 pub use device::{ComputeStream, CopyMethod, Gpu};
+pub use hashing::PagesInSlot;
 pub use slot::{GpuSlot, GpuSlots, SlotShape};

@@ -18,7 +18,8 @@ impl Gpu {
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] for kernels that do not work on this device.
     pub fn with_method(&self, method: CopyMethod) -> Result<Self> {
-        if method == CopyMethod::Kernel && self.kernels().is_none() {
+        let is_ours = matches!(method, CopyMethod::HashingKernel | CopyMethod::Kernel);
+        if is_ours && self.kernels().is_none() {
             return Err(Error::new(ErrorKind::InvalidArgument, self.reason()));
         }
         Ok(self.forced(method))

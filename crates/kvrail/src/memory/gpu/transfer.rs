@@ -19,10 +19,10 @@ use crate::memory::{Region, StagingRange};
 
 /// One copy inside a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Piece {
-    source: DevicePointer,
-    target: DevicePointer,
-    bytes: usize,
+pub(super) struct Piece {
+    pub(super) source: DevicePointer,
+    pub(super) target: DevicePointer,
+    pub(super) bytes: usize,
 }
 
 impl GpuSlot {
@@ -215,7 +215,7 @@ impl GpuSlot {
         self.unmarked = true;
         let failed = |error| Error::gpu("copy between KV cache and staging memory", error);
         match (gpu.method(), gpu.kernels()) {
-            (CopyMethod::Kernel, Some(kernels)) => {
+            (CopyMethod::HashingKernel | CopyMethod::Kernel, Some(kernels)) => {
                 let parts = self.parts_mut()?;
                 let mut end = 0;
                 for piece in pieces {
@@ -247,14 +247,14 @@ impl Gpu {
     /// Returns how many bytes one copy may have for this device's way of copying.
     fn piece_bytes(&self) -> usize {
         match self.method() {
-            CopyMethod::Kernel => COPY_PIECE_BYTES,
+            CopyMethod::HashingKernel | CopyMethod::Kernel => COPY_PIECE_BYTES,
             CopyMethod::Batch | CopyMethod::Pieces => usize::MAX,
         }
     }
 }
 
 /// Returns the copies between the ranges of a plan and `image`.
-fn pieces(
+pub(super) fn pieces(
     plan: &TransferPlan,
     regions: &[Region],
     image: DevicePointer,

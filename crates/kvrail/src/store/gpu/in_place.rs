@@ -336,8 +336,8 @@ impl InPlaceImage {
         self.slot.wait(deadline)?;
         let mut slot = side.slots.take(&side.gpu, deadline)?;
         let own = side.gpu.store_stream();
-        let gathered = side
-            .gather_chunk(cache, &self.plan, &mut slot, own, own)
+        let gathered = slot
+            .gather_chunk(&cache.format, &self.plan, &cache.regions, own, own)
             .and_then(|()| slot.fetch_frame(own, cache.format.table_offset()))
             .and_then(|()| slot.mark(own))
             .and_then(|()| slot.wait(deadline));

@@ -19,7 +19,7 @@ use crate::store::cache_shared::CacheShared;
 use crate::store::image::{self, Extents};
 use crate::store::load_job::LoadJob;
 use crate::store::staged::StagedImage;
-use crate::store::verify::verify;
+use crate::store::verify::{verify, verify_frame};
 
 /// Refusals of the driver after which a load that failed takes the GPU for dead.
 const REFUSALS_MAX: usize = 3;
@@ -42,7 +42,8 @@ impl GpuSide {
         };
         let compute = self.gpu.compute_stream(compute);
         let own = self.gpu.store_stream();
-        match self.gather_chunk(cache, &plan, &mut slot, &compute, own) {
+        let gathered = slot.gather_chunk(&cache.format, &plan, &cache.regions, &compute, own);
+        match gathered {
             Ok(()) => self.fetch_image(own, slot, image, self.hashes()).map(Some),
             Err(error) => {
                 give_up(&mut slot, [&compute, own]);
@@ -152,25 +153,28 @@ impl GpuSide {
         deadline: Instant,
     ) -> Result<()> {
         let pages = extents.pages.len();
-        let end = PAGE_BYTES + pages * PAGE_BYTES;
-        slot.send(stream, image, 0..end)?;
+        let (head, table) = image::frame(image.as_slice(), extents)?;
+        if self.gpu.hashes_on_the_way() {
+            verify_frame(job, head, table)?;
+            // With the page table, which the GPU compares with.
+            let end = PAGE_BYTES + pages * PAGE_BYTES + table.len();
+            slot.send(stream, image, 0..end)?;
+            if self.place_verified(job, slot, stream, &extents.pages, deadline)? {
+                return Ok(());
+            }
+        } else {
+            slot.send(stream, image, 0..PAGE_BYTES + pages * PAGE_BYTES)?;
+        }
         if self.hashes() {
             slot.hash_pages(stream, PAGE_BYTES, pages, None)?;
             slot.fetch_hashes(stream, pages)?;
             slot.mark(stream)?;
             slot.wait(deadline)?;
-            let (head, table) = image::frame(image.as_slice(), extents)?;
             verify(job, head, table, &extents.pages, &slot.hashes(pages)?)?;
         } else {
-            let (head, table) = image::frame(image.as_slice(), extents)?;
             verify(job, head, table, &extents.pages, computed)?;
         }
-        let plan = TransferPlan::new(&job.cache.layout, &job.blocks)?;
-        let at = PAGE_BYTES + job.payload.start - extents.pages.start * PAGE_BYTES;
-        job.order_after(stream)?;
-        slot.scatter(stream, &plan, &job.cache.regions, at)?;
-        slot.mark(stream)?;
-        slot.wait(deadline)
+        self.place(job, slot, stream, &extents.pages, deadline)
     }
 }
 

@@ -235,7 +235,7 @@ fn calibrate(gpu: &Gpu, slots: &GpuSlots, shape: Shape<'_>) -> Result<(Gpu, Vec<
     let count = shape.blocks.min(shape.layout.block_count());
     let blocks: Vec<usize> = (0..count).collect();
     let plan = TransferPlan::new(shape.layout, &blocks)?;
-    gpu.calibrated(slots, &plan, shape.regions, shape.format.payload_offset())
+    gpu.calibrated(slots, &plan, shape.regions, shape.format)
 }
 
 /// Says which way was the quickest, and how long each took.

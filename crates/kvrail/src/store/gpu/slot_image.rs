@@ -1,5 +1,6 @@
 //! Through a VRAM slot, by cuFile: gather, hash, write; read, hash, verify, scatter.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,12 +13,12 @@ use crate::chunk::{ChunkHead, ChunkRef, PAGE_BYTES, root_checksum};
 use crate::error::Result;
 use crate::io::{IoFile, Operation};
 use crate::layout::TransferPlan;
-use crate::memory::{ComputeStream, GpuSlot, StagingRange};
+use crate::memory::{ComputeStream, GpuSlot, PagesInSlot, StagingRange};
 use crate::store::cache_shared::CacheShared;
 use crate::store::image::Extents;
 use crate::store::load_job::LoadJob;
 use crate::store::staged::StagedImage;
-use crate::store::verify::verify;
+use crate::store::verify::{bad_page, verify, verify_frame};
 
 /// How long an error waits for the GPU to let go of what it works on, before it asks again or
 /// gives the memory up.
@@ -49,8 +50,8 @@ impl GpuSide {
         };
         let compute = self.gpu.compute_stream(compute);
         let own = self.gpu.store_stream();
-        let staged = self
-            .gather_chunk(cache, &plan, &mut slot, &compute, own)
+        let staged = slot
+            .gather_chunk(&cache.format, &plan, &cache.regions, &compute, own)
             .and_then(|()| slot.fetch_frame(own, cache.format.table_offset()))
             .and_then(|()| slot.mark(own));
         match staged {
@@ -60,33 +61,6 @@ impl GpuSide {
                 Err(error)
             }
         }
-    }
-
-    /// Gathers a chunk on `compute` and hashes it, where the GPU does, on `own`.
-    pub(super) fn gather_chunk(
-        &self,
-        cache: &CacheShared,
-        plan: &TransferPlan,
-        slot: &mut GpuSlot,
-        compute: &Stream,
-        own: &Stream,
-    ) -> Result<()> {
-        let format = &cache.format;
-        let start = format.payload_offset();
-        let end = start + format.payload_bytes();
-        let table = format.table_offset();
-        // What the file has behind payload and hashes is zero.
-        let zeros = [
-            end..end + format.pad_bytes(),
-            table + format.page_count() * 8..table + format.table_bytes(),
-        ];
-        slot.gather(compute, plan, &cache.regions, start, &zeros)?;
-        slot.mark(compute)?;
-        slot.order_after_mark(own)?;
-        if self.hashes() {
-            slot.hash_pages(own, start, format.page_count(), Some(table))?;
-        }
-        Ok(())
     }
 
     /// Reads a chunk into `slot`, verifies it and copies it to its blocks.
@@ -127,8 +101,18 @@ impl GpuSide {
             at += range.len();
         }
         wait_all(handles, deadline)?;
+        let table = PAGE_BYTES + extents.pages.len() * PAGE_BYTES;
+        if self.gpu.hashes_on_the_way() {
+            slot.fetch_frame(stream, table)?;
+            slot.mark(stream)?;
+            slot.wait(deadline)?;
+            let (head, table) = slot.frame()?;
+            verify_frame(job, head, table)?;
+            if self.place_verified(job, slot, stream, &extents.pages, deadline)? {
+                return Ok(());
+            }
+        }
         let pages = extents.pages.len();
-        let table = PAGE_BYTES + pages * PAGE_BYTES;
         slot.hash_pages(stream, PAGE_BYTES, pages, None)?;
         slot.fetch_hashes(stream, pages)?;
         slot.fetch_frame(stream, table)?;
@@ -136,12 +120,65 @@ impl GpuSide {
         slot.wait(deadline)?;
         let (head, table) = slot.frame()?;
         verify(job, head, table, &extents.pages, &slot.hashes(pages)?)?;
+        self.place(job, slot, stream, &extents.pages, deadline)
+    }
+
+    /// Copies pages in a slot, found right before, to the blocks of a load, and waits for it.
+    pub(super) fn place(
+        &self,
+        job: &LoadJob,
+        slot: &mut GpuSlot,
+        stream: &Stream,
+        pages: &Range<usize>,
+        deadline: Instant,
+    ) -> Result<()> {
         let plan = TransferPlan::new(&job.cache.layout, &job.blocks)?;
-        let at = PAGE_BYTES + job.payload.start - extents.pages.start * PAGE_BYTES;
         job.order_after(stream)?;
-        slot.scatter(stream, &plan, &job.cache.regions, at)?;
+        slot.scatter(
+            stream,
+            &plan,
+            &job.cache.regions,
+            in_slot(job, pages).payload,
+        )?;
         slot.mark(stream)?;
         slot.wait(deadline)
+    }
+
+    /// Has the GPU verify pages in a slot, behind which their page table lies, already found right,
+    /// and copy them to the blocks of a load, and waits for it. Returns whether that is possible
+    /// with such blocks.
+    ///
+    /// # Errors
+    /// As [`GpuSide::load_slot`]; of a bad page nothing was copied.
+    pub(super) fn place_verified(
+        &self,
+        job: &LoadJob,
+        slot: &mut GpuSlot,
+        stream: &Stream,
+        pages: &Range<usize>,
+        deadline: Instant,
+    ) -> Result<bool> {
+        let plan = TransferPlan::new(&job.cache.layout, &job.blocks)?;
+        job.order_after(stream)?;
+        if !slot.scatter_verified(stream, &plan, &job.cache.regions, in_slot(job, pages))? {
+            return Ok(false);
+        }
+        slot.mark(stream)?;
+        slot.wait(deadline)?;
+        match slot.bad_page()? {
+            None => Ok(true),
+            Some(page) => Err(bad_page(&job.cache.format, pages.start + page)),
+        }
+    }
+}
+
+/// Returns where a load's pages lie in a slot: behind the head, the page table behind them.
+fn in_slot(job: &LoadJob, pages: &Range<usize>) -> PagesInSlot {
+    PagesInSlot {
+        start: PAGE_BYTES,
+        count: pages.len(),
+        expected: PAGE_BYTES + pages.len() * PAGE_BYTES + pages.start * 8,
+        payload: PAGE_BYTES + job.payload.start - pages.start * PAGE_BYTES,
     }
 }
 
