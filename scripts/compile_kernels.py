@@ -1,16 +1,20 @@
-"""Compiles kvrail's CUDA kernels to PTX with NVRTC; see scripts/kernels."""
+"""Compiles kvrail's CUDA kernels to PTX with NVRTC, and checks it; see scripts/kernels."""
 
 from __future__ import annotations
 
 import argparse
 import ctypes
 import difflib
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 KERNELS = Path(__file__).resolve().parent.parent / "crates/kvrail-cuda/src/kernels"
 # The oldest architecture that gets the kernels; drivers compile them for newer ones.
 OPTIONS = (b"--gpu-architecture=compute_80", b"--std=c++17")
+# Ampere, Ada, Hopper, Blackwell (data centre and workstation).
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
 class Nvrtc:
@@ -46,10 +50,41 @@ class Nvrtc:
             raise RuntimeError(f"{function}: {status}")
 
 
+def assemble(ptxas: Path, ptx: Path) -> list[str]:
+    """Compiles PTX for each architecture; returns what is wrong with it, and prints registers.
+
+    A kernel whose registers do not suffice keeps some of a page in memory, and is slow for it.
+    """
+    wrong = []
+    for architecture in ARCHITECTURES:
+        options = ["--verbose", "--gpu-name", architecture, "--output-file", "/dev/null"]
+        done = subprocess.run([ptxas, *options, ptx], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            wrong.append(f"{architecture}: {done.stderr.strip()}")
+            continue
+        kernels = re.findall(
+            r"Function properties for (\w+)\n\s*(\d+) bytes stack frame, "
+            r"(\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers",
+            done.stderr,
+        )
+        declared = re.findall(r"\.visible \.entry (\w+)\(", ptx.read_text())
+        if sorted(name for name, *_ in kernels) != sorted(declared):
+            wrong.append(f"{architecture}: kernels {declared}, but ptxas says {done.stderr}")
+        wrong += [
+            f"{architecture}: {name} has {stack} bytes of stack, {stores} and {loads} of spills"
+            for name, stack, stores, loads, _ in kernels
+            if (stack, stores, loads) != ("0", "0", "0")
+        ]
+        registers = ", ".join(f"{name} {count}" for name, *_, count in sorted(kernels))
+        print(f"{architecture}: registers: {registers}")
+    return wrong
+
+
 def main() -> int:
     """Writes the PTX, or compares it with what is there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nvrtc", type=Path, required=True, help="folder of the NVRTC wheel")
+    parser.add_argument("--ptxas", type=Path, required=True, help="folder of the nvcc wheel")
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     arguments = parser.parse_args()
     source, target = KERNELS / "kvrail.cu", KERNELS / "kvrail.ptx"
@@ -61,7 +96,9 @@ def main() -> int:
     found = target.read_text()
     if found == ptx:
         print(f"{source.name} and {target.name} belong together")
-        return 0
+        wrong = assemble(arguments.ptxas / "nvidia/cuda_nvcc/bin/ptxas", target)
+        print("\n".join(wrong), file=sys.stderr)
+        return 1 if wrong else 0
     difference = difflib.unified_diff(
         found.splitlines(), ptx.splitlines(), target.name, f"compiled from {source.name}", n=1
     )
