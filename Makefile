@@ -16,7 +16,7 @@ SOAK_PROCESSES ?= 8
 PYTEST := python -m pytest -ra --durations=5 --timeout=600
 
 .PHONY: help environment model build demo test bench bench-loops bench-overhead bench-step bench-ttft bench-layerwise bench-lmcache bench-lmcache-adapters bench-heads soak fmt clean clean-cache requirements \
-  tools kernels-check fmt-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test \
+  tools kernels-check headers-check fmt-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test \
   fuzz concurrency-test sanitize sanitize-all instructions-check
 
 help: ## List the commands.
@@ -25,7 +25,7 @@ help: ## List the commands.
 demo: build model ## Show kvrail at work: a real vLLM, restarted, takes a long prompt from disk.
 	@$(STEP) 'demo: a long document, read once, then taken from disk' $(WITHIN) python scripts/demo.py
 
-test: fmt-check kernels-check clippy rust-test concurrency-test sanitize fuzz doc-test doc instructions-check python-lint stub-test python-test e2e-test ## Run all checks and tests.
+test: fmt-check kernels-check headers-check clippy rust-test concurrency-test sanitize fuzz doc-test doc instructions-check python-lint stub-test python-test e2e-test ## Run all checks and tests.
 	@printf '\nall checks and tests passed\n'
 
 environment: ## Make the virtual environment with vLLM in the cache folder.
@@ -43,8 +43,13 @@ tools: environment
 fmt-check: tools ## Check the format of the Rust code.
 	@$(STEP) 'fmt-check: cargo fmt' cargo fmt --all --check
 
-kernels-check: environment ## Check that the CUDA kernels' source and PTX belong together.
+kernels-check: environment ## Check that the CUDA kernels' source and PTX belong together, and assemble them.
 	@$(STEP) 'kernels-check: kvrail.cu and kvrail.ptx' scripts/kernels --check
+
+headers-check: tools ## Compare the binding's C types with NVIDIA's headers.
+	@$(STEP) 'headers-check: cuda.h and cufile.h of CUDA 12.0, 12.9 and 13' \
+	  env KVRAIL_CUDA_HEADERS="$$(scripts/cuda_headers)" $(WITHIN) \
+	  cargo test --package kvrail-cuda --lib --locked --quiet -- --nocapture headers::
 
 clippy: tools ## Lint the Rust code.
 	@$(STEP) 'clippy: all targets, warnings are errors' \

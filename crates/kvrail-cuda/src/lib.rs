@@ -19,6 +19,8 @@
 mod cufile;
 mod driver;
 mod error;
+#[cfg(test)]
+mod headers;
 mod kernels;
 mod library;
 pub mod probe;

@@ -104,6 +104,25 @@ macro_rules! functions {
             $(pub(crate) $maybe: Option<unsafe extern "C" fn($($maybe_argument),*) -> $maybe_result>,)*
         }
 
+        #[cfg(test)]
+        impl $table {
+            /// The types of all functions, for a comparison with the vendor's header.
+            pub(crate) const SIGNATURES: &'static [crate::headers::Signature] = &[
+                $(crate::headers::Signature {
+                    name: $name,
+                    is_optional: false,
+                    result: crate::headers::code::<$result>(),
+                    arguments: &[$(crate::headers::code::<$argument>()),*],
+                },)*
+                $(crate::headers::Signature {
+                    name: $maybe_name,
+                    is_optional: true,
+                    result: crate::headers::code::<$maybe_result>(),
+                    arguments: &[$(crate::headers::code::<$maybe_argument>()),*],
+                },)*
+            ];
+        }
+
         impl $table {
             /// Finds all functions.
             pub(crate) fn find(library: &crate::library::Loaded) -> crate::error::Result<Self> {
