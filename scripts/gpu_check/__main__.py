@@ -1,7 +1,7 @@
 """Checks a wheel of kvrail on a machine with a GPU, and measures it there; see scripts/gpu-check.
 
-Prints a table and writes a JSON file. The exit code is 0 only if no check failed; what was skipped
-says why. A ratio below its target is reported and is no failure.
+Prints a table and writes a JSON file, after each step anew. The exit code is 0 only if no check
+failed; what was skipped says why. A ratio below its target is reported and is no failure.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ MODELS = ("llama-3.1-8b", "deepseek-v3")
 LAYOUTS = ("lb", "bl")
 # On a mock, whose times mean nothing.
 MOCK_BENCH = ["--model", "smollm2-135m", "--chunks", "2", "--rounds", "1", "--memory-mib", "24"]
+STEPS = ("doctor", "correctness", "sanitizer", "bench")
 OUTCOMES = ("passed", "measured", "skipped", "failed")
 
 
@@ -46,13 +47,12 @@ def main() -> int:
             ordinal=arguments.ordinal,
             seed=arguments.seed,
             mock=arguments.mock.resolve() if arguments.mock else None,
+            deadline=time.monotonic() + arguments.seconds,
         )
         machine.prepare()
         report = _run(machine, arguments)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    text = json.dumps(report, indent=2)
-    arguments.json.write_text(text + "\n", encoding="utf-8")
     _print_summary(report, arguments.json)
     return int(any(result["outcome"] == "failed" for result in report["results"]))
 
@@ -76,35 +76,53 @@ def _run(machine: Machine, arguments: argparse.Namespace) -> dict[str, Any]:
             results.append(result)
             print(f"{result.outcome:8}  {result.step:11}  {result.name}: {result.detail}")
         sys.stdout.flush()
+        # After each step: a machine that is lent for a while takes nothing away with it.
+        report["seconds"] = round(time.time() - start, 1)
+        report["results"] = [dataclasses.asdict(result) for result in results]
+        written = arguments.json.with_name(arguments.json.name + ".new")
+        written.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        written.replace(arguments.json)
+
+    def is_on(step: str, name: str) -> bool:
+        """Whether a step is wanted and there is time for it."""
+        if step not in arguments.steps:
+            return False
+        if machine.left() < steps.STEP_MIN_SECONDS:
+            add(steps.out_of_time(step, name))
+            return False
+        return True
 
     installed = steps.install(machine)
     add(installed)
-    if installed.outcome == "passed":
+    if installed.outcome != "passed":
+        return report
+    if is_on("doctor", "kvrail doctor"):
         doctor, report["doctor"] = steps.doctor(machine)
         add(doctor)
-        for directory in machine.directories:
+    for directory in machine.directories:
+        if is_on("correctness", str(directory)):
             outcomes, found = steps.correctness(machine, directory)
             report["correctness"][str(directory)] = found
             add(*outcomes)
+    if is_on("sanitizer", "compute-sanitizer"):
         add(steps.sanitizer(machine, machine.directories[0]))
-        for directory in machine.directories:
-            for options in _bench_options(machine, arguments):
+    for directory in machine.directories:
+        for options in _bench_options(machine, arguments):
+            if is_on("bench", f"{directory} {' '.join(options)}"):
                 outcomes, measured = steps.bench(machine, directory, options)
-                add(*outcomes)
                 report["bench"] += [measured] if measured is not None else []
-    report["seconds"] = round(time.time() - start, 1)
-    report["results"] = [dataclasses.asdict(result) for result in results]
+                add(*outcomes)
     return report
 
 
 def _bench_options(machine: Machine, arguments: argparse.Namespace) -> list[list[str]]:
-    if arguments.no_bench:
-        return []
     if machine.mock is not None:
         return [[*MOCK_BENCH, "--layout", layout] for layout in LAYOUTS]
     rounds = ["--rounds", str(arguments.rounds), "--chunks", str(arguments.chunks)]
     return [
-        ["--model", model, "--layout", layout, *rounds] for model in MODELS for layout in LAYOUTS
+        ["--model", model, "--layout", layout, *rounds]
+        for model in arguments.model or MODELS
+        for layout in arguments.layout or LAYOUTS
     ]
 
 
@@ -164,9 +182,14 @@ def _arguments() -> argparse.Namespace:
     add("--seed", type=int, default=random.randrange(1 << 32), help="default: another each time")
     add("--rounds", type=int, default=5, help="of each benchmark; default: 5")
     add("--chunks", type=int, default=32, help="of each round; default: 32")
-    add("--no-bench", action="store_true", help="check only")
+    add("--only", dest="steps", action="append", choices=STEPS, help="only this step; repeatable")
+    add("--model", action="append", choices=MODELS, help="of the benchmark only this; repeatable")
+    add("--layout", action="append", choices=LAYOUTS, help="likewise")
+    add("--seconds", type=float, default=float("inf"), help="for all; what is left is skipped")
     add("--mock", type=Path, metavar="DIR", help="use the mock libraries in DIR, no GPU")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.steps = arguments.steps or list(STEPS)
+    return arguments
 
 
 def _built_wheel() -> Path:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,10 @@ HERE = Path(__file__).resolve().parent
 CHECKS_LIMIT_SECONDS = 1800
 SANITIZER_LIMIT_SECONDS = 1800
 COMMAND_LIMIT_SECONDS = 1200
+# Less than any step takes: one with so little time left is not begun.
+STEP_MIN_SECONDS = 5
+# The status of a command that was ended at its limit.
+TIMED_OUT = 124
 # Lines of a process that failed that are kept.
 TAIL_LINES = 15
 
@@ -42,6 +47,8 @@ class Machine:
     ordinal: int
     seed: int
     mock: Path | None
+    deadline: float = float("inf")
+    """When all steps must be over, by ``time.monotonic``."""
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -80,8 +87,13 @@ class Machine:
             make_machine(self.system_root)
         self.environment = environment
 
-    def run(self, command: list[str], limit_seconds: int) -> tuple[int, str, str]:
+    def left(self) -> float:
+        """Seconds left for all steps."""
+        return self.deadline - time.monotonic()
+
+    def run(self, command: list[str], limit_seconds: float) -> tuple[int, str, str]:
         """Runs a command; returns its status (124 at the limit), stdout and stderr."""
+        limit_seconds = min(limit_seconds, max(self.left(), STEP_MIN_SECONDS))
         try:
             done = subprocess.run(
                 command,
@@ -96,7 +108,7 @@ class Machine:
         except subprocess.TimeoutExpired as error:
             output = error.stdout or b""
             text = output.decode(errors="replace") if isinstance(output, bytes) else output
-            return 124, text, f"no end after {limit_seconds} s"
+            return TIMED_OUT, text, f"no end after {limit_seconds:.0f} s"
         return done.returncode, done.stdout, done.stderr
 
 
@@ -132,6 +144,9 @@ def correctness(machine: Machine, directory: Path) -> tuple[list[Result], list[A
     results = [
         Result("correctness", check["name"], check["outcome"], check["detail"]) for check in found
     ]
+    if status == TIMED_OUT and machine.left() <= 0:
+        rest = out_of_time("correctness", f"{directory}, after {len(found)} checks")
+        return [*results, rest], found
     has_failed = any(result.outcome == "failed" for result in results)
     if not found or status not in (0, 1) or (status == 1 and not has_failed):
         detail = f"{ended(status)} after {len(found)} checks: {tail(error)}"
@@ -152,6 +167,8 @@ def sanitizer(machine: Machine, directory: Path) -> Result:
     command += [*_checks(machine, directory, outcomes), "--few"]
     status, output, error = machine.run(command, SANITIZER_LIMIT_SECONDS)
     checks = len(_read_json(outcomes) or [])
+    if status == TIMED_OUT and machine.left() <= 0:
+        return out_of_time("sanitizer", name)
     if status == 0 and checks > 0:
         return Result("sanitizer", name, "passed", f"{checks} checks without an error")
     return Result("sanitizer", name, "failed", f"{ended(status)}: {tail(output + error)}")
@@ -183,6 +200,8 @@ def bench(machine: Machine, directory: Path, options: list[str]) -> tuple[list[R
     name = f"{directory} {' '.join(options)}"
     report = _read_json(path)
     path.unlink(missing_ok=True)
+    if status == TIMED_OUT and machine.left() <= 0:
+        return [out_of_time("bench", name)], None
     if status != 0 or report is None:
         return [Result("bench", name, "failed", f"{ended(status)}: {tail(error)}")], None
     models = report["models"]
@@ -226,6 +245,11 @@ def _ratios(models: list[Any]) -> list[Result]:
             name = f"{model['model']}: compute stream held, {move['way']}"
             results.append(Result("bench", name, "measured", detail))
     return results
+
+
+def out_of_time(step: str, name: str) -> Result:
+    """What did not fit into ``--seconds``."""
+    return Result(step, name, "skipped", "the time that was given is over")
 
 
 def make_machine(root: Path) -> None:

@@ -88,6 +88,42 @@ def test_a_wrong_byte_fails_a_check(tmp_path: Path, mocks: Path) -> None:
     assert all("Error: " in found["detail"] for found in failed), failed
 
 
+def check(tmp_path: Path, mocks: Path, *options: str, **environment: str) -> list[dict[str, str]]:
+    report = tmp_path / "report.json"
+    command = [str(SCRIPT), "--mock", str(mocks), "--json", str(report), *options, str(tmp_path)]
+    done = run(command, tmp_path, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results: list[dict[str, str]] = json.loads(report.read_text())["results"]
+    return results
+
+
+def test_only_what_is_asked_for_is_done(tmp_path: Path, mocks: Path) -> None:
+    steps_done = [found["step"] for found in check(tmp_path, mocks, "--only", "doctor")]
+    assert steps_done == ["install", "doctor"]
+    results = check(tmp_path, mocks, "--only", "bench")
+    assert {found["step"] for found in results} == {"install", "bench"}
+
+
+def test_what_there_is_no_time_for_is_skipped_and_what_was_found_is_kept(
+    tmp_path: Path, mocks: Path
+) -> None:
+    over = "the time that was given is over"
+    results = check(tmp_path, mocks, "--seconds", "1")
+    assert [found["step"] for found in results if found["detail"] == over] == [
+        "doctor", "correctness", "sanitizer", "bench", "bench"
+    ]  # fmt: skip
+    results = check(
+        tmp_path, mocks, "--seconds", "12", "--only", "correctness", "--only", "bench",
+        KVRAIL_MOCK_CUDA_SCRIPT="cuLaunchKernel nth=150 hang",
+    )  # fmt: skip
+    passed = [found for found in results if found["outcome"] == "passed"]
+    assert {found["step"] for found in passed} == {"install", "correctness"}
+    assert len(passed) > 2
+    skipped = [found["name"] for found in results if found["detail"] == over]
+    assert len(skipped) == 3
+    assert f"after {len(passed) - 1} checks" in skipped[0]
+
+
 def test_a_wheel_without_the_command_fails(tmp_path: Path) -> None:
     wheel = tmp_path / "kvrail-0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
