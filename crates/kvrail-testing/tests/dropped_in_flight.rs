@@ -35,7 +35,7 @@ const BLOCK_BYTES: usize = 5000;
 /// One for each operation of a round: no two loads or stores ever share one.
 const BLOCKS: usize = OPERATIONS as usize;
 /// Chunks that the threads share.
-const CHUNKS: u64 = 40;
+const CHUNKS: u64 = 100;
 /// What is in flight is late, damaged or lost. Only chunks are: a store must open.
 const FAULTS: &str = "read,write * delay=2ms probability=0.3
     read,write * delay=40ms probability=0.05
