@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use common::noise;
 use kvrail::chunk::{ChunkFormat, PAGE_BYTES, hash_pages};
 use kvrail::layout::TransferPlan;
-use kvrail::memory::{CopyMethod, Gpu, GpuSlots, HostArena, PagesInSlot, SlotShape, StagingPool};
+use kvrail::memory::{
+    ComputeStream, CopyMethod, Gpu, GpuSlots, HostArena, PagesInSlot, SlotShape, StagingPool,
+};
 use kvrail::{ErrorKind, KvLayout, LayerSpan, Region};
 use kvrail_cuda::Cuda;
 use mock_support::Mocks;
@@ -225,6 +227,21 @@ fn goes_every_way(gpu: &Gpu, block_bytes: usize) {
             };
             assert!(slot.scatter_verified(own, &one, &regions, outside).is_err());
         }
+    }
+}
+
+#[test]
+fn the_legacy_default_stream_gets_no_batches() {
+    let mocks = Mocks::load();
+    for (script, expected) in [
+        ("", CopyMethod::Kernel),
+        ("cuModuleLoadData error=222", CopyMethod::Pieces),
+    ] {
+        mocks.script_cuda(script);
+        let gpu = open(&mocks).with_method(CopyMethod::Batch).unwrap();
+        let default = gpu.compute_stream(ComputeStream::default());
+        assert_eq!(gpu.method_on(&default), expected);
+        assert_eq!(gpu.method_on(gpu.store_stream()), CopyMethod::Batch);
     }
 }
 

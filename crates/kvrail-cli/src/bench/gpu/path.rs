@@ -171,12 +171,13 @@ impl StorePath {
                 blocks: memory.source_blocks(slot_of(wave, item)),
             };
             self.submission.store(&self.store, item, || {
+                // One after the other, as a forward ends: else a call's time has others' in it.
+                let mut marks = marks.lock().unwrap_or_else(PoisonError::into_inner);
                 let start = mark().map_err(held_failure)?;
                 let ticket = self
                     .cache
                     .store_after(std::slice::from_ref(&chunk), ComputeStream::default())?;
                 let end = mark().map_err(held_failure)?;
-                let mut marks = marks.lock().unwrap_or_else(PoisonError::into_inner);
                 marks.push((start, end));
                 Ok(ticket)
             })

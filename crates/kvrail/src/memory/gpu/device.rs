@@ -155,6 +155,15 @@ impl Gpu {
         self.forced.or(first).unwrap_or(CopyMethod::Pieces)
     }
 
+    /// Returns how pieces are copied on a stream: the legacy default stream takes no batches.
+    pub fn method_on(&self, stream: &Stream) -> CopyMethod {
+        match (self.method(), self.kernels()) {
+            (CopyMethod::Batch, Some(_)) if stream.is_legacy_default() => CopyMethod::Kernel,
+            (CopyMethod::Batch, None) if stream.is_legacy_default() => CopyMethod::Pieces,
+            (method, _) => method,
+        }
+    }
+
     /// Returns whether loads are verified and scattered in one pass.
     pub fn hashes_on_the_way(&self) -> bool {
         self.method() == CopyMethod::HashingKernel

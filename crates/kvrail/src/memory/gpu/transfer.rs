@@ -10,8 +10,8 @@ use std::time::Instant;
 
 use kvrail_cuda::{COPY_PIECE_BYTES, DevicePointer, Stream};
 
+use super::CopyMethod;
 use super::slot::{DESCRIPTOR_BYTES, GpuSlot, Parts};
-use super::{CopyMethod, Gpu};
 use crate::chunk::PAGE_BYTES;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::TransferPlan;
@@ -41,7 +41,13 @@ impl GpuSlot {
         zeros: &[Range<usize>],
     ) -> Result<()> {
         let image = self.image_span(at..at + plan.bytes())?;
-        let mut pieces = pieces(plan, regions, image, true, self.gpu.piece_bytes())?;
+        let mut pieces = pieces(
+            plan,
+            regions,
+            image,
+            true,
+            piece_bytes(self.gpu.method_on(stream)),
+        )?;
         for range in zeros.iter().filter(|range| !range.is_empty()) {
             let target = self.image_span(range.clone())?;
             let source = self.clear_page(stream, range.len())?;
@@ -66,7 +72,13 @@ impl GpuSlot {
         at: usize,
     ) -> Result<()> {
         let image = self.image_span(at..at + plan.bytes())?;
-        let pieces = pieces(plan, regions, image, false, self.gpu.piece_bytes())?;
+        let pieces = pieces(
+            plan,
+            regions,
+            image,
+            false,
+            piece_bytes(self.gpu.method_on(stream)),
+        )?;
         self.copy_pieces(stream, &pieces)
     }
 
@@ -214,7 +226,7 @@ impl GpuSlot {
         let gpu = self.gpu.clone();
         self.unmarked = true;
         let failed = |error| Error::gpu("copy between KV cache and staging memory", error);
-        match (gpu.method(), gpu.kernels()) {
+        match (gpu.method_on(stream), gpu.kernels()) {
             (CopyMethod::HashingKernel | CopyMethod::Kernel, Some(kernels)) => {
                 let parts = self.parts_mut()?;
                 let mut end = 0;
@@ -227,7 +239,7 @@ impl GpuSlot {
                 // checked; both stay until the stream is past the mark that the caller sets.
                 unsafe { kernels.copy(stream, descriptors, pieces.len()) }.map_err(failed)
             }
-            (CopyMethod::Batch, _) if !stream.is_legacy_default() => {
+            (CopyMethod::Batch, _) => {
                 let targets: Vec<u64> = pieces.iter().map(|piece| piece.target).collect();
                 let sources: Vec<u64> = pieces.iter().map(|piece| piece.source).collect();
                 let bytes: Vec<usize> = pieces.iter().map(|piece| piece.bytes).collect();
@@ -243,13 +255,11 @@ impl GpuSlot {
     }
 }
 
-impl Gpu {
-    /// Returns how many bytes one copy may have for this device's way of copying.
-    fn piece_bytes(&self) -> usize {
-        match self.method() {
-            CopyMethod::HashingKernel | CopyMethod::Kernel => COPY_PIECE_BYTES,
-            CopyMethod::Batch | CopyMethod::Pieces => usize::MAX,
-        }
+/// Returns how many bytes one copy may have.
+fn piece_bytes(method: CopyMethod) -> usize {
+    match method {
+        CopyMethod::HashingKernel | CopyMethod::Kernel => COPY_PIECE_BYTES,
+        CopyMethod::Batch | CopyMethod::Pieces => usize::MAX,
     }
 }
 
