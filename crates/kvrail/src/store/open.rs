@@ -163,6 +163,7 @@ pub(super) fn open(
         windows: Windows::default(),
         splits,
         gpus: Gpus::new(options.libraries.clone()),
+        copy_method: options.copy_method,
         cufile: CufileWish {
             wanted: config.wants_cufile(),
             compatibility: config.cufile_compat_mode,

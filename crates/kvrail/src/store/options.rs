@@ -6,6 +6,7 @@ use kvrail_cuda::system::SystemView;
 
 use super::lmcache_names::LmcacheNames;
 use crate::io::Observer;
+use crate::memory::CopyMethod;
 
 /// What a store may do to its directory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -32,6 +33,9 @@ pub struct OpenOptions {
     /// Where the CUDA driver and cuFile are looked for when a KV cache lies in the memory of a GPU.
     /// Default: the system's search.
     pub libraries: LibraryPaths,
+    /// How a GPU copies the pieces of a chunk, for tests and comparisons. Default: what is the quickest
+    /// for a KV cache when it is attached.
+    pub copy_method: Option<CopyMethod>,
     /// A program that calls [`kvrail_cuda::probe::answer`]: it tries cuFile before this process
     /// does. Default: none, and then cuFile is not used.
     pub cufile_probe: Option<ProbeProgram>,

@@ -28,7 +28,7 @@ use crate::chunk::{ChunkKey, Part};
 use crate::config::Durability;
 use crate::error::{Error, Result};
 use crate::io::{IoCounts, IoEngine};
-use crate::memory::{HostArena, StagingPool, StagingRange};
+use crate::memory::{CopyMethod, HostArena, StagingPool, StagingRange};
 
 /// Settings and state of a store, seen by all its threads.
 #[derive(Debug)]
@@ -60,6 +60,8 @@ pub(super) struct StoreShared {
     pub(super) windows: Windows,
     pub(super) splits: Splits,
     pub(super) gpus: Gpus,
+    /// How GPUs copy pieces; `None`: what is the quickest.
+    pub(super) copy_method: Option<CopyMethod>,
     pub(super) cufile: CufileWish,
     pub(super) capacity: Capacity,
     /// What files are named by where the directory is LMCache's.

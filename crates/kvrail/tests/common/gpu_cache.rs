@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kvrail::config::StoreConfig;
+use kvrail::memory::CopyMethod;
 use kvrail::store::ProbeProgram;
 use kvrail::{
     Device, KvCache, KvLayout, LayerSpan, LoadChunk, LoadReport, LoadTicket, OpenOptions, Region,
@@ -42,6 +43,8 @@ pub struct Bench {
     pub libraries: LibraryPaths,
     pub probe: Option<ProbeProgram>,
     pub config: StoreConfig,
+    /// How pieces are copied; `None`: as it is quickest here.
+    pub copy_method: Option<CopyMethod>,
 }
 
 impl Bench {
@@ -65,6 +68,7 @@ impl Bench {
                     .to_vec(),
             }),
             config,
+            copy_method: None,
         }
     }
 
@@ -78,6 +82,7 @@ impl Bench {
             libraries: self.libraries.clone(),
             cufile_probe: self.probe.clone(),
             system: self.machine.view(),
+            copy_method: self.copy_method,
             ..OpenOptions::default()
         };
         let mut config = self.config.clone();

@@ -41,9 +41,15 @@ fn kernels_that_compute_something_else_are_found_out_at_the_start() {
 #[test]
 fn a_bad_chunk_is_a_miss_and_no_byte_that_is_not_verified_reaches_a_block() {
     let mocks = Mocks::load();
+    for method in CopyMethod::ALL {
+        load_bad_chunks(&mocks, method);
+    }
+}
+
+fn load_bad_chunks(mocks: &Mocks, method: CopyMethod) {
     let folder = tempfile::tempdir().unwrap();
-    let store = open(&mocks, folder.path());
-    let cache = Cache::attach(&mocks, &store, 0).unwrap();
+    let store = open_by(mocks, folder.path(), Some(method));
+    let cache = Cache::attach(mocks, &store, 0).unwrap();
     // In the head, in a page, in another one, in the page table; and the page, if it is one.
     let flips = [
         (100, None),
@@ -72,8 +78,8 @@ fn a_bad_chunk_is_a_miss_and_no_byte_that_is_not_verified_reaches_a_block() {
         let payload =
             |memory: &[u8], blocks: [usize; 2]| blocks.map(|one| block(memory, one)).concat();
         let (was, is) = (payload(&before, [6, 7]), payload(&after, [6, 7]));
-        let Some(bad_page) = bad_page else {
-            assert!(is == was, "written by a chunk with a bad frame: {at}");
+        let (CopyMethod::HashingKernel, Some(bad_page)) = (method, bad_page) else {
+            assert!(is == was, "{method}: written by a bad chunk, bit at {at}");
             continue;
         };
         // A page is written if it is right, or it is not; of the bad one nothing is.

@@ -14,6 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::{Geometry, LIMIT, chunk, chunk_path, config, namespace, noise};
+use kvrail::memory::CopyMethod;
 use kvrail::{
     ComputeStream, Device, ErrorKind, KvCache, KvLayout, LayerSpan, LoadChunk, LoadReport,
     OpenOptions, Region, Store, StoreChunk, StoreReport,
@@ -49,7 +50,16 @@ fn options(mocks: &Mocks) -> OpenOptions {
 }
 
 fn open(mocks: &Mocks, path: &Path) -> Store {
-    Store::open(&config(path), namespace(), options(mocks)).unwrap()
+    open_by(mocks, path, None)
+}
+
+/// Opens a store that copies pieces by `method`, or by what is the quickest here.
+fn open_by(mocks: &Mocks, path: &Path, method: Option<CopyMethod>) -> Store {
+    let options = OpenOptions {
+        copy_method: method,
+        ..options(mocks)
+    };
+    Store::open(&config(path), namespace(), options).unwrap()
 }
 
 fn context(mocks: &Mocks, ordinal: usize) -> Context {
@@ -159,8 +169,12 @@ fn block(memory: &[u8], block: usize) -> Vec<u8> {
 
 /// Stores on one GPU, loads on the other, and compares with what the host's path writes.
 fn round_trip(mocks: &Mocks) {
+    round_trip_by(mocks, None);
+}
+
+fn round_trip_by(mocks: &Mocks, method: Option<CopyMethod>) {
     let folder = tempfile::tempdir().unwrap();
-    let store = open(mocks, &folder.path().join("gpu"));
+    let store = open_by(mocks, &folder.path().join("gpu"), method);
     let source = Cache::attach(mocks, &store, 0).unwrap();
     let content = noise(7, source.memory.bytes());
     source.write(&content);
@@ -188,7 +202,7 @@ fn round_trip(mocks: &Mocks) {
     let [gpu_file, host_file] = files.map(Result::unwrap);
     assert!(gpu_file == host_file, "the GPU's path writes another file");
     // Whole, and only the second block, on another GPU; nothing else is touched.
-    let other = open(mocks, &folder.path().join("gpu"));
+    let other = open_by(mocks, &folder.path().join("gpu"), method);
     let target = Cache::attach(mocks, &other, 1).unwrap();
     assert_eq!(target.load(1, 0, &[0, 9]).loaded, 1);
     assert_eq!(target.load(1, 1, &[12]).loaded, 1);
@@ -215,6 +229,9 @@ fn round_trip(mocks: &Mocks) {
 fn chunks_go_from_one_gpu_to_a_file_to_another_and_everything_is_given_back() {
     let mocks = Mocks::load();
     round_trip(&mocks);
+    for method in CopyMethod::ALL {
+        round_trip_by(&mocks, Some(method));
+    }
     assert!(
         mocks.cuda_calls("cuLaunchKernel") > 6,
         "the kernels were not used"

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use common::{LIMIT, chunk, chunk_path, noise};
 use gpu_cache::{Bench, Cache, Kind, block};
+use kvrail::memory::CopyMethod;
 use kvrail::store::Route;
 use kvrail::{ComputeStream, LoadChunk, StoreChunk};
 use kvrail_cuda::Priority;
@@ -75,8 +76,13 @@ fn round_trip(bench: &Bench, kind: Kind) {
 
 #[test]
 fn chunks_go_from_one_gpu_to_a_file_to_another_by_cufile_and_everything_is_given_back() {
-    let bench = Bench::start();
+    let mut bench = Bench::start();
     for kind in KINDS {
+        for method in CopyMethod::ALL {
+            bench.copy_method = Some(method);
+            round_trip(&bench, kind);
+        }
+        bench.copy_method = None;
         round_trip(&bench, kind);
     }
     assert!(
@@ -140,8 +146,12 @@ fn the_store_says_which_way_the_bytes_go() {
 
 #[test]
 fn a_bad_chunk_is_a_miss_by_cufile_too_and_costs_it_nothing() {
-    for kind in KINDS {
-        let bench = Bench::start();
+    for (kind, method) in KINDS
+        .into_iter()
+        .flat_map(|kind| CopyMethod::ALL.map(|one| (kind, one)))
+    {
+        let mut bench = Bench::start();
+        bench.copy_method = Some(method);
         let folder = bench.folder();
         let store = bench.open(folder.path());
         let cache = Cache::attach(&bench, &store, 0, kind).unwrap();

@@ -108,7 +108,10 @@ impl GpuSide {
         };
         let (slots, cufile) = allocate(store, &gpu, slot_shape, wanted.max(1), cufile)?;
         let in_place = in_place.filter(|_| cufile.is_some());
-        let (gpu, timings) = calibrate(&gpu, &slots, shape)?;
+        let (gpu, timings) = match store.copy_method {
+            Some(method) => (gpu.with_method(method)?, Vec::new()),
+            None => calibrate(&gpu, &slots, shape)?,
+        };
         let side = Self {
             gpu,
             slots,
@@ -195,6 +198,7 @@ impl GpuSide {
     ) {
         let way = match (&self.cufile, &self.in_place) {
             (Some(_), Some(_)) => "blocks read and written in place".to_owned(),
+            _ if timings.is_empty() => format!("pieces copied by {}", self.gpu.method()),
             _ => format!("pieces copied by {}", list(timings)),
         };
         let hashed = if self.hashes() { "GPU" } else { "CPU" };
