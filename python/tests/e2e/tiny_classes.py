@@ -143,8 +143,9 @@ def lfm2() -> PretrainedConfig:
 def qwen3_next() -> PretrainedConfig:
     """A gated delta network and attention; experts. vLLM's CPU build needs bfloat16.
 
-    The state of one head of 128 is no larger than a block of 128 tokens of the other layer, so that
-    vLLM need not make its blocks larger.
+    The state of one head of 64 is no larger than a block of 128 tokens of the
+    other layer, so that vLLM need not make its blocks larger. That holds in float32 as well, in
+    which vLLM keeps the states on processors with AVX512-BF16, whatever the model's type is.
     """
     return Qwen3NextConfig(
         **COMMON,
@@ -152,6 +153,8 @@ def qwen3_next() -> PretrainedConfig:
         layer_types=["linear_attention", "full_attention"],
         linear_num_key_heads=1,
         linear_num_value_heads=1,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
         moe_intermediate_size=64,
         num_experts=2,
         num_experts_per_tok=1,
