@@ -220,11 +220,16 @@ def attention_backends(vllm_config: VllmConfig, groups: Sequence[KVCacheGroupSpe
     """Names of the attention backends, which order the bytes inside a block.
 
     vLLM's CPU backend packs keys differently for each instruction set, so the instruction set that
-    it chose is part of the name.
+    it chose is part of the name. Backends of states have one name on all platforms, whose kernels
+    keep the axes of a state in different orders (GDN), so the platform is part of theirs.
     """
+    from vllm.platforms import current_platform
+    from vllm.v1.kv_cache_interface import MambaSpec
+
     layers = vllm_config.compilation_config.static_forward_context
     names = set()
-    for layer_name in (name for group in groups for name in group.layer_names):
+    named = ((group.kv_cache_spec, name) for group in groups for name in group.layer_names)
+    for spec, layer_name in named:
         layer = layers.get(layer_name)
         if layer is None:
             raise UnsupportedModelError(f"the attention backend of {layer_name} is not known")
@@ -234,6 +239,8 @@ def attention_backends(vllm_config: VllmConfig, groups: Sequence[KVCacheGroupSpe
             if instruction_set is None:
                 raise UnsupportedModelError(f"the instruction set of {layer_name} is not known")
             name = f"{name}/{instruction_set}"
+        if isinstance(spec, MambaSpec):
+            name = f"{name}/{current_platform.device_type}"
         names.add(name)
     return sorted(names)
 

@@ -9,13 +9,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.platforms import current_platform
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+)
 
 from kvrail.vllm import layout
 from kvrail.vllm.heads import HeadShare
-from kvrail.vllm.identity import build_identity, engine_none_hash, model_name, prefix_hash
+from kvrail.vllm.identity import (
+    attention_backends,
+    build_identity,
+    engine_none_hash,
+    model_name,
+    prefix_hash,
+)
 from kvrail.vllm.layout import UnsupportedModelError
 
 LAYERS = ["model.layers.0.attn", "model.layers.1.attn"]
@@ -184,6 +196,16 @@ def test_a_difference_that_does_not_matter(setup, change):
     before = identify(setup)
     change(setup)
     assert identify(setup) == before
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_states_belong_to_a_platform(setup, monkeypatch, platform):
+    spec = MambaSpec(block_size=16, shapes=((2, 4),), dtypes=(torch.float32,))
+    groups = [SimpleNamespace(layer_names=LAYERS[:1], kv_cache_spec=spec)]
+    gdn = SimpleNamespace(get_attn_backend=lambda: SimpleNamespace(get_name=lambda: "GDN_ATTN"))
+    setup.vllm.compilation_config.static_forward_context = {LAYERS[0]: gdn}
+    monkeypatch.setattr(type(current_platform), "device_type", platform)
+    assert attention_backends(setup.vllm, groups) == [f"GDN_ATTN/{platform}"]
 
 
 def test_stages_of_a_pipeline_agree_and_another_split_differs(setup, monkeypatch):
