@@ -1,14 +1,13 @@
-//! The driver's functions.
+//! The driver's functions, but for those of kernels.
 #![allow(
     clippy::missing_safety_doc,
     missing_docs,
     reason = "the functions and their contracts are those of cuda.h"
 )]
 
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::ptr;
 
-use kvrail_cuda::Pages;
 use mock_script::Action;
 
 use crate::control::enter;
@@ -16,16 +15,15 @@ use crate::memory::{device_limit, memory};
 use crate::objects::{count, current, device_count, exchange_capture_mode, is_refused, pop, push};
 use crate::streams::{Work, streams};
 
-type Handle = *mut c_void;
+pub(crate) type Handle = *mut c_void;
 
-const INVALID: c_int = 1;
+pub(crate) const INVALID: c_int = 1;
 const OUT_OF_MEMORY: c_int = 2;
 const NO_DEVICE: c_int = 101;
-const NO_CONTEXT: c_int = 201;
-const NOT_FOUND: c_int = 500;
+pub(crate) const NO_CONTEXT: c_int = 201;
 const NOT_READY: c_int = 600;
 /// `CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED`.
-const CAPTURE_UNSUPPORTED: c_int = 900;
+pub(crate) const CAPTURE_UNSUPPORTED: c_int = 900;
 
 /// Counts the call; returns what the script wants instead of the work.
 macro_rules! begin {
@@ -55,7 +53,7 @@ macro_rules! begin_unsafe {
 }
 
 /// Writes a result, if there is room for it.
-unsafe fn put<T>(target: *mut T, value: T) -> c_int {
+pub(crate) unsafe fn put<T>(target: *mut T, value: T) -> c_int {
     if target.is_null() {
         return INVALID;
     }
@@ -77,7 +75,7 @@ unsafe fn put_text(target: *mut c_char, room: c_int, text: &str) -> c_int {
 }
 
 /// A handle that means nothing but "number `value`".
-fn handle(value: usize) -> Handle {
+pub(crate) fn handle(value: usize) -> Handle {
     ptr::without_provenance_mut(value)
 }
 
@@ -422,106 +420,5 @@ pub unsafe extern "C" fn cuEventElapsedTime(time: *mut f32, from: Handle, to: Ha
 pub extern "C" fn cuEventDestroy_v2(_event: Handle) -> c_int {
     begin!("cuEventDestroy", _device);
     count(-1);
-    0
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuModuleLoadData(module: *mut Handle, image: *const c_void) -> c_int {
-    begin_unsafe!("cuModuleLoadData", _device);
-    // SAFETY: PTX ends with a zero.
-    let text = unsafe { CStr::from_ptr(image.cast()) }.to_string_lossy();
-    if !text.contains(".visible .entry kvrail_copy(") {
-        return 218;
-    }
-    count(1);
-    // SAFETY: passed on.
-    unsafe { put(module, handle(64)) }
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn cuModuleUnload(_module: Handle) -> c_int {
-    begin_unsafe!("cuModuleUnload", _device);
-    count(-1);
-    0
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuModuleGetFunction(
-    function: *mut Handle,
-    _module: Handle,
-    name: *const c_char,
-) -> c_int {
-    begin!("cuModuleGetFunction", _device);
-    // SAFETY: the name ends with a zero.
-    let number = match unsafe { CStr::from_ptr(name) }.to_bytes() {
-        b"kvrail_copy" => 1,
-        b"kvrail_hash_pages" => 2,
-        b"kvrail_gather_hashed" => 3,
-        b"kvrail_scatter_verified" => 4,
-        _ => return NOT_FOUND,
-    };
-    // SAFETY: passed on.
-    unsafe { put(function, handle(number)) }
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuLaunchKernel(
-    function: Handle,
-    _grid_x: c_uint,
-    _grid_y: c_uint,
-    _grid_z: c_uint,
-    _block_x: c_uint,
-    _block_y: c_uint,
-    _block_z: c_uint,
-    _shared: c_uint,
-    stream: Handle,
-    arguments: *mut *mut c_void,
-    _extra: *mut *mut c_void,
-) -> c_int {
-    let action = begin!("cuLaunchKernel");
-    let Some(_) = current() else {
-        return NO_CONTEXT;
-    };
-    // SAFETY: all kernels have at least two arguments of 8 bytes, the second four, the others six.
-    let argument = |index| unsafe { **arguments.add(index).cast::<*const u64>() };
-    let (descriptors, number) = (argument(0), argument(1) as usize);
-    // A script may also name the kernel.
-    let kernel = match function.addr() {
-        1 => "kvrail_copy",
-        2 => "kvrail_hash_pages",
-        3 => "kvrail_gather_hashed",
-        _ => "kvrail_scatter_verified",
-    };
-    let action = match (action, enter(kernel)) {
-        (_, Some(Action::Error(code))) => return code,
-        (action, of_kernel) => action.or(of_kernel),
-    };
-    let work = match function.addr() {
-        1 => Work::CopyKernel {
-            action,
-            descriptors,
-            number,
-        },
-        2 => Work::HashKernel {
-            action,
-            descriptors,
-            number,
-            hashes: argument(3),
-        },
-        kernel @ (3 | 4) => Work::PagesKernel {
-            action,
-            gathers: kernel == 3,
-            descriptors,
-            number,
-            pages: Pages {
-                address: argument(2),
-                count: argument(3) as usize,
-                hashes: argument(4),
-            },
-            last: argument(5),
-        },
-        _ => return INVALID,
-    };
-    streams().push(stream.addr(), work);
     0
 }

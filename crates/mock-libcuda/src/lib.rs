@@ -12,7 +12,9 @@
 )]
 
 mod control;
+#[macro_use]
 mod driver;
+mod kernels;
 mod memory;
 mod objects;
 mod streams;

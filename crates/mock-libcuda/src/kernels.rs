@@ -1,0 +1,122 @@
+//! The driver's functions for kernels: modules, and launches of those that kvrail has.
+#![allow(
+    clippy::missing_safety_doc,
+    missing_docs,
+    reason = "the functions and their contracts are those of cuda.h"
+)]
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+
+use kvrail_cuda::Pages;
+use mock_script::Action;
+
+use crate::control::enter;
+use crate::driver::{CAPTURE_UNSUPPORTED, Handle, INVALID, NO_CONTEXT, handle, put};
+use crate::objects::{count, current, is_refused};
+use crate::streams::{Work, streams};
+
+const NOT_FOUND: c_int = 500;
+
+const COPY: &str = "kvrail_copy";
+const HASH: &str = "kvrail_hash_pages";
+const GATHER: &str = "kvrail_gather_hashed";
+/// The kernels; a function's handle is its place here, and one.
+const KERNELS: [&str; 4] = [COPY, HASH, GATHER, "kvrail_scatter_verified"];
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleLoadData(module: *mut Handle, image: *const c_void) -> c_int {
+    begin_unsafe!("cuModuleLoadData", _device);
+    // SAFETY: PTX ends with a zero.
+    let text = unsafe { CStr::from_ptr(image.cast()) }.to_string_lossy();
+    if !text.contains(".visible .entry kvrail_copy(") {
+        return 218;
+    }
+    count(1);
+    // SAFETY: passed on.
+    unsafe { put(module, handle(64)) }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuModuleUnload(_module: Handle) -> c_int {
+    begin_unsafe!("cuModuleUnload", _device);
+    count(-1);
+    0
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleGetFunction(
+    function: *mut Handle,
+    _module: Handle,
+    name: *const c_char,
+) -> c_int {
+    begin!("cuModuleGetFunction", _device);
+    // SAFETY: the name ends with a zero.
+    let name = unsafe { CStr::from_ptr(name) }.to_bytes();
+    let Some(index) = KERNELS.iter().position(|kernel| kernel.as_bytes() == name) else {
+        return NOT_FOUND;
+    };
+    // SAFETY: passed on.
+    unsafe { put(function, handle(index + 1)) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuLaunchKernel(
+    function: Handle,
+    _grid_x: c_uint,
+    _grid_y: c_uint,
+    _grid_z: c_uint,
+    _block_x: c_uint,
+    _block_y: c_uint,
+    _block_z: c_uint,
+    _shared: c_uint,
+    stream: Handle,
+    arguments: *mut *mut c_void,
+    _extra: *mut *mut c_void,
+) -> c_int {
+    let action = begin!("cuLaunchKernel");
+    let Some(_) = current() else {
+        return NO_CONTEXT;
+    };
+    // SAFETY: all kernels have at least two arguments of 8 bytes, the second four, the others six.
+    let argument = |index| unsafe { **arguments.add(index).cast::<*const u64>() };
+    let (descriptors, number) = (argument(0), argument(1) as usize);
+    let Some(kernel) = function
+        .addr()
+        .checked_sub(1)
+        .and_then(|index| KERNELS.get(index))
+    else {
+        return INVALID;
+    };
+    // A script may also name the kernel.
+    let action = match (action, enter(kernel)) {
+        (_, Some(Action::Error(code))) => return code,
+        (action, of_kernel) => action.or(of_kernel),
+    };
+    let work = match *kernel {
+        COPY => Work::CopyKernel {
+            action,
+            descriptors,
+            number,
+        },
+        HASH => Work::HashKernel {
+            action,
+            descriptors,
+            number,
+            hashes: argument(3),
+        },
+        _ => Work::PagesKernel {
+            action,
+            gathers: *kernel == GATHER,
+            descriptors,
+            number,
+            pages: Pages {
+                address: argument(2),
+                count: argument(3) as usize,
+                hashes: argument(4),
+            },
+            last: argument(5),
+        },
+    };
+    streams().push(stream.addr(), work);
+    0
+}
