@@ -98,6 +98,8 @@ struct Taken {
     /// The source of the copies that keep the stream busy.
     busy: GpuSlot,
     host: StagingRange,
+    /// How their pieces are copied.
+    method: CopyMethod,
 }
 
 impl Copies {
@@ -154,6 +156,7 @@ impl Copies {
             slots: (0..CHUNKS).map(|_| take()).collect::<Result<_, _>>()?,
             busy: take()?,
             host: self.host.take(deadline)?,
+            method: gpu.method(),
         };
         let stream = gpu.store_stream();
         let outcome = self.put(work, stream, busy_copies, &mut taken, deadline);
@@ -206,7 +209,7 @@ impl Copies {
         }
         stream.record(&start).map_err(gpu_failure)?;
         for index in 0..CHUNKS {
-            self.put_chunk(work, stream, &mut taken.slots, index)?;
+            self.put_chunk((work, taken.method), stream, &mut taken.slots, index)?;
         }
         stream.record(&end).map_err(gpu_failure)?;
         let calls_waited_for = start.is_done().map_err(gpu_failure)?;
@@ -215,7 +218,7 @@ impl Copies {
 
     fn put_chunk(
         &self,
-        work: Work,
+        (work, method): (Work, CopyMethod),
         stream: &Stream,
         slots: &mut [GpuSlot],
         index: usize,
@@ -256,6 +259,10 @@ impl Copies {
                     payload: start,
                 };
                 if !slot.scatter_verified(stream, plan, &self.regions, place)? {
+                    if method == CopyMethod::HashingKernel {
+                        let message = format!("{method}: not for blocks of no whole 16 bytes");
+                        return Err(Failure::new(message));
+                    }
                     slot.hash_pages(stream, start, pages, None)?;
                     slot.fetch_hashes(stream, pages)?;
                     slot.scatter(stream, plan, &self.regions, start)?;
