@@ -57,7 +57,7 @@ clippy: tools ## Lint the Rust code.
 
 rust-test: tools ## Run the Rust tests.
 	@$(STEP) 'rust-test: cargo nextest' env PATH="$$(scripts/rust_tools):$$PATH" \
-	  $(WITHIN) cargo nextest run --workspace --locked --no-fail-fast
+	  KVRAIL_CUFILE_LIBRARIES="$$(scripts/cufile_libraries)" $(WITHIN) cargo nextest run --workspace --locked --no-fail-fast
 
 # The models print a schedule that fails; the feature is for them alone.
 concurrency-test: tools ## Run the store's code through interleavings that shuttle chooses.

@@ -36,7 +36,7 @@ fn start() -> Bench {
         .open(folder.path().join("file"))
         .unwrap();
     Bench {
-        driver: library.open_driver().unwrap(),
+        driver: library.open_driver(&context).unwrap(),
         memory: context.allocate(2 * BYTES).unwrap(),
         context,
         mocks,
@@ -70,9 +70,18 @@ fn what_is_written_is_read_back_and_everything_is_given_back() {
     let bench = start();
     let address = bench.memory.address();
     // SAFETY: the memory lives longer.
-    let buffer = unsafe { bench.driver.register_buffer(address, 2 * BYTES) }.unwrap();
+    let buffer = unsafe {
+        bench
+            .driver
+            .register_buffer(&bench.context, address, 2 * BYTES)
+    }
+    .unwrap();
     // SAFETY: refused.
-    let again = unsafe { bench.driver.register_buffer(address, 2 * BYTES) };
+    let again = unsafe {
+        bench
+            .driver
+            .register_buffer(&bench.context, address, 2 * BYTES)
+    };
     assert_eq!(again.unwrap_err().code(), Some(5023));
     let handle = bench.driver.register_file(bench.file.as_fd()).unwrap();
     assert_eq!(
@@ -121,13 +130,14 @@ fn faults_are_values() {
          cuFileRead nth=1 error=5030\ncuFileRead nth=2 short=4096\ncuFileWrite nth=1 error=5048",
     );
     // SAFETY: the memory lives longer.
-    let refused = unsafe { bench.driver.register_buffer(address, BYTES) }.unwrap_err();
+    let refused =
+        unsafe { bench.driver.register_buffer(&bench.context, address, BYTES) }.unwrap_err();
     assert_eq!(
         refused.to_string(),
         "cuFileBufRegister: 5036, GPU memory cannot be pinned for I/O (BAR1 full?)"
     );
     // SAFETY: as above.
-    let _buffer = unsafe { bench.driver.register_buffer(address, BYTES) }.unwrap();
+    let _buffer = unsafe { bench.driver.register_buffer(&bench.context, address, BYTES) }.unwrap();
     let refused = bench.driver.register_file(bench.file.as_fd()).unwrap_err();
     assert!(refused.to_string().contains("no udev record"), "{refused}");
     let handle = bench.driver.register_file(bench.file.as_fd()).unwrap();
@@ -148,7 +158,12 @@ fn a_process_that_was_forked_off_leaves_the_driver_alone() {
     let bench = start();
     let base = bench.memory.address();
     // SAFETY: the memory outlives the registration.
-    let registered = unsafe { bench.driver.register_buffer(base, 2 * BYTES) }.unwrap();
+    let registered = unsafe {
+        bench
+            .driver
+            .register_buffer(&bench.context, base, 2 * BYTES)
+    }
+    .unwrap();
     let handle = bench.driver.register_file(bench.file.as_fd()).unwrap();
     let balance = bench.mocks.balance().1;
     // SAFETY: the child calls nothing but what is tested, and leaves by `_exit`.
@@ -158,7 +173,7 @@ fn a_process_that_was_forked_off_leaves_the_driver_alone() {
             // SAFETY: refused before anything is touched.
             && unsafe { handle.write(base, BYTES, 0, 0) }.is_err()
             // SAFETY: as above.
-            && unsafe { bench.driver.register_buffer(base, BYTES) }.is_err();
+            && unsafe { bench.driver.register_buffer(&bench.context, base, BYTES) }.is_err();
         drop(handle);
         drop(registered);
         // The child's copy of the mock counts what it was asked to give back.

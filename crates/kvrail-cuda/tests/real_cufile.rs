@@ -1,166 +1,90 @@
-//! NVIDIA's own libcufile, where one is at hand: `KVRAIL_CUFILE_LIBRARY` names it, else it is that
-//! of the wheels in the active virtual environment. Needs no GPU.
-//!
-//! Versions from 1.16 on never return from opening the driver where `/proc/modules` does not exist,
-//! and it cannot be closed again for a second try: so that happens in a process of its own, with a
-//! limit. Transfers need a udev record of the device below the folder for temporary files.
-#![expect(unsafe_code, reason = "hands memory of the test to cuFile")]
+//! NVIDIA's own libcufile on the mock of libcuda, so without a GPU: each version that mock-support
+//! finds, in a process of its own.
+#![expect(unsafe_code, reason = "hands device memory of the mock to cuFile")]
 #![allow(
     clippy::unwrap_used,
     clippy::indexing_slicing,
     reason = "a test that meets an error has failed"
 )]
 
+use std::ffi::{c_int, c_void};
 use std::fs::{self, File, OpenOptions};
-use std::os::fd::AsFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
-use kvrail_cuda::{CuFile, CuFileDriver, Cuda, ErrorKind, LibraryPaths};
+use kvrail_cuda::{
+    Context, CuFile, CuFileDriver, Cuda, DeviceMemory, Priority, RegisteredMemory,
+    TRANSFER_BYTES_MAX,
+};
+use mock_support::{Mocks, RealCufile};
 
-/// Opening the driver takes a tenth of a second.
-const LIMIT: Duration = Duration::from_secs(60);
 const PAGE: usize = 4096;
 const BYTES: usize = 1 << 20;
-/// `O_DIRECT` of Linux on x86-64 and on AArch64.
-const O_DIRECT: i32 = if cfg!(target_arch = "aarch64") {
-    0x10000
-} else {
-    0x4000
-};
-
-/// Returns the library to test, or why there is none.
-fn find() -> Result<PathBuf, String> {
-    if let Some(path) = std::env::var_os("KVRAIL_CUFILE_LIBRARY") {
-        return Ok(path.into());
-    }
-    let environment = std::env::var_os("VIRTUAL_ENV");
-    let environment = environment.ok_or("neither KVRAIL_CUFILE_LIBRARY nor VIRTUAL_ENV is set")?;
-    let entries = |folder: PathBuf| {
-        let entries = fs::read_dir(folder).into_iter().flatten();
-        entries.filter_map(|entry| Some(entry.ok()?.path()))
-    };
-    entries(Path::new(&environment).join("lib"))
-        .flat_map(|python| entries(python.join("site-packages/nvidia")))
-        .map(|wheel| wheel.join("lib/libcufile.so.0"))
-        .find(|library| library.is_file())
-        .ok_or_else(|| {
-            format!(
-                "no libcufile.so.0 in the wheels of {}",
-                environment.display()
-            )
-        })
-}
-
-fn load() -> Option<CuFile> {
-    match find() {
-        Ok(path) => Some(CuFile::load(&[path]).unwrap()),
-        Err(reason) => {
-            eprintln!("skipped: {reason}");
-            None
-        }
-    }
-}
-
-/// Returns why the driver cannot be opened here.
-fn spins(version: (u32, u32)) -> Option<String> {
-    let spins = version >= (1, 16) && !Path::new("/proc/modules").exists();
-    spins.then(|| {
-        let (major, minor) = version;
-        format!("there is no /proc/modules, where {major}.{minor} never returns from being opened")
+/// Returns the libraries at hand, or says why there is none.
+fn libraries() -> Vec<RealCufile> {
+    RealCufile::find().unwrap_or_else(|reason| {
+        eprintln!("skipped: {reason}");
+        Vec::new()
     })
+}
+
+/// Runs a test of this program with each library.
+fn with_each(test: &str) {
+    for library in libraries() {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        library.run(test, folder.path());
+    }
 }
 
 #[test]
 fn the_real_library_has_every_function_and_knows_its_version() {
-    let Some(library) = load() else { return };
-    let version = library.version().unwrap();
-    eprintln!(
-        "libcufile {}.{}, vectored: {}, {}",
-        version.0,
-        version.1,
-        library.has_vectored(),
-        library.library().display()
-    );
-    assert_eq!(version.0, 1, "{version:?}");
-    assert_eq!(
-        library.has_vectored(),
-        version >= (1, 20),
-        "Readv and Writev came with 1.20"
-    );
+    for real in libraries() {
+        let library = CuFile::load(&[real.library().to_path_buf()]).unwrap();
+        let version = library.version().unwrap();
+        eprintln!(
+            "libcufile {}.{}, vectored: {}",
+            version.0,
+            version.1,
+            library.has_vectored(),
+        );
+        assert_eq!(version.0, 1, "{version:?}");
+        assert_eq!(
+            library.has_vectored(),
+            version >= (1, 20),
+            "Readv and Writev came with 1.20"
+        );
+    }
 }
 
 #[test]
-fn the_real_driver_moves_bytes_or_says_why_not() {
-    let Some(library) = load() else { return };
-    if let Some(reason) = spins(library.version().unwrap()) {
-        eprintln!("skipped: opening the driver: {reason}");
-        return;
-    }
-    let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "child", "--ignored", "--nocapture"])
-        .env("KVRAIL_CUFILE_LIBRARY", library.library())
-        .stdin(Stdio::null())
-        .spawn()
-        .unwrap();
-    let end = Instant::now() + LIMIT;
-    let status = loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            break status;
-        }
-        if Instant::now() >= end {
-            child.kill().unwrap();
-            child.wait().unwrap();
-            panic!("the driver did not answer within {LIMIT:?}");
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    };
-    assert!(status.success(), "{status}");
+fn the_real_library_moves_bytes_between_device_memory_and_files() {
+    with_each("transfers");
 }
 
 #[test]
-#[ignore = "the test above runs it in a process of its own"]
-fn child() {
-    let library = load().unwrap();
-    let version = library.version().unwrap();
-    // The library writes its log into the working directory.
-    let folder = tempfile::tempdir().unwrap();
-    std::env::set_current_dir(folder.path()).unwrap();
-    let driver = match library.open_driver() {
-        Ok(driver) => driver,
-        Err(error) => {
-            eprintln!("skipped: transfers: {error}");
-            assert_eq!(error.operation(), "cuFileDriverOpen");
-            let cuda = Cuda::load(&LibraryPaths::default().cuda);
-            let is_missing = cuda.is_err_and(|error| error.kind() == ErrorKind::LibraryMissing);
-            match (version < (1, 16), is_missing) {
-                (true, true) => assert_eq!(error.code(), Some(5033), "{error}"),
-                _ => assert!((5001..5100).contains(&error.code().unwrap()), "{error}"),
-            }
-            return;
-        }
-    };
-    eprintln!("the driver was opened");
-    transfers(&driver, folder.path());
+fn the_mock_answers_as_the_real_library() {
+    with_each("answers");
 }
 
-/// Host memory at a page boundary.
-struct Buffer {
-    memory: Vec<u8>,
-    start: usize,
+/// The mock of libcuda, and the real library opened on it.
+struct Bench {
+    mocks: Mocks,
+    context: Context,
+    library: CuFile,
+    driver: CuFileDriver,
 }
 
-impl Buffer {
-    fn new(bytes: usize) -> Self {
-        let memory = vec![0_u8; bytes + PAGE];
-        let start = memory.as_ptr().align_offset(PAGE);
-        Self { memory, start }
-    }
-
-    fn address(&self) -> u64 {
-        self.memory[self.start..].as_ptr() as u64
+fn start() -> Bench {
+    let mocks = Mocks::load();
+    let cuda = Cuda::load(&[mocks.cuda().to_path_buf()]).unwrap();
+    let context = cuda.retain_primary(0).unwrap();
+    let library = CuFile::load(&[RealCufile::of_this_process().unwrap()]).unwrap();
+    Bench {
+        driver: library.open_driver_with(&context, true).unwrap(),
+        library,
+        context,
+        mocks,
     }
 }
 
@@ -170,99 +94,269 @@ fn open(path: &Path) -> File {
         .write(true)
         .create(true)
         .truncate(false)
-        .custom_flags(O_DIRECT)
+        .custom_flags(libc::O_DIRECT)
         .open(path)
         .unwrap()
 }
 
-/// Writes, reads and compares on registered host memory, in the library's compatible mode.
-fn transfers(driver: &CuFileDriver, folder: &Path) {
-    let device = fs::metadata(folder).unwrap().dev();
-    // As glibc's major() and minor(), for numbers below 4096 and 256.
-    let record = format!("/run/udev/data/b{}:{}", device >> 8 & 0xfff, device & 0xff);
-    let path = folder.join("file");
-    let file = open(&path);
-    let handle = match driver.register_file(file.as_fd()) {
-        Ok(handle) => handle,
-        Err(error) => {
-            eprintln!("skipped: transfers: {error} ({record})");
-            assert!(!Path::new(&record).exists(), "{record} is there: {error}");
-            assert_eq!(error.code(), Some(5027), "{error}");
-            return;
-        }
-    };
-    let mut buffer = Buffer::new(2 * BYTES);
-    let start = buffer.start;
-    for (index, byte) in buffer.memory[start..start + BYTES].iter_mut().enumerate() {
-        *byte = (index * 13 % 251) as u8;
-    }
-    let expected = buffer.memory[start..start + BYTES].to_vec();
-    let base = buffer.address();
-    // SAFETY: the buffer lives longer than the registration.
-    let registered = unsafe { driver.register_buffer(base, 2 * BYTES) }.unwrap();
-    // SAFETY: as above; refused.
-    let again = unsafe { driver.register_buffer(base, 2 * BYTES) };
-    assert_eq!(again.unwrap_err().code(), Some(5023));
-    // SAFETY: the range lies in the registered memory.
-    let written = unsafe { handle.write(base, BYTES, PAGE as u64, 0) };
-    assert_eq!(written.unwrap(), BYTES);
-    // SAFETY: as above.
-    let read = unsafe { handle.read(base, BYTES, PAGE as u64, BYTES) };
-    assert_eq!(read.unwrap(), BYTES);
-    assert_eq!(
-        &buffer.memory[start + BYTES..start + 2 * BYTES],
-        expected,
-        "what was written came back"
-    );
-    // SAFETY: as above; the file ends in between.
-    let short = unsafe { handle.read(base, BYTES, BYTES as u64, BYTES) };
-    assert_eq!(short.unwrap(), PAGE, "a read that meets the end is short");
-    // SAFETY: as above; the file ends before.
-    let behind = unsafe { handle.read(base, BYTES, 4 * BYTES as u64, BYTES) };
-    assert_eq!(behind.unwrap(), 0);
-    drop((handle, registered, file));
-    let content = fs::read(&path).unwrap();
-    assert_eq!(content.len(), PAGE + BYTES);
-    assert_eq!(content[PAGE..], expected);
-    vectored(driver, folder);
+/// Bytes of which no two pages look alike.
+fn noise(seed: usize, bytes: usize) -> Vec<u8> {
+    let byte = |index: usize| (index.wrapping_add(seed << 32)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    (0..bytes).map(|index| (byte(index) >> 56) as u8).collect()
+}
+
+fn fill(memory: &DeviceMemory, bytes: &[u8]) {
+    let stream = memory.context().stream(Priority::Low).unwrap();
+    // SAFETY: the caller's bytes fit the memory; waited for.
+    unsafe { stream.copy_to_device(memory.address(), bytes.as_ptr(), bytes.len()) }.unwrap();
+    stream.synchronize().unwrap();
+}
+
+fn content(memory: &DeviceMemory) -> Vec<u8> {
+    let mut bytes = vec![0; memory.bytes()];
+    let stream = memory.context().stream(Priority::Low).unwrap();
+    // SAFETY: as in `fill`.
+    unsafe { stream.copy_to_host(bytes.as_mut_ptr(), memory.address(), bytes.len()) }.unwrap();
+    stream.synchronize().unwrap();
+    bytes
+}
+
+#[test]
+#[ignore = "started by the tests above in a process of its own"]
+fn transfers() {
+    let bench = start();
+    one_by_one(&bench);
+    vectored(&bench);
+    from_many_threads(&bench);
+    // Copies of the library's: by the driver, since the CPU cannot touch device memory.
+    let copies = ["cuMemcpy", "cuMemcpyAsync", "cuMemcpyHtoDAsync"];
+    assert!(copies.iter().any(|name| bench.mocks.cuda_calls(name) > 0));
     eprintln!("bytes were written, read and compared");
 }
 
-/// One call that moves many pieces, where the library has it.
-fn vectored(driver: &CuFileDriver, folder: &Path) {
-    const PIECES: usize = 16;
-    let file = open(&folder.join("vectored"));
-    let handle = driver.register_file(file.as_fd()).unwrap();
-    let mut buffer = Buffer::new(2 * BYTES);
-    let start = buffer.start;
-    for (index, byte) in buffer.memory[start..start + BYTES].iter_mut().enumerate() {
-        *byte = (index / PAGE + index % 7) as u8;
+/// The largest transfer and others, at offsets, to the end of a file and beyond it.
+fn one_by_one(bench: &Bench) {
+    let memory = bench.context.allocate(2 * TRANSFER_BYTES_MAX).unwrap();
+    let source = noise(1, 2 * TRANSFER_BYTES_MAX);
+    fill(&memory, &source);
+    let base = memory.address();
+    // SAFETY: the memory lives longer than the registration.
+    let registered = unsafe {
+        bench
+            .driver
+            .register_buffer(&bench.context, base, memory.bytes())
+    };
+    let registered = registered.unwrap();
+    let path = Path::new("one");
+    let file = open(path);
+    let handle = bench.driver.register_file(file.as_fd()).unwrap();
+    for (bytes, file_offset) in [(PAGE, 0), (BYTES, PAGE), (TRANSFER_BYTES_MAX, BYTES + PAGE)] {
+        // SAFETY: both ranges lie in the registered memory.
+        let written = unsafe { handle.write(base, bytes, file_offset as u64, PAGE) };
+        assert_eq!(written.unwrap(), bytes);
+        let on_disk = fs::read(path).unwrap();
+        assert!(on_disk[file_offset..] == source[PAGE..PAGE + bytes]);
+        // SAFETY: as above.
+        let read = unsafe { handle.read(base, bytes, file_offset as u64, TRANSFER_BYTES_MAX) };
+        assert_eq!(read.unwrap(), bytes);
+        let found = content(&memory);
+        assert!(found[..TRANSFER_BYTES_MAX] == source[..TRANSFER_BYTES_MAX]);
+        let (moved, behind) = found[TRANSFER_BYTES_MAX..].split_at(bytes);
+        assert!(moved == &source[PAGE..PAGE + bytes], "{bytes} bytes");
+        assert!(behind == &source[TRANSFER_BYTES_MAX + bytes..]);
+        fill(&memory, &source);
     }
-    let base = buffer.address();
+    let end = fs::metadata(path).unwrap().len();
+    // SAFETY: as above; the file ends in between.
+    let short = unsafe { handle.read(base, BYTES, end - PAGE as u64, 0) };
+    assert_eq!(short.unwrap(), PAGE, "a read that meets the end is short");
+    // SAFETY: as above; the file ends before.
+    let behind = unsafe { handle.read(base, BYTES, end + BYTES as u64, 0) };
+    assert_eq!(behind.unwrap(), 0);
+    drop((handle, registered));
+}
+
+/// One call that moves many pieces, where the library has it.
+fn vectored(bench: &Bench) {
+    const PIECES: usize = 16;
+    let memory = bench.context.allocate(2 * BYTES).unwrap();
+    let source = noise(2, 2 * BYTES);
+    fill(&memory, &source);
+    let base = memory.address();
+    // SAFETY: the memory lives longer than the registration.
+    let registered = unsafe {
+        bench
+            .driver
+            .register_buffer(&bench.context, base, memory.bytes())
+    };
+    let registered = registered.unwrap();
+    let path = Path::new("vectored");
+    let file = open(path);
+    let handle = bench.driver.register_file(file.as_fd()).unwrap();
     let each = BYTES / PIECES;
     // Backwards, so that the order of the pieces is seen.
     let pieces = |offset: usize| -> Vec<(u64, usize)> {
         let piece = |index| (base + (offset + index * each) as u64, each);
         (0..PIECES).rev().map(piece).collect()
     };
-    // SAFETY: the buffer lives longer than the registration.
-    let registered = unsafe { driver.register_buffer(base, 2 * BYTES) }.unwrap();
     // SAFETY: the pieces lie in the registered memory.
     let written = unsafe { handle.write_vectored(&pieces(0), 0) };
-    match written {
-        Ok(bytes) => assert_eq!(bytes, BYTES),
-        Err(error) => {
-            eprintln!("skipped: vectored transfers: {error}");
-            assert_eq!(error.kind(), ErrorKind::Unsupported);
-            return;
-        }
+    if !bench.library.has_vectored() {
+        eprintln!("skipped: {}", written.unwrap_err());
+        return;
     }
+    assert_eq!(written.unwrap(), BYTES);
     // SAFETY: as above.
     let read = unsafe { handle.read_vectored(&pieces(BYTES), 0) };
     assert_eq!(read.unwrap(), BYTES);
+    let found = content(&memory);
+    assert!(found[..BYTES] == source[..BYTES] && found[BYTES..] == source[..BYTES]);
+    assert!(fs::read(path).unwrap()[..each] == source[BYTES - each..BYTES]);
     drop((handle, registered));
-    let (first, second) = buffer.memory[start..start + 2 * BYTES].split_at(BYTES);
-    assert!(first == second, "pieces came back to where they were from");
-    let content = fs::read(folder.join("vectored")).unwrap();
-    assert_eq!(content[..each], first[BYTES - each..]);
+}
+
+/// Threads on two devices, each with memory and files of its own, where no context is current.
+fn from_many_threads(bench: &Bench) {
+    let cuda = bench.context.cuda();
+    std::thread::scope(|scope| {
+        for index in 0..8 {
+            let context = cuda.retain_primary(index % 2).unwrap();
+            let driver = &bench.driver;
+            scope.spawn(move || {
+                let memory = context.allocate(2 * BYTES).unwrap();
+                let address = memory.address();
+                let source = noise(10 + index, 2 * BYTES);
+                fill(&memory, &source);
+                let mut memory = RegisteredMemory::new(driver, memory).unwrap();
+                for round in 0..8 {
+                    let path = format!("thread-{index}-{round}");
+                    let file = open(Path::new(&path));
+                    let handle = driver.register_file(file.as_fd()).unwrap();
+                    let moved = memory.write(&handle, 0..BYTES, 0).unwrap();
+                    assert_eq!(moved, BYTES);
+                    assert_eq!(memory.read(&handle, BYTES..2 * BYTES, 0).unwrap(), BYTES);
+                }
+                let mut found = vec![0; 2 * BYTES];
+                let stream = context.stream(Priority::Low).unwrap();
+                // SAFETY: the memory is as long and alive.
+                unsafe { stream.copy_to_host(found.as_mut_ptr(), address, found.len()) }.unwrap();
+                stream.synchronize().unwrap();
+                assert!(found[..BYTES] == source[..BYTES]);
+                assert!(found[BYTES..] == source[..BYTES]);
+            });
+        }
+    });
+}
+
+#[test]
+#[ignore = "started by the tests above in a process of its own"]
+fn answers() {
+    let bench = start();
+    let mock = CuFile::load(&[bench.mocks.cufile().to_path_buf()]).unwrap();
+    let driver = mock.open_driver(&bench.context).unwrap();
+    let context = &bench.context;
+    // On a thread of its own: a call that fails may leave a context behind.
+    let real = std::thread::scope(|scope| {
+        let real = || answers_of(&bench.library, &bench.driver, context, Path::new("real"));
+        scope.spawn(real).join().unwrap()
+    });
+    let mock = answers_of(&mock, &driver, context, Path::new("mock"));
+    assert_eq!(mock, real);
+}
+
+/// `CUfileError_t`.
+#[repr(C)]
+struct Status {
+    error: c_int,
+    cuda: c_int,
+}
+
+/// What a library answers to calls that kvrail makes, or must not make.
+fn answers_of(
+    library: &CuFile,
+    driver: &CuFileDriver,
+    context: &Context,
+    path: &Path,
+) -> Vec<(&'static str, Result<usize, Option<i32>>)> {
+    type Register = unsafe extern "C" fn(*const c_void, usize, c_int) -> Status;
+    let memory = context.allocate(2 * BYTES).unwrap();
+    fill(&memory, &noise(3, 2 * BYTES));
+    let base = memory.address();
+    let mut answers = Vec::new();
+    let mut say = |what, answer: kvrail_cuda::Result<usize>| {
+        answers.push((what, answer.map_err(|error| error.code())));
+    };
+    // Around the binding, which makes a context current.
+    // SAFETY: the library is loaded already.
+    let raw = unsafe { libloading::Library::new(library.library()) }.unwrap();
+    // SAFETY: the type is that of cufile.h.
+    let register = unsafe { raw.get::<Register>(b"cuFileBufRegister") }.unwrap();
+    let start = std::ptr::without_provenance(base as usize);
+    // SAFETY: refused; the memory is alive.
+    let status = unsafe { register(start, memory.bytes(), 0) };
+    assert_eq!(
+        (status.error, status.cuda),
+        (5011, 201),
+        "memory is registered on a thread where a context is current"
+    );
+    // SAFETY: the memory lives longer than the registration.
+    let registered = unsafe { driver.register_buffer(context, base, memory.bytes()) }.unwrap();
+    // SAFETY: refused.
+    let again = unsafe { driver.register_buffer(context, base, memory.bytes()) };
+    say("register memory again", again.map(|_| 0));
+    let file = open(path);
+    let handle = driver.register_file(file.as_fd()).unwrap();
+    let again = driver.register_file(file.as_fd());
+    say("register a file again", again.map(|_| 0));
+    // SAFETY: the range lies in the registered memory, here and below.
+    say("write", unsafe { handle.write(base, BYTES, 0, PAGE) });
+    // SAFETY: as above.
+    say("read", unsafe { handle.read(base, BYTES, 0, PAGE) });
+    let end = (BYTES - PAGE) as u64;
+    // SAFETY: as above.
+    say("read at the end", unsafe {
+        handle.read(base, BYTES, end, 0)
+    });
+    // SAFETY: as above.
+    say("read behind", unsafe {
+        handle.read(base, BYTES, 4 << 20, 0)
+    });
+    // SAFETY: as above; the system refuses the offset.
+    let refused = unsafe { handle.write(base, BYTES, i64::MAX as u64 - 4095, 0) };
+    say("write behind all files", refused);
+    let read_only = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(path)
+        .unwrap();
+    let other = driver.register_file(read_only.as_fd()).unwrap();
+    // SAFETY: as above; the system refuses to write.
+    let refused = unsafe { other.write(base, PAGE, 0, 0) };
+    say("write what was opened to be read", refused);
+    for (what, flag) in [
+        ("opened through no link", libc::O_NOFOLLOW),
+        ("opened without waiting", libc::O_NONBLOCK),
+        ("opened to append", libc::O_APPEND),
+    ] {
+        let mut options = OpenOptions::new();
+        options.write(true).custom_flags(libc::O_DIRECT | flag);
+        let file = options.open(path).unwrap();
+        let refused = driver.register_file(file.as_fd());
+        say(what, refused.map(|_| 0));
+    }
+    // A file that is closed before it is deregistered leaves its number behind.
+    let number = read_only.as_raw_fd();
+    drop(read_only);
+    let next = open(&path.with_extension("next"));
+    assert_eq!(next.as_raw_fd(), number, "not the next free number");
+    let refused = driver.register_file(next.as_fd());
+    say("register the number of a closed file", refused.map(|_| 0));
+    drop(other);
+    let taken = driver.register_file(next.as_fd());
+    say("register it after that", taken.map(|_| 0));
+    drop((handle, registered));
+    // SAFETY: the memory lives longer than the registration.
+    let anew = unsafe { driver.register_buffer(context, base, memory.bytes()) };
+    say("register memory anew", anew.map(|_| 0));
+    answers
 }

@@ -29,11 +29,9 @@ fn start() -> Bench {
     let cuda = Cuda::load(&[mocks.cuda().to_path_buf()]).unwrap();
     let context = cuda.retain_primary(0).unwrap();
     let library = CuFile::load(&[mocks.cufile().to_path_buf()]).unwrap();
-    let driver = library.open_driver().unwrap();
+    let driver = library.open_driver(&context).unwrap();
     let memory = context.allocate(4 * SLOT).unwrap();
-    // SAFETY: the arena keeps memory and registration together.
-    let registered = unsafe { driver.register_buffer(memory.address(), memory.bytes()) }.unwrap();
-    let arena = DeviceArena::new(memory, Some(registered));
+    let arena = DeviceArena::registered(memory, &driver).unwrap();
     Bench {
         engine: CufileEngine::new(&driver, &context, 2, &(Arc::new(|| ()) as _)).unwrap(),
         pool: StagingPool::over(arena, SLOT).unwrap(),

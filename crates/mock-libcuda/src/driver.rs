@@ -134,12 +134,17 @@ pub unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) 
 pub unsafe extern "C" fn cuDeviceGetAttribute(
     value: *mut c_int,
     attribute: c_int,
-    _device: c_int,
+    device: c_int,
 ) -> c_int {
     begin!("cuDeviceGetAttribute");
     let known = match attribute {
         75 => 9,
         76 => 0,
+        // PCI bus; device and domain.
+        33 => device + 1,
+        34 | 50 => 0,
+        // Compute mode; memory operations of streams, GPUDirect RDMA and DMA-BUF.
+        20 | 92 | 116 | 124 => 0,
         _ => return INVALID,
     };
     // SAFETY: passed on.

@@ -14,6 +14,7 @@
 mod control;
 #[macro_use]
 mod driver;
+mod asked_by_cufile;
 mod kernels;
 mod memory;
 mod objects;

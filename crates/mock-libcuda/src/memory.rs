@@ -1,6 +1,7 @@
 //! Device memory: addresses that crash when the CPU touches them, and aliases that it may touch.
 
 use std::collections::BTreeMap;
+use std::ffi::c_void;
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -14,6 +15,7 @@ struct Block {
     mapped: usize,
     alias: usize,
     device: usize,
+    id: u64,
 }
 
 /// All device memory, by device address.
@@ -22,11 +24,14 @@ pub(crate) struct Memory {
     blocks: BTreeMap<usize, Block>,
     /// Pinned host ranges: address and length.
     pub(crate) pinned: BTreeMap<usize, usize>,
+    /// Allocations so far.
+    allocated: u64,
 }
 
 static MEMORY: Mutex<Memory> = Mutex::new(Memory {
     blocks: BTreeMap::new(),
     pinned: BTreeMap::new(),
+    allocated: 0,
 });
 
 pub(crate) fn memory() -> MutexGuard<'static, Memory> {
@@ -82,12 +87,14 @@ impl Memory {
         if address == libc::MAP_FAILED || alias == libc::MAP_FAILED {
             return None;
         }
+        self.allocated += 1;
         let (address, alias) = (address.expose_provenance(), alias.expose_provenance());
         let block = Block {
             bytes,
             mapped,
             alias,
             device,
+            id: self.allocated,
         };
         self.blocks.insert(address, block);
         Some(address as u64)
@@ -112,6 +119,61 @@ impl Memory {
         let offset = address as usize - start;
         let inside = offset.checked_add(bytes)? <= block.bytes;
         inside.then(|| ptr::with_exposed_provenance_mut(block.alias + offset))
+    }
+
+    /// Allocates pinned host memory.
+    pub(crate) fn allocate_host(&mut self, bytes: usize) -> Option<*mut c_void> {
+        let mapped = bytes.next_multiple_of(ALIGNMENT);
+        // SAFETY: a new private mapping at an address of the kernel's choice.
+        let start = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                mapped,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return None;
+        }
+        self.pinned.insert(start.expose_provenance(), mapped);
+        Some(start)
+    }
+
+    /// Frees pinned host memory; returns whether there was such an allocation.
+    pub(crate) fn free_host(&mut self, start: *mut c_void) -> bool {
+        let Some(mapped) = self.pinned.remove(&start.expose_provenance()) else {
+            return false;
+        };
+        // SAFETY: a mapping of ours that nobody knows any more.
+        unsafe { libc::munmap(start, mapped) };
+        true
+    }
+
+    /// Returns start and length of the allocation that an address lies in.
+    pub(crate) fn range(&self, address: u64) -> Option<(u64, usize)> {
+        let (start, block) = self.blocks.range(..=address as usize).next_back()?;
+        ((address as usize) < start + block.bytes).then_some((*start as u64, block.bytes))
+    }
+
+    /// Returns the device whose memory an address lies in.
+    pub(crate) fn device_of(&self, address: u64) -> Option<usize> {
+        let (start, _) = self.range(address)?;
+        Some(self.blocks.get(&(start as usize))?.device)
+    }
+
+    /// Returns what tells this allocation from one that was at the same address before.
+    pub(crate) fn buffer_id(&self, address: u64) -> u64 {
+        let block = self.blocks.range(..=address as usize).next_back();
+        block.map_or(0, |(_, block)| block.id)
+    }
+
+    /// Returns whether an address lies in pinned host memory.
+    pub(crate) fn is_pinned(&self, address: u64) -> bool {
+        let before = self.pinned.range(..=address as usize).next_back();
+        before.is_some_and(|(start, bytes)| (address as usize) < start + bytes)
     }
 
     /// Returns whether an address lies in device memory, however long the range.

@@ -26,7 +26,9 @@ pub(crate) fn is_refused() -> bool {
 
 /// Device number of the current context of this thread.
 pub(crate) fn current() -> Option<usize> {
-    CURRENT.with_borrow(|stack| stack.last().copied())
+    // A library may give back what it holds when the process ends, after this thread's values.
+    let top = CURRENT.try_with(|stack| stack.borrow().last().copied());
+    top.ok().flatten()
 }
 
 pub(crate) fn push(device: usize) {

@@ -10,7 +10,8 @@ use std::ffi::{c_int, c_uint, c_void};
 use mock_script::Action;
 
 use crate::control::enter;
-use crate::registry::{registry, translate};
+use crate::cuda::{has_context, translate};
+use crate::registry::registry;
 
 /// `CUfileError_t`.
 #[repr(C)]
@@ -28,6 +29,10 @@ pub struct Description {
     operations: *const c_void,
 }
 
+/// `CU_FILE_CUDA_DRIVER_ERROR`, and `CUDA_ERROR_INVALID_CONTEXT` beside it.
+const CUDA_ERROR: c_int = 5011;
+const INVALID_CONTEXT: c_int = 201;
+const OPEN_FLAGS: c_int = 5019;
 const UNKNOWN_MEMORY: c_int = 5012;
 const OUT_OF_RANGE: c_int = 5014;
 const REGISTERED_BUFFER: c_int = 5023;
@@ -89,6 +94,13 @@ pub unsafe extern "C" fn cuFileHandleRegister(
     if registry.files.values().any(|other| *other == fd) {
         return status(REGISTERED_FILE);
     }
+    // As the real one (`real_cufile.rs` compares).
+    let refused = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_APPEND;
+    // SAFETY: asks for the flags of the caller's descriptor.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    if flags & refused != 0 {
+        return status(OPEN_FLAGS);
+    }
     let number = registry.next;
     registry.next += 1;
     registry.files.insert(number, fd);
@@ -106,6 +118,13 @@ pub extern "C" fn cuFileHandleDeregister(handle: *mut c_void) {
 #[unsafe(no_mangle)]
 pub extern "C" fn cuFileBufRegister(start: *const c_void, bytes: usize, _flags: c_int) -> Status {
     begin!("cuFileBufRegister");
+    // As the real one (`real_cufile.rs` compares).
+    if !has_context() {
+        return Status {
+            error: CUDA_ERROR,
+            cuda: INVALID_CONTEXT,
+        };
+    }
     let address = start.addr() as u64;
     if translate(address, bytes).is_null() {
         return status(UNKNOWN_MEMORY);

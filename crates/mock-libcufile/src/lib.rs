@@ -11,5 +11,6 @@
 )]
 
 mod control;
+mod cuda;
 mod cufile;
 mod registry;

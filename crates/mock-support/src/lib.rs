@@ -1,4 +1,5 @@
-//! Builds, finds and steers the mocks of libcuda and libcufile, for tests.
+//! Builds, finds and steers the mocks of libcuda and libcufile, for tests, and puts NVIDIA's own
+//! libcufile on top of the mock of libcuda.
 #![expect(unsafe_code, reason = "calls functions of the mocks by their C types")]
 #![allow(
     clippy::panic,
@@ -11,6 +12,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use libloading::Library;
+
+mod real;
+
+pub use real::RealCufile;
 
 /// The mock libraries, built and loaded.
 #[derive(Debug)]
@@ -130,6 +135,8 @@ fn build() -> PathBuf {
             "mock-libcuda",
             "-p",
             "mock-libcufile",
+            "-p",
+            "mock-machine",
         ])
         .args(release.then_some("--release"))
         .current_dir(env!("CARGO_MANIFEST_DIR"));

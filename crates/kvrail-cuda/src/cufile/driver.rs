@@ -9,6 +9,7 @@ use std::sync::Arc;
 use super::check;
 use super::file::FileHandle;
 use super::sys::{ALLOW_COMPAT_MODE, Api, MAX_DIRECT_IO_SIZE_KB};
+use crate::driver::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::library::Loaded;
 
@@ -70,7 +71,11 @@ impl CuFile {
     ///
     /// # Errors
     /// As [`CuFile::open_driver`].
-    pub fn open_driver_with(&self, allow_compatibility: bool) -> Result<CuFileDriver> {
+    pub fn open_driver_with(
+        &self,
+        context: &Context,
+        allow_compatibility: bool,
+    ) -> Result<CuFileDriver> {
         // Refused when the driver is open already, by another part of the process: its settings
         // stay then, and the transfers show what it does.
         if let Some(set) = self.inner.api.set_bool {
@@ -81,24 +86,29 @@ impl CuFile {
             // SAFETY: as above.
             let _ = unsafe { set(MAX_DIRECT_IO_SIZE_KB, TRANSFER_BYTES_MAX >> 10) };
         }
-        self.open_driver()
+        self.open_driver(context)
     }
 
-    /// Opens the driver, with the library's own settings.
+    /// Opens the driver, with the library's own settings. `context` is current then and when it is
+    /// closed: without one, the library does not unregister its pinned memory before it frees it.
     ///
-    /// It may never return: libcufile 1.16 and later spin where `/proc/modules` does not exist.
+    /// It may never return: libcufile (1.11 to 1.20 tried) spins where `/proc/modules` does not
+    /// exist.
     /// Try it in a child process first.
     ///
     /// # Errors
     /// What the library said.
-    pub fn open_driver(&self) -> Result<CuFileDriver> {
-        // SAFETY: the call has no arguments.
-        check("cuFileDriverOpen", unsafe {
-            (self.inner.api.driver_open)()
+    pub fn open_driver(&self, context: &Context) -> Result<CuFileDriver> {
+        context.run(|| {
+            // SAFETY: the call has no arguments.
+            check("cuFileDriverOpen", unsafe {
+                (self.inner.api.driver_open)()
+            })
         })?;
         Ok(CuFileDriver {
             inner: Arc::new(Opened {
                 library: Arc::clone(&self.inner),
+                context: context.clone(),
                 process: std::process::id(),
             }),
         })
@@ -114,6 +124,7 @@ pub struct CuFileDriver {
 #[derive(Debug)]
 struct Opened {
     library: Arc<Library>,
+    context: Context,
     /// The process that opened it. After a fork the driver's state is undefined in the child
     /// (cuFile best practices), so nothing of it is used there.
     process: u32,
@@ -150,26 +161,38 @@ impl CuFileDriver {
     /// Registers an open file. The file must stay open as long as the handle lives.
     ///
     /// # Errors
-    /// What the library said: 5027 without a udev record, 5030 in many containers.
+    /// What the library said: 5019 for a file opened with `O_NOFOLLOW`, `O_NONBLOCK` or `O_APPEND`,
+    /// 5027 without a udev record, 5030 in many containers.
     pub fn register_file(&self, file: BorrowedFd<'_>) -> Result<FileHandle> {
         FileHandle::register(self.clone(), file)
     }
 
-    /// Registers `bytes` bytes of device or host memory, until the value is dropped.
+    /// Registers `bytes` bytes of memory of a context's device, until the value is dropped.
+    ///
+    /// The library answers 5011 (CUDA 201) on a thread where no context is current, so this makes
+    /// `context` current; its other calls look up the memory's own.
     ///
     /// # Safety
     /// The memory stays allocated until then.
     ///
     /// # Errors
     /// What the library said: 5036 when the memory cannot be pinned for I/O.
-    pub unsafe fn register_buffer(&self, address: u64, bytes: usize) -> Result<RegisteredBuffer> {
+    pub unsafe fn register_buffer(
+        &self,
+        context: &Context,
+        address: u64,
+        bytes: usize,
+    ) -> Result<RegisteredBuffer> {
         self.check_process("cuFileBufRegister")?;
         let start = pointer(address);
-        // SAFETY: the caller vouches for the range; the flags must be zero.
-        let status = unsafe { (self.api().register_buffer)(start, bytes, 0) };
-        check("cuFileBufRegister", status)?;
+        context.run(|| {
+            // SAFETY: the caller vouches for the range; the flags must be zero.
+            let status = unsafe { (self.api().register_buffer)(start, bytes, 0) };
+            check("cuFileBufRegister", status)
+        })?;
         Ok(RegisteredBuffer {
             driver: self.clone(),
+            context: context.clone(),
             address,
         })
     }
@@ -188,8 +211,10 @@ impl Drop for Opened {
         }
         let api = &self.library.api;
         if let Some(close) = api.driver_close_v2.or(api.driver_close) {
-            // SAFETY: the driver was opened by us, and nothing of it is in use any more.
-            let _ = unsafe { close() };
+            let _ = self.context.run(|| {
+                // SAFETY: the driver was opened by us, and nothing of it is in use any more.
+                check("cuFileDriverClose", unsafe { close() })
+            });
         }
     }
 }
@@ -198,6 +223,7 @@ impl Drop for Opened {
 #[derive(Debug)]
 pub struct RegisteredBuffer {
     driver: CuFileDriver,
+    context: Context,
     address: u64,
 }
 
@@ -206,8 +232,11 @@ impl Drop for RegisteredBuffer {
         if !self.driver.is_ours() {
             return;
         }
-        // SAFETY: the memory was registered by us at this address.
-        let _ = unsafe { (self.driver.api().deregister_buffer)(pointer(self.address)) };
+        let _ = self.context.run(|| {
+            // SAFETY: the memory was registered by us at this address.
+            let status = unsafe { (self.driver.api().deregister_buffer)(pointer(self.address)) };
+            check("cuFileBufDeregister", status)
+        });
     }
 }
 

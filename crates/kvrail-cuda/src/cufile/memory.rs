@@ -24,11 +24,11 @@ impl RegisteredMemory {
     /// # Errors
     /// What the library said: 5036 when the memory cannot be pinned for I/O.
     pub fn new(driver: &CuFileDriver, memory: DeviceMemory) -> Result<Self> {
+        let (address, bytes) = (memory.address(), memory.bytes());
         // SAFETY: the memory is freed after the registration, in the order of the fields.
-        let register = || unsafe { driver.register_buffer(memory.address(), memory.bytes()) };
-        let registered = memory.context().run(register)?;
+        let registered = unsafe { driver.register_buffer(memory.context(), address, bytes) };
         Ok(Self {
-            _registered: registered,
+            _registered: registered?,
             memory,
         })
     }

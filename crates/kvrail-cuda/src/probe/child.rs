@@ -75,11 +75,12 @@ impl Bench {
         let cufile = CuFile::load(&request.libraries.cufile).map_err(told)?;
         say("step cuFileDriverOpen");
         let driver = cufile
-            .open_driver_with(request.allow_compatibility)
+            .open_driver_with(&context, request.allow_compatibility)
             .map_err(told)?;
         say("step cuFileBufRegister");
         // SAFETY: the memory stays allocated until the registration was dropped.
-        let registered = unsafe { driver.register_buffer(memory.address(), memory.bytes()) };
+        let registered =
+            unsafe { driver.register_buffer(&context, memory.address(), memory.bytes()) };
         Ok(Self {
             context,
             _registered: registered.map_err(told)?,
@@ -93,7 +94,8 @@ impl Bench {
     /// took. The file is removed.
     fn try_file(&self, path: &Path, seed: usize) -> Result<(Duration, Duration), String> {
         let mut options = OpenOptions::new();
-        let flags = OFlags::DIRECT | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        // Not O_NOFOLLOW, which cuFile refuses: a new file is made through no link.
+        let flags = OFlags::DIRECT | OFlags::CLOEXEC;
         options
             .read(true)
             .write(true)

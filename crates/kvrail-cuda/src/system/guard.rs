@@ -43,8 +43,7 @@ pub fn cufile_guards(view: &SystemView, directory: &Path) -> Result<(), Refusal>
 /// The first reason to leave cuFile alone.
 pub fn machine_guards(view: &SystemView) -> Result<(), Refusal> {
     if view.bytes("/proc/modules").is_none() {
-        let reason =
-            "no /proc/modules: libcufile 1.16 and newer never return from cuFileDriverOpen there";
+        let reason = "no /proc/modules: libcufile never returns from cuFileDriverOpen there";
         return Err(Refusal::new(RefusalKind::NoModules, reason));
     }
     match NvidiaFs::read(view) {

@@ -15,6 +15,7 @@ use super::cachestat::cached_pages;
 use super::folder::{FileStatus, Folder, set_exact_mode};
 use super::observer::Step;
 use super::permissions::Permissions;
+use super::registered_file::{Refusal, RegisteredFile};
 use crate::error::{Error, Result};
 
 /// How to open a chunk file.
@@ -33,7 +34,7 @@ const PROMPT: [u64; 3] = [0x0000_EF53, 0x5846_5342, 0x9123_683E];
 #[derive(Debug)]
 pub struct IoFile {
     // Dropped first: cuFile must forget the file before it is closed.
-    registration: OnceLock<Result<FileHandle, kvrail_cuda::Error>>,
+    registration: OnceLock<Result<RegisteredFile, Refusal>>,
     file: File,
     /// The same file once more, through the page cache.
     cached_view: Option<OwnedFd>,
@@ -51,7 +52,7 @@ impl IoFile {
     /// [`ErrorKind::Io`](crate::ErrorKind::Io) with the system's error.
     pub fn open(path: &Path, mode: OpenMode, direct: bool) -> Result<Self> {
         let bits = Permissions::default().file();
-        let opened = rustix::fs::open(path, flags(mode, direct), bits);
+        let opened = rustix::fs::open(path, flags(mode, direct) | OFlags::NOFOLLOW, bits);
         let file = opened.map_err(|errno| Error::io("open", path, errno.into()))?;
         Ok(Self::new(file, path.to_path_buf(), direct))
     }
@@ -152,12 +153,11 @@ impl IoFile {
     /// # Errors
     /// [`ErrorKind::Gpu`](crate::ErrorKind::Gpu) with the reason why cuFile does not take it.
     pub(super) fn registered(&self, driver: &CuFileDriver) -> Result<&FileHandle> {
-        self.registration
-            .get_or_init(|| driver.register_file(self.as_fd()))
-            .as_ref()
-            .map_err(|error| {
-                Error::gpu("register with cuFile", error.clone()).with_path(&self.path)
-            })
+        let register = || RegisteredFile::new(driver, self.as_fd());
+        let registered = self.registration.get_or_init(register).as_ref();
+        registered
+            .map(RegisteredFile::handle)
+            .map_err(|refusal| refusal.to_error(&self.path))
     }
 
     /// Returns the length in bytes, `None` for anything but a regular file.
@@ -225,7 +225,7 @@ impl AsFd for IoFile {
 }
 
 fn flags(mode: OpenMode, direct: bool) -> OFlags {
-    let mut flags = OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let mut flags = OFlags::CLOEXEC | OFlags::NONBLOCK;
     flags |= match mode {
         OpenMode::Read => OFlags::RDONLY,
         OpenMode::CreateNew => OFlags::RDWR | OFlags::CREATE | OFlags::EXCL,

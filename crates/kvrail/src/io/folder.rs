@@ -392,12 +392,20 @@ fn open_below(
     kernel_resolves: bool,
 ) -> Result<OwnedFd, Errno> {
     check(below)?;
-    let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let mut parts = below.iter().peekable();
-    if kernel_resolves && below.iter().nth(1).is_some() {
+    let flags = flags | OFlags::CLOEXEC;
+    let is_place = flags.contains(OFlags::PATH);
+    if kernel_resolves && (!is_place || below.iter().nth(1).is_some()) {
         let rules = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-        return rustix::fs::openat2(from, below, flags, mode, rules);
+        // For a file the rules do: O_NOFOLLOW would stay with it, and cuFile refuses such files.
+        let nofollow = if is_place {
+            OFlags::NOFOLLOW
+        } else {
+            OFlags::empty()
+        };
+        return rustix::fs::openat2(from, below, flags | nofollow, mode, rules);
     }
+    let flags = flags | OFlags::NOFOLLOW;
+    let mut parts = below.iter().peekable();
     let mut within: Option<OwnedFd> = None;
     while let Some(part) = parts.next() {
         let from = within.as_ref().map_or(from, AsFd::as_fd);

@@ -24,6 +24,7 @@ mod pieces;
 mod posix;
 mod probe;
 mod progress;
+mod registered_file;
 mod small;
 mod trial;
 mod uring;

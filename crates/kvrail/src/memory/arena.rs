@@ -111,7 +111,7 @@ impl DeviceArena {
             return Err(Error::new(ErrorKind::Gpu, message));
         }
         // SAFETY: the arena keeps the memory, and drops the registration before it.
-        let registered = unsafe { driver.register_buffer(address, bytes) };
+        let registered = unsafe { driver.register_buffer(memory.context(), address, bytes) };
         let registered =
             registered.map_err(|error| Error::gpu("register VRAM slots with cuFile", error))?;
         Ok(Self::new(memory, Some(registered)))

@@ -21,9 +21,9 @@ fn blocks_that_cufile_has_not_let_go_of_are_not_given_back() {
         .script_cufile("cuFileReadv nth=1 delay_ms=2000\ncuFileReadv nth=2 hang");
     let calls = bench.mocks.cufile_calls("cuFileReadv");
     let slow = cache.start_load(1, 0, &[4, 5]);
-    while bench.mocks.cufile_calls("cuFileReadv") == calls {
-        std::thread::yield_now();
-    }
+    wait_until("a read in place", || {
+        bench.mocks.cufile_calls("cuFileReadv") > calls
+    });
     let hung = cache.start_load(2, 0, &[6, 7]);
     assert_eq!(slow.wait(LIMIT).unwrap().loaded, 1);
     let found = cache.read();

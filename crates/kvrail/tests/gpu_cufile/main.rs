@@ -18,10 +18,11 @@ mod machine;
 mod choice;
 mod failures;
 mod in_place;
+mod real;
 
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, chunk, chunk_path, noise};
+use common::{LIMIT, chunk, chunk_path, noise, wait_until};
 use gpu_cache::{Bench, Cache, Kind, block};
 use kvrail::memory::CopyMethod;
 use kvrail::store::Route;
@@ -70,8 +71,12 @@ fn round_trip(bench: &Bench, kind: Kind) {
             "{kind:?}: block {other}"
         );
     }
-    assert_eq!(store.metrics().cufile_chunks_stored, 1, "{kind:?}");
-    assert_eq!(other.metrics().cufile_chunks_loaded, 2, "{kind:?}");
+    let moved = (
+        store.metrics().cufile_chunks_stored,
+        other.metrics().cufile_chunks_loaded,
+    );
+    let notices = [store.take_notices(), other.take_notices()];
+    assert_eq!(moved, (1, 2), "{kind:?}: {notices:?}");
 }
 
 #[test]

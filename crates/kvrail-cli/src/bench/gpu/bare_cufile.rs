@@ -38,9 +38,7 @@ impl BareCufile {
         std::fs::create_dir(&directory)
             .map_err(|error| Failure::io("create", &directory, &error))?;
         let open = || -> kvrail_cuda::Result<_> {
-            let driver = gpu
-                .context()
-                .run(|| CuFile::load(candidates)?.open_driver())?;
+            let driver = CuFile::load(candidates)?.open_driver(gpu.context())?;
             let memory = |_| RegisteredMemory::new(&driver, gpu.context().allocate(file_bytes)?);
             let memories = (0..threads)
                 .map(memory)

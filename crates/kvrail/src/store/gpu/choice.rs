@@ -178,7 +178,7 @@ fn open(store: &StoreShared, gpu: &Gpu) -> Result<Cufile> {
     let opened = within(PROBE_LIMIT.min(store.wait_limit), "cuFileDriverOpen", {
         move || -> kvrail_cuda::Result<CuFileDriver> {
             let library = CuFile::load(&libraries.cufile)?;
-            context.run(|| library.open_driver_with(compatibility))
+            library.open_driver_with(&context, compatibility)
         }
     })?;
     let driver = opened.map_err(|error| Error::gpu("cuFile", error))?;

@@ -81,10 +81,11 @@ impl InPlace {
         }
         check_shape(shape)?;
         let regions = shape.regions.to_vec();
-        let driver = cufile.driver.clone();
+        let (driver, context) = (cufile.driver.clone(), gpu.context().clone());
         let registered = within(REGISTER_LIMIT, "cuFileBufRegister of the KV cache", {
             move || -> Result<Vec<Arc<RegisteredRegion>>> {
-                let register = |region| RegisteredRegion::new(region, &driver).map(Arc::new);
+                let register =
+                    |region| RegisteredRegion::new(region, &driver, &context).map(Arc::new);
                 regions.into_iter().map(register).collect()
             }
         });
