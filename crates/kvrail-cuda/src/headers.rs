@@ -158,9 +158,14 @@ fn constants() -> Vec<(&'static str, i64)> {
             cufile::MAX_DIRECT_IO_SIZE_KB.into(),
         ),
         (
+            "CUFILE_PARAM_PROPERTIES_MAX_DEVICE_PINNED_MEM_SIZE_KB",
+            cufile::MAX_DEVICE_PINNED_MEM_SIZE_KB.into(),
+        ),
+        (
             "CUFILE_PARAM_PROPERTIES_ALLOW_COMPAT_MODE",
             cufile::ALLOW_COMPAT_MODE.into(),
         ),
+        ("CUFILE_PARAM_USE_PCIP2PDMA", cufile::USE_PCIP2PDMA.into()),
     ]
 }
 

@@ -27,7 +27,8 @@ pub mod probe;
 pub mod system;
 
 pub use cufile::{
-    CuFile, CuFileDriver, FileHandle, RegisteredBuffer, RegisteredMemory, TRANSFER_BYTES_MAX,
+    CuFile, CuFileDriver, DriverSettings, FileHandle, RegisteredBuffer, RegisteredMemory,
+    TRANSFER_BYTES_MAX,
 };
 pub use driver::{
     Context, Cuda, DeviceInfo, DeviceMemory, DevicePointer, Event, PinnedRange, Priority, Stream,

@@ -14,11 +14,16 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use kvrail_cuda::{
-    Context, CuFile, CuFileDriver, Cuda, DeviceMemory, Priority, RegisteredMemory,
+    Context, CuFile, CuFileDriver, Cuda, DeviceMemory, DriverSettings, Priority, RegisteredMemory,
     TRANSFER_BYTES_MAX,
 };
 use mock_support::{Mocks, RealCufile};
 
+/// Without a GPU that has a direct path.
+const SETTINGS: DriverSettings = DriverSettings {
+    allow_compatibility: true,
+    use_p2pdma: true,
+};
 const PAGE: usize = 4096;
 const BYTES: usize = 1 << 20;
 /// Returns the libraries at hand, or says why there is none.
@@ -63,27 +68,34 @@ fn the_real_library_moves_bytes_between_device_memory_and_files() {
 }
 
 #[test]
+fn the_real_library_takes_the_settings() {
+    with_each("settings");
+}
+
+#[test]
 fn the_mock_answers_as_the_real_library() {
     with_each("answers");
 }
 
-/// The mock of libcuda, and the real library opened on it.
+/// The mock of libcuda, and the real library on it.
 struct Bench {
     mocks: Mocks,
     context: Context,
     library: CuFile,
-    driver: CuFileDriver,
 }
 
-fn start() -> Bench {
+fn start() -> (Bench, CuFileDriver) {
+    let bench = start_unopened();
+    let driver = bench.library.open_driver_with(&bench.context, SETTINGS);
+    (bench, driver.unwrap())
+}
+
+fn start_unopened() -> Bench {
     let mocks = Mocks::load();
     let cuda = Cuda::load(&[mocks.cuda().to_path_buf()]).unwrap();
-    let context = cuda.retain_primary(0).unwrap();
-    let library = CuFile::load(&[RealCufile::of_this_process().unwrap()]).unwrap();
     Bench {
-        driver: library.open_driver_with(&context, true).unwrap(),
-        library,
-        context,
+        context: cuda.retain_primary(0).unwrap(),
+        library: CuFile::load(&[RealCufile::of_this_process().unwrap()]).unwrap(),
         mocks,
     }
 }
@@ -124,10 +136,10 @@ fn content(memory: &DeviceMemory) -> Vec<u8> {
 #[test]
 #[ignore = "started by the tests above in a process of its own"]
 fn transfers() {
-    let bench = start();
-    one_by_one(&bench);
-    vectored(&bench);
-    from_many_threads(&bench);
+    let (bench, driver) = start();
+    one_by_one(&bench, &driver);
+    vectored(&bench, &driver);
+    from_many_threads(&bench, &driver);
     // Copies of the library's: by the driver, since the CPU cannot touch device memory.
     let copies = ["cuMemcpy", "cuMemcpyAsync", "cuMemcpyHtoDAsync"];
     assert!(copies.iter().any(|name| bench.mocks.cuda_calls(name) > 0));
@@ -135,21 +147,17 @@ fn transfers() {
 }
 
 /// The largest transfer and others, at offsets, to the end of a file and beyond it.
-fn one_by_one(bench: &Bench) {
+fn one_by_one(bench: &Bench, driver: &CuFileDriver) {
     let memory = bench.context.allocate(2 * TRANSFER_BYTES_MAX).unwrap();
     let source = noise(1, 2 * TRANSFER_BYTES_MAX);
     fill(&memory, &source);
     let base = memory.address();
     // SAFETY: the memory lives longer than the registration.
-    let registered = unsafe {
-        bench
-            .driver
-            .register_buffer(&bench.context, base, memory.bytes())
-    };
+    let registered = unsafe { driver.register_buffer(&bench.context, base, memory.bytes()) };
     let registered = registered.unwrap();
     let path = Path::new("one");
     let file = open(path);
-    let handle = bench.driver.register_file(file.as_fd()).unwrap();
+    let handle = driver.register_file(file.as_fd()).unwrap();
     for (bytes, file_offset) in [(PAGE, 0), (BYTES, PAGE), (TRANSFER_BYTES_MAX, BYTES + PAGE)] {
         // SAFETY: both ranges lie in the registered memory.
         let written = unsafe { handle.write(base, bytes, file_offset as u64, PAGE) };
@@ -177,22 +185,18 @@ fn one_by_one(bench: &Bench) {
 }
 
 /// One call that moves many pieces, where the library has it.
-fn vectored(bench: &Bench) {
+fn vectored(bench: &Bench, driver: &CuFileDriver) {
     const PIECES: usize = 16;
     let memory = bench.context.allocate(2 * BYTES).unwrap();
     let source = noise(2, 2 * BYTES);
     fill(&memory, &source);
     let base = memory.address();
     // SAFETY: the memory lives longer than the registration.
-    let registered = unsafe {
-        bench
-            .driver
-            .register_buffer(&bench.context, base, memory.bytes())
-    };
+    let registered = unsafe { driver.register_buffer(&bench.context, base, memory.bytes()) };
     let registered = registered.unwrap();
     let path = Path::new("vectored");
     let file = open(path);
-    let handle = bench.driver.register_file(file.as_fd()).unwrap();
+    let handle = driver.register_file(file.as_fd()).unwrap();
     let each = BYTES / PIECES;
     // Backwards, so that the order of the pieces is seen.
     let pieces = |offset: usize| -> Vec<(u64, usize)> {
@@ -216,12 +220,11 @@ fn vectored(bench: &Bench) {
 }
 
 /// Threads on two devices, each with memory and files of its own, where no context is current.
-fn from_many_threads(bench: &Bench) {
+fn from_many_threads(bench: &Bench, driver: &CuFileDriver) {
     let cuda = bench.context.cuda();
     std::thread::scope(|scope| {
         for index in 0..8 {
             let context = cuda.retain_primary(index % 2).unwrap();
-            let driver = &bench.driver;
             scope.spawn(move || {
                 let memory = context.allocate(2 * BYTES).unwrap();
                 let address = memory.address();
@@ -250,14 +253,55 @@ fn from_many_threads(bench: &Bench) {
 
 #[test]
 #[ignore = "started by the tests above in a process of its own"]
+fn settings() {
+    type Switch = unsafe extern "C" fn(c_int, *mut bool) -> Status;
+    type Size = unsafe extern "C" fn(c_int, *mut usize) -> Status;
+    // As NVIDIA's packages have it, or tighter: what is set goes before.
+    fs::write(
+        "cufile.json",
+        r#"{"properties": {"allow_compat_mode": false, "use_pci_p2pdma": false,
+            "max_direct_io_size_kb": 1024, "max_device_pinned_mem_size_kb": 65536}}"#,
+    )
+    .unwrap();
+    // SAFETY: no other thread of this process reads the environment now.
+    unsafe { std::env::set_var("CUFILE_ENV_PATH_JSON", "cufile.json") };
+    let bench = start_unopened();
+    // SAFETY: the library is loaded already.
+    let raw = unsafe { libloading::Library::new(bench.library.library()) }.unwrap();
+    // SAFETY: the type is that of cufile.h.
+    let Ok(switch) = (unsafe { raw.get::<Switch>(b"cuFileGetParameterBool") }) else {
+        eprintln!("skipped: this version takes no settings");
+        return;
+    };
+    // SAFETY: as above.
+    let size = unsafe { raw.get::<Size>(b"cuFileGetParameterSizeT") }.unwrap();
+    let driver = bench.library.open_driver_with(&bench.context, SETTINGS);
+    let total = bench.context.memory_info().unwrap().1;
+    for (number, expected) in [(5, TRANSFER_BYTES_MAX >> 10), (8, total >> 10)] {
+        let mut found = 0;
+        // SAFETY: the pointer is to a live number.
+        unsafe { size(number, &raw mut found) };
+        assert_eq!(found, expected, "size {number}");
+    }
+    for number in [1, 7] {
+        let mut found = false;
+        // SAFETY: the pointer is to a live switch.
+        unsafe { switch(number, &raw mut found) };
+        assert!(found, "switch {number}");
+    }
+    drop(driver.unwrap());
+}
+
+#[test]
+#[ignore = "started by the tests above in a process of its own"]
 fn answers() {
-    let bench = start();
+    let (bench, real) = start();
     let mock = CuFile::load(&[bench.mocks.cufile().to_path_buf()]).unwrap();
     let driver = mock.open_driver(&bench.context).unwrap();
     let context = &bench.context;
     // On a thread of its own: a call that fails may leave a context behind.
     let real = std::thread::scope(|scope| {
-        let real = || answers_of(&bench.library, &bench.driver, context, Path::new("real"));
+        let real = || answers_of(&bench.library, &real, context, Path::new("real"));
         scope.spawn(real).join().unwrap()
     });
     let mock = answers_of(&mock, &driver, context, Path::new("mock"));

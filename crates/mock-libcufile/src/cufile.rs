@@ -29,6 +29,10 @@ pub struct Description {
     operations: *const c_void,
 }
 
+const NO_NVIDIA_FS: c_int = 5001;
+/// Switches of `CUFileBoolConfigParameter_t`.
+const ALLOW_COMPAT_MODE: c_int = 1;
+const USE_PCIP2PDMA: c_int = 7;
 /// `CU_FILE_CUDA_DRIVER_ERROR`, and `CUDA_ERROR_INVALID_CONTEXT` beside it.
 const CUDA_ERROR: c_int = 5011;
 const INVALID_CONTEXT: c_int = 201;
@@ -59,6 +63,12 @@ macro_rules! begin {
 pub extern "C" fn cuFileDriverOpen() -> Status {
     begin!("cuFileDriverOpen");
     let mut registry = registry();
+    let is_on = |switch| registry.switches.get(&switch).copied();
+    let only_p2pdma = std::env::var_os("KVRAIL_MOCK_ONLY_P2PDMA").is_some();
+    if only_p2pdma && is_on(ALLOW_COMPAT_MODE) == Some(false) && is_on(USE_PCIP2PDMA) != Some(true)
+    {
+        return status(NO_NVIDIA_FS);
+    }
     registry.open += 1;
     registry.process = std::process::id();
     status(0)
@@ -263,8 +273,9 @@ fn vectored(
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuFileSetParameterBool(_parameter: c_int, _value: bool) -> Status {
+pub extern "C" fn cuFileSetParameterBool(parameter: c_int, value: bool) -> Status {
     begin!("cuFileSetParameterBool");
+    registry().switches.insert(parameter, value);
     status(0)
 }
 

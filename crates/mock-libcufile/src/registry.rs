@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 pub(crate) struct Registry {
     pub(crate) files: BTreeMap<usize, i32>,
     pub(crate) buffers: BTreeMap<u64, usize>,
+    pub(crate) switches: BTreeMap<i32, bool>,
     pub(crate) open: i64,
     pub(crate) process: u32,
     pub(crate) next: usize,
@@ -16,6 +17,7 @@ pub(crate) struct Registry {
 static REGISTRY: Mutex<Registry> = Mutex::new(Registry {
     files: BTreeMap::new(),
     buffers: BTreeMap::new(),
+    switches: BTreeMap::new(),
     open: 0,
     process: 0,
     next: 1,

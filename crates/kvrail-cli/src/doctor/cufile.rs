@@ -3,9 +3,9 @@
 use std::path::Path;
 use std::time::Duration;
 
-use kvrail_cuda::LibraryPaths;
 use kvrail_cuda::probe::{Request, Timing, try_files};
-use kvrail_cuda::system::{SystemView, mount_guards};
+use kvrail_cuda::system::{SystemView, has_only_p2pdma, mount_guards};
+use kvrail_cuda::{DriverSettings, LibraryPaths};
 use serde::Serialize;
 
 use super::machine::{Machine, RefusalReport};
@@ -53,7 +53,13 @@ pub(super) fn examine(
         machine_reason().or_else(mount_reason).cloned()
     };
     let tried = match (obstacle, machine.libcufile.library()) {
-        (None, Some(library)) => try_in_child(&library.path, real, bytes, limit),
+        (None, Some(library)) => {
+            let settings = DriverSettings {
+                allow_compatibility: false,
+                use_p2pdma: has_only_p2pdma(view),
+            };
+            try_in_child(&library.path, settings, real, bytes, limit)
+        }
         (obstacle, _) => Err(format!("not tried: {}", obstacle.unwrap_or_default())),
     };
     let (measurement, reason) = match tried {
@@ -76,6 +82,7 @@ pub(super) fn examine(
 /// limit: the driver can spin for ever, and must not be opened in a process that goes on.
 fn try_in_child(
     library: &Path,
+    settings: DriverSettings,
     real: &Path,
     bytes: u64,
     limit: Duration,
@@ -89,7 +96,7 @@ fn try_in_child(
             cufile: vec![library.to_path_buf()],
             ..LibraryPaths::default()
         },
-        allow_compatibility: false,
+        settings,
         bytes: usize::try_from(bytes).unwrap_or(usize::MAX),
         files: vec![scratch.path().to_path_buf()],
     };

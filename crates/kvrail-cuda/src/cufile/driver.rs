@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use super::check;
 use super::file::FileHandle;
-use super::sys::{ALLOW_COMPAT_MODE, Api, MAX_DIRECT_IO_SIZE_KB};
+use super::settings::DriverSettings;
+use super::sys::Api;
 use crate::driver::Context;
 use crate::error::{Error, ErrorKind, Result};
 use crate::library::Loaded;
@@ -63,29 +64,17 @@ impl CuFile {
         self.inner.api.read_vectored.is_some() && self.inner.api.write_vectored.is_some()
     }
 
-    /// Opens the driver with a setting of ours: whether cuFile may stand in for a direct path that
-    /// it does not find (its compatibility mode), and transfers of up to 16 MiB, its largest.
-    ///
-    /// Without compatibility mode what would be copied by the CPU is an error, so that success
-    /// means a direct path. A library before 1.13 has no such settings and keeps its own.
+    /// Opens the driver with settings of ours.
     ///
     /// # Errors
     /// As [`CuFile::open_driver`].
     pub fn open_driver_with(
         &self,
         context: &Context,
-        allow_compatibility: bool,
+        settings: DriverSettings,
     ) -> Result<CuFileDriver> {
-        // Refused when the driver is open already, by another part of the process: its settings
-        // stay then, and the transfers show what it does.
-        if let Some(set) = self.inner.api.set_bool {
-            // SAFETY: the arguments are numbers.
-            let _ = unsafe { set(ALLOW_COMPAT_MODE, allow_compatibility) };
-        }
-        if let Some(set) = self.inner.api.set_size {
-            // SAFETY: as above.
-            let _ = unsafe { set(MAX_DIRECT_IO_SIZE_KB, TRANSFER_BYTES_MAX >> 10) };
-        }
+        let device_bytes = context.memory_info().ok().map(|(_, total)| total);
+        settings.apply(&self.inner.api, device_bytes);
         self.open_driver(context)
     }
 

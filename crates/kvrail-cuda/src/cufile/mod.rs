@@ -3,11 +3,13 @@
 mod driver;
 mod file;
 mod memory;
+mod settings;
 pub(crate) mod sys;
 
 pub use driver::{CuFile, CuFileDriver, RegisteredBuffer, TRANSFER_BYTES_MAX};
 pub use file::FileHandle;
 pub use memory::RegisteredMemory;
+pub use settings::DriverSettings;
 
 use crate::error::{Error, Result};
 

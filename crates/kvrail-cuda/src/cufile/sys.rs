@@ -45,8 +45,12 @@ pub(crate) const BASE_ERROR: isize = 5000;
 
 /// `CUFILE_PARAM_PROPERTIES_MAX_DIRECT_IO_SIZE_KB`, of sizes.
 pub(crate) const MAX_DIRECT_IO_SIZE_KB: c_int = 5;
+/// `CUFILE_PARAM_PROPERTIES_MAX_DEVICE_PINNED_MEM_SIZE_KB`, of sizes.
+pub(crate) const MAX_DEVICE_PINNED_MEM_SIZE_KB: c_int = 8;
 /// `CUFILE_PARAM_PROPERTIES_ALLOW_COMPAT_MODE`, of switches.
 pub(crate) const ALLOW_COMPAT_MODE: c_int = 1;
+/// `CUFILE_PARAM_USE_PCIP2PDMA`, of switches.
+pub(crate) const USE_PCIP2PDMA: c_int = 7;
 
 functions! {
     /// cuFile's functions that kvrail calls.

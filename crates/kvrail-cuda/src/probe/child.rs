@@ -75,7 +75,7 @@ impl Bench {
         let cufile = CuFile::load(&request.libraries.cufile).map_err(told)?;
         say("step cuFileDriverOpen");
         let driver = cufile
-            .open_driver_with(&context, request.allow_compatibility)
+            .open_driver_with(&context, request.settings)
             .map_err(told)?;
         say("step cuFileBufRegister");
         // SAFETY: the memory stays allocated until the registration was dropped.

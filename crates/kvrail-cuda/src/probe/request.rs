@@ -4,10 +4,10 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
-use crate::{LibraryPaths, PAGE_BYTES};
+use crate::{DriverSettings, LibraryPaths, PAGE_BYTES};
 
 /// The first field: name and version of the protocol.
-const MAGIC: &[u8] = b"kvrail-probe 1";
+const MAGIC: &[u8] = b"kvrail-probe 2";
 /// Bytes of a request that are read at most: a thousand paths of 4 KiB.
 pub(super) const REQUEST_BYTES_MAX: u64 = 4 << 20;
 
@@ -21,8 +21,8 @@ pub struct Request {
     pub ordinal: usize,
     /// Where the libraries are looked for.
     pub libraries: LibraryPaths,
-    /// Whether cuFile may use its compatibility mode.
-    pub allow_compatibility: bool,
+    /// What is set before cuFile's driver is opened.
+    pub settings: DriverSettings,
     /// Bytes to write to each file and to read back: whole pages, 256 MiB at most. GPU memory of
     /// twice as many is needed.
     pub bytes: usize,
@@ -36,7 +36,10 @@ impl Request {
         let mut fields = vec![
             MAGIC.to_vec(),
             self.ordinal.to_string().into_bytes(),
-            u8::from(self.allow_compatibility).to_string().into_bytes(),
+            u8::from(self.settings.allow_compatibility)
+                .to_string()
+                .into_bytes(),
+            u8::from(self.settings.use_p2pdma).to_string().into_bytes(),
             self.bytes.to_string().into_bytes(),
         ];
         for list in [&self.libraries.cuda, &self.libraries.cufile, &self.files] {
@@ -58,7 +61,10 @@ impl Request {
             return None;
         }
         let ordinal = number(next()?)?;
-        let allow_compatibility = number(next()?)? == 1;
+        let settings = DriverSettings {
+            allow_compatibility: number(next()?)? == 1,
+            use_p2pdma: number(next()?)? == 1,
+        };
         let bytes = number(next()?)?;
         if bytes == 0 || bytes > BYTES_MAX || !bytes.is_multiple_of(PAGE_BYTES) {
             return None;
@@ -73,7 +79,7 @@ impl Request {
         end.then_some(Self {
             ordinal,
             libraries: LibraryPaths { cuda, cufile },
-            allow_compatibility,
+            settings,
             bytes,
             files,
         })
@@ -90,7 +96,10 @@ mod tests {
         let request = Request {
             ordinal: 3,
             libraries: LibraryPaths::default(),
-            allow_compatibility: true,
+            settings: DriverSettings {
+                allow_compatibility: true,
+                use_p2pdma: false,
+            },
             bytes: 8192,
             files: vec![
                 "/a b/\u{e4}".into(),

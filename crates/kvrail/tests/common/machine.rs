@@ -38,6 +38,24 @@ impl Machine {
         machine
     }
 
+    /// Makes it one without nvidia-fs that is set up for P2PDMA.
+    pub fn with_p2pdma_only(&self) {
+        self.without("proc/driver/nvidia-fs");
+        for (path, text) in [
+            (
+                "proc/driver/nvidia/version",
+                "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release\n",
+            ),
+            (
+                "proc/driver/nvidia/params",
+                "RegistryDwords: \"RMForceStaticBar1=1;RmForceDisableIomapWC=1;\"\n",
+            ),
+            ("boot/config-6.8.0-51-generic", "CONFIG_PCI_P2PDMA=y\n"),
+        ] {
+            self.file(path, text);
+        }
+    }
+
     pub fn view(&self) -> SystemView {
         SystemView {
             root: self.folder.path().to_path_buf(),

@@ -78,6 +78,19 @@ fn a_machine_where_cufile_must_not_be_touched_uses_posix() {
 }
 
 #[test]
+fn a_machine_with_p2pdma_and_no_nvidia_fs_uses_cufile() {
+    // SAFETY: no other thread of this test reads the environment now.
+    unsafe { std::env::set_var("KVRAIL_MOCK_ONLY_P2PDMA", "1") };
+    let bench = Bench::start();
+    // Where nvidia-fs seems to be, P2PDMA is the user's choice, and this library has no direct path.
+    assert_posix(&bench, Kind::LayersOutermost, "cuFileDriverOpen: 5001");
+    bench.machine.with_p2pdma_only();
+    for kind in KINDS {
+        round_trip(&bench, kind);
+    }
+}
+
+#[test]
 fn whatever_fails_in_the_process_that_tries_it_never_reaches_this_one() {
     for (script, reason) in [
         ("cuFileDriverOpen error=5033", "cuFileDriverOpen: 5033"),

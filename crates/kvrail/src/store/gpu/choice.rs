@@ -9,8 +9,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use kvrail_cuda::probe::{ProbeProgram, Request, try_files};
-use kvrail_cuda::system::{RefusalKind, SystemView, machine_guards, mount_guards};
-use kvrail_cuda::{CuFile, CuFileDriver};
+use kvrail_cuda::system::{RefusalKind, SystemView, has_only_p2pdma, machine_guards, mount_guards};
+use kvrail_cuda::{CuFile, CuFileDriver, DriverSettings};
 
 use super::cufile::Cufile;
 use crate::error::{Error, Result};
@@ -44,6 +44,15 @@ pub(in crate::store) struct CufileWish {
     pub(in crate::store) probe: Option<ProbeProgram>,
     /// Where the guards look.
     pub(in crate::store) system: SystemView,
+}
+
+impl CufileWish {
+    fn settings(&self) -> DriverSettings {
+        DriverSettings {
+            allow_compatibility: self.compatibility,
+            use_p2pdma: has_only_p2pdma(&self.system),
+        }
+    }
 }
 
 /// Opens cuFile for `gpu` where a path of the store takes it; each path learns what became of it.
@@ -155,7 +164,7 @@ fn by_process<'a>(
     let request = Request {
         ordinal: gpu.context().ordinal(),
         libraries: store.gpus.libraries().clone(),
-        allow_compatibility: store.cufile.compatibility,
+        settings: store.cufile.settings(),
         bytes: PROBE_BYTES,
         files: mounts.iter().map(file).collect(),
     };
@@ -174,11 +183,11 @@ fn by_process<'a>(
 /// Opens the driver in this process.
 fn open(store: &StoreShared, gpu: &Gpu) -> Result<Cufile> {
     let libraries = store.gpus.libraries().clone();
-    let (context, compatibility) = (gpu.context().clone(), store.cufile.compatibility);
+    let (context, settings) = (gpu.context().clone(), store.cufile.settings());
     let opened = within(PROBE_LIMIT.min(store.wait_limit), "cuFileDriverOpen", {
         move || -> kvrail_cuda::Result<CuFileDriver> {
             let library = CuFile::load(&libraries.cufile)?;
-            library.open_driver_with(&context, compatibility)
+            library.open_driver_with(&context, settings)
         }
     })?;
     let driver = opened.map_err(|error| Error::gpu("cuFile", error))?;
