@@ -100,7 +100,8 @@ stub-test: build ## Check the type stubs of kvrail._core against the built modul
 	@$(STEP) 'stub-test: stubs of kvrail._core' $(WITHIN) python -m mypy.stubtest kvrail._core
 
 python-test: build ## Run the Python tests that start no vLLM engine.
-	@$(STEP) 'python-test: unit, store, gpu-check on the mock, beside and inside LMCache' $(WITHIN) $(PYTEST) python/tests/unit python/tests/store python/tests/gpu_check python/tests/lmcache_inside python/tests/lmcache_directory
+	@$(STEP) 'python-test: unit, store, gpu-check on the mock, beside and inside LMCache' \
+	  env KVRAIL_CUFILE_LIBRARIES="$$(scripts/cufile_libraries)" $(WITHIN) $(PYTEST) python/tests/unit python/tests/store python/tests/gpu_check python/tests/lmcache_inside python/tests/lmcache_directory
 
 e2e-test: build model ## Run the end-to-end tests with real vLLM processes.
 	@$(STEP) 'e2e-test: real vLLM processes' $(WITHIN) $(PYTEST) python/tests/e2e

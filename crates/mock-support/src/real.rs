@@ -3,11 +3,14 @@
 //! Without a GPU, without nvidia-fs: in its compatibility mode, in which it copies between device
 //! memory and files itself, by the functions of the driver.
 
+use std::ffi::c_long;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+
+use libloading::Library;
 
 /// What the process may take. Opening the driver takes a tenth of a second.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -50,6 +53,23 @@ impl RealCufile {
     /// Returns the library that [`RealCufile::run`] started this process for.
     pub fn of_this_process() -> Option<PathBuf> {
         std::env::var_os("KVRAIL_CUFILE_LIBRARY").map(Into::into)
+    }
+
+    /// Returns how often the driver is open in this process.
+    ///
+    /// # Panics
+    /// When it is no cuFile.
+    pub fn uses(library: &Path) -> i64 {
+        // SAFETY: NVIDIA's library is made to be loaded so.
+        let library = match unsafe { Library::new(library) } {
+            Ok(library) => library,
+            Err(error) => panic!("{}: {error}", library.display()),
+        };
+        let count = super::find::<unsafe extern "C" fn() -> c_long>(&library, b"cuFileUseCount");
+        // SAFETY: the function takes nothing.
+        let uses = unsafe { count() };
+        std::mem::forget(library);
+        uses
     }
 
     /// Returns the path of the library.

@@ -88,6 +88,41 @@ def test_a_wrong_byte_fails_a_check(tmp_path: Path, mocks: Path) -> None:
     assert all("Error: " in found["detail"] for found in failed), failed
 
 
+def test_the_checks_pass_on_nvidias_own_libcufile(
+    tmp_path: Path, mocks: Path, libcufile: Path
+) -> None:
+    device = os.stat(tmp_path).st_dev
+    if os.major(device) == 0:
+        pytest.skip(f"{tmp_path} lies on no block device, which cuFile wants")
+    machine = tmp_path / "machine"
+    steps.make_machine(machine)
+    # What the library itself reads, by the preloaded mock of a machine.
+    record = machine / f"run/udev/data/b{os.major(device)}:{os.minor(device)}"
+    record.write_text("E:ID_FS_TYPE=ext4\nE:ID_FS_USAGE=filesystem\n")
+    folder = tmp_path / "libraries"
+    folder.mkdir()
+    (folder / "libmock_libcuda.so").symlink_to(mocks / "libmock_libcuda.so")
+    (folder / "libmock_libcufile.so").symlink_to(libcufile)
+    report = tmp_path / "outcomes.json"
+    command = [sys.executable, str(CORRECTNESS), "--directory", str(tmp_path), "--seed", "3"]
+    command += ["--json", str(report), "--mock", str(folder), "--few"]
+    command += ["--system-root", str(machine)]
+    done = run(
+        command,
+        tmp_path,
+        LD_PRELOAD=str(mocks / "libmock_machine.so"),
+        KVRAIL_MOCK_ROOT=str(machine),
+        KVRAIL_MOCK_MEMORY_MIB="4096",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())
+    assert {result["outcome"] for result in found} == {"passed"}
+    for way in ("staged", "direct"):
+        first = [result for result in found if f", {way}: store and load" in result["name"]]
+        assert first
+        assert all("in its compatible mode" in result["detail"] for result in first), first
+
+
 def check(tmp_path: Path, mocks: Path, *options: str, **environment: str) -> list[dict[str, str]]:
     report = tmp_path / "report.json"
     command = [str(SCRIPT), "--mock", str(mocks), "--json", str(report), *options, str(tmp_path)]

@@ -6,7 +6,8 @@ use super::sys::{
     ALLOW_COMPAT_MODE, Api, MAX_DEVICE_PINNED_MEM_SIZE_KB, MAX_DIRECT_IO_SIZE_KB, USE_PCIP2PDMA,
 };
 
-/// Settings of ours; a library before 1.13 has no such settings and keeps its own.
+/// Settings of ours; a library before 1.13 has no calls for them and keeps its own (the process that
+/// tries cuFile has its compatibility mode set by the environment).
 ///
 /// Beside these, transfers of up to 16 MiB, cuFile's largest, and as much registered memory as the
 /// device has: a KV cache is most of it, and the `cufile.json` of NVIDIA's packages allows 32 GiB.

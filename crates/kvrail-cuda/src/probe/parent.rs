@@ -65,8 +65,15 @@ pub fn try_files(program: &ProbeProgram, request: &Request, limit: Duration) -> 
 fn start(program: &ProbeProgram, request: &Request) -> std::io::Result<Child> {
     let mut child = Command::new(&program.program)
         .args(&program.arguments)
-        // libcufile writes its log into the current folder, and prints to standard error.
         .current_dir("/")
+        // libcufile writes its log into the current folder, and prints to standard error.
+        .env("CUFILE_LOGFILE_PATH", "/dev/null")
+        // For versions before 1.13, which have no calls for settings: on a path that is not direct
+        // they fail here, where the environment is no other thread's.
+        .env(
+            "CUFILE_ALLOW_COMPAT_MODE",
+            request.settings.allow_compatibility.to_string(),
+        )
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())

@@ -4,7 +4,7 @@ use super::*;
 
 /// Attaches on what `change` made of the machine or the mocks; the bytes must come and go by POSIX,
 /// with this reason.
-fn assert_posix(bench: &Bench, kind: Kind, reason: &str) {
+pub(crate) fn assert_posix(bench: &Bench, kind: Kind, reason: &str) {
     let folder = bench.folder();
     let store = bench.open(folder.path());
     let cache = Cache::attach(bench, &store, 0, kind).unwrap();
