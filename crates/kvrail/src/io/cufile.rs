@@ -13,6 +13,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use kvrail_cuda::{Context, CuFileDriver, FileHandle, TRANSFER_BYTES_MAX};
@@ -37,10 +38,19 @@ enum Queued {
     Pieces(PieceRequest, PieceCompletion),
 }
 
+/// How long the end of an engine waits for its threads: as good as nothing unless a call hangs.
+const END_LIMIT: Duration = Duration::from_secs(1);
+
 /// Moves bytes between files and registered memory of a GPU.
+///
+/// Dropping it waits a second for its threads, so that they have let go of cuFile before the
+/// process ends: libcufile frees its memory then, whoever still uses it.
 #[derive(Debug)]
 pub struct CufileEngine {
-    queue: Sender<Queued>,
+    /// `None` when the engine ends.
+    queue: Option<Sender<Queued>>,
+    /// Disconnected when all threads have ended.
+    ended: Receiver<()>,
 }
 
 /// What a thread works with.
@@ -66,6 +76,7 @@ impl CufileEngine {
         on_start: &Arc<dyn Fn() + Send + Sync>,
     ) -> Result<Self> {
         let (queue, requests) = bounded(QUEUE_REQUESTS_MAX);
+        let (alive, ended) = bounded(0);
         let worker = Worker {
             driver: driver.clone(),
             context: context.clone(),
@@ -73,7 +84,7 @@ impl CufileEngine {
         };
         for index in 0..threads.clamp(1, THREADS_MAX) {
             let requests: Receiver<Queued> = requests.clone();
-            let worker = worker.clone();
+            let (worker, alive) = (worker.clone(), alive.clone());
             let on_start = Arc::clone(on_start);
             thread::Builder::new()
                 .name(format!("kvrail-cufile-{index}"))
@@ -89,12 +100,17 @@ impl CufileEngine {
                             }
                         }
                     }
+                    drop(worker);
+                    drop::<Sender<()>>(alive);
                 })
                 .map_err(|source| {
                     Error::new(ErrorKind::Io, "start a cuFile thread").with_source(source)
                 })?;
         }
-        Ok(Self { queue })
+        Ok(Self {
+            queue: Some(queue),
+            ended,
+        })
     }
 
     /// Starts a transfer between a file and pieces of registered memory, in place.
@@ -103,10 +119,25 @@ impl CufileEngine {
     /// a write. Dropping the handle changes nothing about that: the transfer goes on.
     pub fn submit_pieces(&self, request: PieceRequest) -> PieceHandle {
         let (completion, handle) = PieceHandle::pair();
-        if let Err(error) = self.queue.try_send(Queued::Pieces(request, completion)) {
+        self.send(Queued::Pieces(request, completion));
+        handle
+    }
+
+    fn send(&self, queued: Queued) {
+        let sent = match &self.queue {
+            Some(queue) => queue.try_send(queued),
+            None => Err(TrySendError::Disconnected(queued)),
+        };
+        if let Err(error) = sent {
             refuse(error);
         }
-        handle
+    }
+}
+
+impl Drop for CufileEngine {
+    fn drop(&mut self) {
+        self.queue = None;
+        let _ = self.ended.recv_timeout(END_LIMIT);
     }
 }
 
@@ -117,9 +148,7 @@ impl IoEngine<DeviceArena> for CufileEngine {
 
     fn submit(&self, request: IoRequest<DeviceArena>) -> IoHandle<DeviceArena> {
         let (completion, handle) = IoHandle::pair();
-        if let Err(error) = self.queue.try_send(Queued::Range(request, completion)) {
-            refuse(error);
-        }
+        self.send(Queued::Range(request, completion));
         handle
     }
 }
