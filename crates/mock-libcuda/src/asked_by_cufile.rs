@@ -14,7 +14,9 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use mock_script::Action;
 
 use crate::control::enter;
-use crate::driver::{Handle, INVALID, NO_CONTEXT, handle, put};
+use crate::driver::{
+    Handle, INVALID, NO_CONTEXT, cuStreamCreateWithPriority, handle, put, put_copy,
+};
 use crate::memory::memory;
 use crate::objects::{count, current, pop, push};
 use crate::streams::{Work, streams};
@@ -156,14 +158,7 @@ pub extern "C" fn cuMemcpyAsync(target: u64, source: u64, bytes: usize, stream: 
     if current().is_none() {
         return NO_CONTEXT;
     }
-    let copy = Work::Copy {
-        action,
-        target,
-        source,
-        bytes,
-    };
-    streams().push(stream.addr(), copy);
-    0
+    put_copy(stream, action, target, source, bytes)
 }
 
 #[unsafe(no_mangle)]
@@ -266,11 +261,9 @@ pub extern "C" fn cuMemFreeHost(start: *mut c_void) -> c_int {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamCreate(stream: *mut Handle, _flags: c_uint) -> c_int {
-    begin!("cuStreamCreate", _device);
-    count(1);
+pub unsafe extern "C" fn cuStreamCreate(stream: *mut Handle, flags: c_uint) -> c_int {
     // SAFETY: passed on.
-    unsafe { put(stream, handle(streams().handle())) }
+    unsafe { cuStreamCreateWithPriority(stream, flags, 0) }
 }
 
 #[unsafe(no_mangle)]

@@ -256,7 +256,7 @@ pub extern "C" fn cuMemHostUnregister(start: *mut c_void) -> c_int {
 }
 
 /// Puts a copy on a stream.
-fn put_copy(
+pub(crate) fn put_copy(
     stream: Handle,
     action: Option<Action>,
     target: u64,

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use kvrail_cuda::probe::{Request, Timing, try_files};
-use kvrail_cuda::system::{SystemView, has_only_p2pdma, mount_guards};
+use kvrail_cuda::system::{SystemView, mount_guards};
 use kvrail_cuda::{DriverSettings, LibraryPaths};
 use serde::Serialize;
 
@@ -54,10 +54,7 @@ pub(super) fn examine(
     };
     let tried = match (obstacle, machine.libcufile.library()) {
         (None, Some(library)) => {
-            let settings = DriverSettings {
-                allow_compatibility: false,
-                use_p2pdma: has_only_p2pdma(view),
-            };
+            let settings = DriverSettings::for_machine(view, false);
             try_in_child(&library.path, settings, real, bytes, limit)
         }
         (obstacle, _) => Err(format!("not tried: {}", obstacle.unwrap_or_default())),

@@ -5,6 +5,7 @@ use super::driver::TRANSFER_BYTES_MAX;
 use super::sys::{
     ALLOW_COMPAT_MODE, Api, MAX_DEVICE_PINNED_MEM_SIZE_KB, MAX_DIRECT_IO_SIZE_KB, USE_PCIP2PDMA,
 };
+use crate::system::{NvidiaFs, SystemView};
 
 /// Settings of ours; a library before 1.13 has no calls for them and keeps its own (the process that
 /// tries cuFile has its compatibility mode set by the environment).
@@ -24,6 +25,14 @@ pub struct DriverSettings {
 }
 
 impl DriverSettings {
+    /// Returns the settings for a machine: where there is no nvidia-fs, with P2PDMA.
+    pub fn for_machine(view: &SystemView, allow_compatibility: bool) -> Self {
+        Self {
+            allow_compatibility,
+            use_p2pdma: NvidiaFs::read(view).is_none(),
+        }
+    }
+
     /// Sets them. The library refuses when its driver is open already, by another part of the
     /// process: the settings stay as they are then, and the transfers show what it does.
     pub(super) fn apply(self, api: &Api, device_bytes: Option<usize>) {

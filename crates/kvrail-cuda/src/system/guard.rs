@@ -65,11 +65,6 @@ pub fn machine_guards(view: &SystemView) -> Result<(), Refusal> {
     }
 }
 
-/// Returns whether a direct path here would be the kernel's own P2PDMA: there is no nvidia-fs.
-pub fn has_only_p2pdma(view: &SystemView) -> bool {
-    NvidiaFs::read(view).is_none()
-}
-
 /// Checks what must hold for the mount of `directory`, an absolute path without symbolic links.
 ///
 /// Touches neither the directory nor its mount.

@@ -29,7 +29,7 @@ pub use container::container_evidence;
 pub use device::{BlockDevice, DeviceKind};
 pub use driver::NvidiaDriver;
 pub use gpu::Gpu;
-pub use guard::{cufile_guards, has_only_p2pdma, machine_guards, mount_guards};
+pub use guard::{cufile_guards, machine_guards, mount_guards};
 pub use kernel::{KernelRelease, has_p2pdma_support};
 pub use mount::{DeviceNumber, DirectIoAlignment, Mount, direct_io_alignment};
 pub use nvidia_fs::NvidiaFs;

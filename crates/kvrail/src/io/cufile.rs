@@ -76,7 +76,7 @@ impl CufileEngine {
         on_start: &Arc<dyn Fn() + Send + Sync>,
     ) -> Result<Self> {
         let (queue, requests) = bounded(QUEUE_REQUESTS_MAX);
-        let (alive, ended) = bounded(0);
+        let (alive, ended) = bounded::<()>(0);
         let worker = Worker {
             driver: driver.clone(),
             context: context.clone(),
@@ -101,7 +101,7 @@ impl CufileEngine {
                         }
                     }
                     drop(worker);
-                    drop::<Sender<()>>(alive);
+                    drop(alive);
                 })
                 .map_err(|source| {
                     Error::new(ErrorKind::Io, "start a cuFile thread").with_source(source)

@@ -33,12 +33,7 @@ fn child() {
     choice::assert_posix(&bench, Kind::BlocksOutermost, "cuFileDriverOpen: 5001");
     bench.config.cufile_compat_mode = true;
     for kind in KINDS {
-        for method in CopyMethod::ALL {
-            bench.copy_method = Some(method);
-            round_trip(&bench, kind);
-        }
-        bench.copy_method = None;
-        round_trip(&bench, kind);
+        round_trips(&mut bench, kind);
         many_at_once(&bench, kind);
         wait_until("all device memory is given back", || free() == before);
     }

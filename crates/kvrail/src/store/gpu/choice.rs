@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use kvrail_cuda::probe::{ProbeProgram, Request, try_files};
-use kvrail_cuda::system::{RefusalKind, SystemView, has_only_p2pdma, machine_guards, mount_guards};
+use kvrail_cuda::system::{RefusalKind, SystemView, machine_guards, mount_guards};
 use kvrail_cuda::{CuFile, CuFileDriver, DriverSettings};
 
 use super::cufile::Cufile;
@@ -48,10 +48,7 @@ pub(in crate::store) struct CufileWish {
 
 impl CufileWish {
     fn settings(&self) -> DriverSettings {
-        DriverSettings {
-            allow_compatibility: self.compatibility,
-            use_p2pdma: has_only_p2pdma(&self.system),
-        }
+        DriverSettings::for_machine(&self.system, self.compatibility)
     }
 }
 
