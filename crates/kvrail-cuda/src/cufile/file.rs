@@ -217,7 +217,9 @@ fn count(name: &'static str, moved: isize) -> Result<usize> {
     }
     // Read at once: the next call of the C library may change it.
     let system = std::io::Error::last_os_error();
-    Err(Error::new(ErrorKind::Failed, name, system.to_string()))
+    // Where not the system but the library refused, it leaves errno as it was.
+    let message = format!("-1, with errno as it may have been before: {system}");
+    Err(Error::new(ErrorKind::Failed, name, message))
 }
 
 #[cfg(test)]
@@ -230,7 +232,9 @@ mod tests {
         assert_eq!(count("cuFileRead", 4096).unwrap(), 4096);
         assert_eq!(count("cuFileRead", 0).unwrap(), 0);
         assert_eq!(count("cuFileRead", -5030).unwrap_err().code(), Some(5030));
-        assert_eq!(count("cuFileRead", -1).unwrap_err().code(), None);
+        let by_errno = count("cuFileRead", -1).unwrap_err();
+        assert_eq!(by_errno.code(), None);
+        assert!(by_errno.to_string().contains("as it may have been before"));
     }
 
     #[test]
