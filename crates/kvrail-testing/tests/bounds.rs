@@ -76,7 +76,7 @@ fn as_many_loads_wait_as_the_queue_is_long_and_no_more() {
 
 #[test]
 fn as_many_lookups_wait_as_the_queue_is_long_and_no_more() {
-    let Some((mounted, _folder)) = mount(fresh_seed()) else {
+    let Some(mounted) = mount(fresh_seed()) else {
         return;
     };
     let mut config = config(mounted.path());

@@ -16,18 +16,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::mount;
+use common::{Mounted, mount};
 use kvrail::config::{EngineChoice, StoreConfig};
 use kvrail::io::UringEngine;
 use kvrail::{Access, ErrorKind, OpenOptions, Store};
-use kvrail_testing::FaultMount;
 use store::{Cache, Geometry, LIMIT, names, namespace, wait_until};
 use subject::{CHUNKS, Subject, limits};
 
 const MEANWHILE: &str = "being compared with uring, posix meanwhile";
 
 /// A faulty mount, where there is another engine to compare with.
-fn subject_mount(seed: u64) -> Option<(FaultMount, tempfile::TempDir)> {
+fn subject_mount(seed: u64) -> Option<Mounted> {
     if let Err(error) = UringEngine::new(1, Arc::new(|| ())) {
         eprintln!("skipped: {error}");
         return None;
@@ -49,7 +48,7 @@ fn engine(store: &Store) -> (&'static str, String) {
 
 #[test]
 fn opening_does_not_wait_and_the_store_works_meanwhile() {
-    let Some((mounted, _folder)) = subject_mount(21) else {
+    let Some(mounted) = subject_mount(21) else {
         return;
     };
     let mut config = auto(mounted.path());
@@ -93,7 +92,7 @@ fn opening_does_not_wait_and_the_store_works_meanwhile() {
 
 #[test]
 fn a_store_that_is_dropped_in_the_middle_leaves_nothing_behind() {
-    let Some((mounted, _folder)) = subject_mount(22) else {
+    let Some(mounted) = subject_mount(22) else {
         return;
     };
     let config = auto(mounted.path());
@@ -131,7 +130,7 @@ fn a_store_that_is_dropped_in_the_middle_leaves_nothing_behind() {
 
 #[test]
 fn a_mount_that_hangs_in_the_comparison_is_left_alone_and_comes_back() {
-    let Some((mounted, _folder)) = subject_mount(23) else {
+    let Some(mounted) = subject_mount(23) else {
         return;
     };
     drop(Subject::new(mounted.path()));
@@ -167,7 +166,7 @@ fn a_mount_that_hangs_in_the_comparison_is_left_alone_and_comes_back() {
 
 #[test]
 fn a_path_that_fails_or_has_no_room_is_not_compared() {
-    let Some((mounted, _folder)) = subject_mount(24) else {
+    let Some(mounted) = subject_mount(24) else {
         return;
     };
     mounted.set("create */.compare.* error=EIO");

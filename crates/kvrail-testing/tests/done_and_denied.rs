@@ -45,7 +45,7 @@ fn quick_janitor(chunks: u64) -> JanitorSettings {
 
 #[test]
 fn a_rename_that_was_done_and_denied_is_done() {
-    let Some((mounted, _folder)) = mount(41) else {
+    let Some(mounted) = mount(41) else {
         return;
     };
     let store = open(mounted.path());
@@ -61,7 +61,7 @@ fn a_rename_that_was_done_and_denied_is_done() {
 
 #[test]
 fn what_was_renamed_while_nobody_could_say_so_keeps_its_room() {
-    let Some((mounted, _folder)) = mount(42) else {
+    let Some(mounted) = mount(42) else {
         return;
     };
     let store = open_as(&limited(mounted.path(), 3 * FILE_BYTES));
@@ -90,7 +90,7 @@ fn what_was_renamed_while_nobody_could_say_so_keeps_its_room() {
 
 #[test]
 fn a_temp_file_that_cannot_be_removed_keeps_its_room_until_it_is_gone() {
-    let Some((mounted, _folder)) = mount(43) else {
+    let Some(mounted) = mount(43) else {
         return;
     };
     let room = 4;
@@ -134,7 +134,7 @@ fn a_temp_file_that_cannot_be_removed_keeps_its_room_until_it_is_gone() {
 
 #[test]
 fn chunks_that_a_file_system_does_not_let_go_are_not_taken_for_gone() {
-    let Some((mounted, _folder)) = mount(44) else {
+    let Some(mounted) = mount(44) else {
         return;
     };
     let (there, limit) = (30, 20);
@@ -165,7 +165,7 @@ fn chunks_that_a_file_system_does_not_let_go_are_not_taken_for_gone() {
 
 #[test]
 fn what_leaves_the_quarantine_while_a_janitor_looks_there_is_taken_off_once() {
-    let Some((mounted, _folder)) = mount(45) else {
+    let Some(mounted) = mount(45) else {
         return;
     };
     let (chunks, aside) = (30, 10);

@@ -14,7 +14,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::mount;
+use common::{Mounted, mount};
 
 const PAGE: usize = 4096;
 
@@ -33,7 +33,7 @@ fn wait_until(what: &str, condition: impl Fn() -> bool) {
 
 #[test]
 fn without_rules_it_is_a_folder() {
-    let Some((mounted, _folder)) = mount(1) else {
+    let Some(mounted) = mount(1) else {
         return;
     };
     let root = mounted.path();
@@ -63,7 +63,7 @@ fn without_rules_it_is_a_folder() {
 
 #[test]
 fn errors_come_at_the_operation_and_path_that_a_rule_names() {
-    let Some((mounted, _folder)) = mount(2) else {
+    let Some(mounted) = mount(2) else {
         return;
     };
     let file = mounted.path().join("file");
@@ -96,7 +96,7 @@ fn errors_come_at_the_operation_and_path_that_a_rule_names() {
 
 #[test]
 fn transfers_are_short_and_bytes_change() {
-    let Some((mounted, _folder)) = mount(3) else {
+    let Some(mounted) = mount(3) else {
         return;
     };
     let file = mounted.path().join("file");
@@ -130,7 +130,7 @@ fn transfers_are_short_and_bytes_change() {
 
 #[test]
 fn what_hangs_goes_on_when_its_rule_is_gone_and_nothing_else_waits() {
-    let Some((mounted, _folder)) = mount(4) else {
+    let Some(mounted) = mount(4) else {
         return;
     };
     let root = mounted.path().to_path_buf();
@@ -152,7 +152,7 @@ fn what_hangs_goes_on_when_its_rule_is_gone_and_nothing_else_waits() {
 
 #[test]
 fn names_appear_late_absence_is_remembered_and_clocks_differ() {
-    let Some((mounted, _folder)) = mount(5) else {
+    let Some(mounted) = mount(5) else {
         return;
     };
     let root = mounted.path().to_path_buf();
@@ -188,7 +188,7 @@ fn names_appear_late_absence_is_remembered_and_clocks_differ() {
 
 #[test]
 fn a_mount_that_is_taken_away_ends_all_that_hangs_on_it() {
-    let Some((mut mounted, _folder)) = mount(6) else {
+    let Some(mut mounted) = mount(6) else {
         return;
     };
     let root = mounted.path().to_path_buf();
@@ -199,14 +199,18 @@ fn a_mount_that_is_taken_away_ends_all_that_hangs_on_it() {
         move || fs::read(path)
     });
     wait_until("the hang", || mounted.hits() > 0);
-    mounted.kill();
+    mounted.mount.kill();
     assert!(hanging.join().unwrap().is_err());
     assert!(!is_mounted(&root));
 }
 
 #[test]
 fn the_mount_goes_with_the_process_that_asked_for_it() {
-    let Some((mounted, folder)) = mount(7) else {
+    let Some(Mounted {
+        folder,
+        mount: mounted,
+    }) = mount(7)
+    else {
         return;
     };
     drop(mounted);

@@ -62,7 +62,7 @@ fn hang(index: u64) -> String {
 
 /// Makes the work on other chunks hang until no thread is left for more of `work`, then heals.
 fn exhaust(work: impl Fn(&Subject, u64) -> bool, other: impl Fn(&Subject, u64) -> bool) {
-    let Some((mounted, _folder)) = mount(fresh_seed()) else {
+    let Some(mounted) = mount(fresh_seed()) else {
         return;
     };
     let subject = Subject::new(&mounted);

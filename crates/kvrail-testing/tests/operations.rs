@@ -83,7 +83,7 @@ impl Counts {
 
 #[test]
 fn a_chunk_costs_a_few_operations() {
-    let Some((mounted, _folder)) = mount(61) else {
+    let Some(mounted) = mount(61) else {
         return;
     };
     let store = open(mounted.path());
@@ -123,7 +123,7 @@ fn a_chunk_costs_a_few_operations() {
 
 #[test]
 fn a_store_with_nothing_to_do_costs_little() {
-    let Some((mounted, _folder)) = mount(62) else {
+    let Some(mounted) = mount(62) else {
         return;
     };
     let janitor = open_as(&limited(mounted.source(), 1 << 30));

@@ -37,7 +37,7 @@ fn settings(path: &std::path::Path) -> StoreConfig {
 
 #[test]
 fn a_stale_handle_at_any_operation_is_a_miss_and_no_damage() {
-    let Some((mounted, _folder)) = mount(21) else {
+    let Some(mounted) = mount(21) else {
         return;
     };
     let open = || {

@@ -16,12 +16,12 @@ mod subject;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::mount;
+use common::{Mounted, mount};
 use kvrail::config::{Durability, EngineChoice, PathWeights};
 use kvrail::store::inspect::recorded_bandwidth;
 use kvrail::{ErrorKind, OpenOptions, Store};
 use kvrail_testing::FaultMount;
-use store::{Cache, Geometry, LIMIT, chunk_files, key, namespace, open};
+use store::{Cache, Geometry, LIMIT, chunk_files, key, namespace, open, wait_until};
 use subject::{CHUNKS, SLACK, Subject, WAIT_LIMIT, limits};
 
 /// The blocks of the `index`th chunk of a load of many.
@@ -32,7 +32,7 @@ fn block_pair(index: u64) -> Vec<usize> {
 
 #[test]
 fn any_error_at_any_operation_is_a_miss_and_nothing_wrong_is_loaded() {
-    let Some((mounted, _folder)) = mount(11) else {
+    let Some(mounted) = mount(11) else {
         return;
     };
     drop(Subject::new(mounted.path()));
@@ -87,7 +87,7 @@ fn any_error_at_any_operation_is_a_miss_and_nothing_wrong_is_loaded() {
 
 #[test]
 fn an_operation_that_hangs_costs_its_limit_once_and_the_path_comes_back() {
-    let Some((mounted, _folder)) = mount(12) else {
+    let Some(mounted) = mount(12) else {
         return;
     };
     for operation in [
@@ -144,7 +144,7 @@ fn an_operation_that_hangs_costs_its_limit_once_and_the_path_comes_back() {
 
 #[test]
 fn a_slow_path_is_left_alone_until_it_is_quick_again() {
-    let Some((mounted, _folder)) = mount(13) else {
+    let Some(mounted) = mount(13) else {
         return;
     };
     let mut subject = Subject::new(mounted.path());
@@ -173,7 +173,7 @@ fn a_slow_path_is_left_alone_until_it_is_quick_again() {
 
 #[test]
 fn a_load_of_many_chunks_that_are_all_just_quick_enough_is_bounded_as_a_whole() {
-    let Some((mounted, _folder)) = mount(23) else {
+    let Some(mounted) = mount(23) else {
         return;
     };
     // Below the slow limit, so the path stays in use.
@@ -207,7 +207,7 @@ fn a_load_of_many_chunks_that_are_all_just_quick_enough_is_bounded_as_a_whole() 
 
 #[test]
 fn pages_that_change_on_the_way_are_never_loaded() {
-    let Some((mounted, _folder)) = mount(14) else {
+    let Some(mounted) = mount(14) else {
         return;
     };
     let mut subject = Subject::new(mounted.path());
@@ -261,7 +261,7 @@ fn pages_that_change_on_the_way_are_never_loaded() {
 
 #[test]
 fn what_other_hosts_see_late_is_a_miss_until_they_see_it() {
-    let Some((mounted, _folder)) = mount(15) else {
+    let Some(mounted) = mount(15) else {
         return;
     };
     let mut here = Subject::new(mounted.source());
@@ -289,7 +289,7 @@ fn what_other_hosts_see_late_is_a_miss_until_they_see_it() {
 
 #[test]
 fn clocks_an_hour_apart_cost_no_live_writer_its_file() {
-    let Some((mounted, _folder)) = mount(16) else {
+    let Some(mounted) = mount(16) else {
         return;
     };
     for skew in ["3600s", "-3600s"] {
@@ -312,7 +312,7 @@ fn clocks_an_hour_apart_cost_no_live_writer_its_file() {
 
 #[test]
 fn opening_and_closing_on_a_mount_that_hangs_end_in_time() {
-    let Some((mounted, _folder)) = mount(17) else {
+    let Some(mounted) = mount(17) else {
         return;
     };
     let subject = Subject::new(mounted.path());
@@ -334,11 +334,27 @@ fn opening_and_closing_on_a_mount_that_hangs_end_in_time() {
 }
 
 #[test]
-fn one_path_that_hangs_leaves_the_others_alone() {
-    let Some((mounted, folder)) = mount(18) else {
+fn a_store_that_is_dropped_on_a_mount_that_hangs_ends_in_time() {
+    let Some(mounted) = mount(28) else {
         return;
     };
-    let well = folder.path().join("well");
+    let subject = Subject::new(mounted.path());
+    mounted.set("* * hang");
+    // So that its janitor hangs, too.
+    wait_until("a hang", || mounted.hits() > 0);
+    let start = Instant::now();
+    drop(subject);
+    println!("dropping took {:.2?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(1) + SLACK);
+    mounted.heal();
+}
+
+#[test]
+fn one_path_that_hangs_leaves_the_others_alone() {
+    let Some(mounted) = mount(18) else {
+        return;
+    };
+    let well = mounted.folder.path().join("well");
     let mut config = limits(mounted.path());
     config.gds_path.push(well.clone());
     let store = Store::open(&config, namespace(), OpenOptions::default()).unwrap();
@@ -381,10 +397,10 @@ fn one_path_that_hangs_leaves_the_others_alone() {
 
 #[test]
 fn a_record_of_a_bandwidth_that_hangs_or_fails_costs_no_other_path_s_chunks() {
-    let Some((mounted, folder)) = mount(27) else {
+    let Some(mounted) = mount(27) else {
         return;
     };
-    let well = folder.path().join("well");
+    let well = mounted.folder.path().join("well");
     let mut config = limits(mounted.path());
     config.path_weights = PathWeights::Measured;
     config.gds_path.push(well.clone());
@@ -463,7 +479,11 @@ fn a_record_of_a_bandwidth_that_hangs_or_fails_costs_no_other_path_s_chunks() {
 
 #[test]
 fn a_mount_that_is_taken_away_is_no_place_to_write_and_comes_back() {
-    let Some((mut mounted, folder)) = mount(19) else {
+    let Some(Mounted {
+        folder,
+        mount: mut mounted,
+    }) = mount(19)
+    else {
         return;
     };
     let mut subject = Subject::new(mounted.path());

@@ -65,7 +65,7 @@ fn wait_until(what: &str, is_so: impl Fn() -> bool) {
 
 #[test]
 fn a_file_system_that_cannot_do_without_waiting_is_waited_for_by_the_kernel() {
-    let (Some((mounted, _folder)), Some(engine)) = (mount(30), engine()) else {
+    let (Some(mounted), Some(engine)) = (mount(30), engine()) else {
         return;
     };
     let path = mounted.path().join("file");
@@ -111,7 +111,7 @@ fn hang(engine: &UringEngine, pool: &StagingPool, path: &Path) {
 
 #[test]
 fn what_hangs_in_the_kernel_keeps_its_memory_and_gives_it_back_when_it_ends() {
-    let (Some((mounted, _folder)), Some(engine)) = (mount(31), engine()) else {
+    let (Some(mounted), Some(engine)) = (mount(31), engine()) else {
         return;
     };
     let path = mounted.path().join("file");
@@ -135,7 +135,7 @@ fn what_hangs_in_the_kernel_keeps_its_memory_and_gives_it_back_when_it_ends() {
 
 #[test]
 fn an_engine_that_goes_leaves_the_memory_to_what_hangs_for_good() {
-    let (Some((mounted, _folder)), Some(engine)) = (mount(32), engine()) else {
+    let (Some(mounted), Some(engine)) = (mount(32), engine()) else {
         return;
     };
     let path = mounted.path().join("file");

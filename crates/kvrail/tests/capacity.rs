@@ -285,3 +285,19 @@ fn opening_takes_no_longer_with_many_chunks() {
         "{few} s with 10 chunks, {many} s with 30,000"
     );
 }
+
+#[test]
+fn a_directory_can_be_removed_as_soon_as_its_store_is_dropped() {
+    for _ in 0..20 {
+        let directory = tempfile::tempdir().unwrap();
+        let store = open_as(&limited(directory.path(), LIMIT_BYTES));
+        assert_eq!(
+            Cache::attach(&store, 0, Geometry::default())
+                .store_alone(1)
+                .stored,
+            1
+        );
+        drop(store);
+        directory.close().unwrap();
+    }
+}

@@ -284,6 +284,10 @@ impl StoreShared {
     }
 }
 
+/// What the janitors get to end when a store is dropped and not closed: far more than their work
+/// takes where the mount answers.
+const JANITORS_END: Duration = Duration::from_secs(1);
+
 /// A store's threads; they stop when this is dropped.
 #[derive(Debug)]
 pub(super) struct Running {
@@ -298,5 +302,7 @@ impl Drop for Running {
         self.shared.comparisons.stop();
         self.queue.close();
         self.shared.watch.close();
+        // They make files: whoever drops a store may remove its directory then.
+        self.janitors.stop(JANITORS_END);
     }
 }

@@ -54,16 +54,15 @@ impl JanitorThreads {
         })
     }
 
-    /// Ends the janitors. Waits until they have, for `limit` at most: a mount may not answer.
+    /// Ends the janitors. Waits until they have, for `limit` at most: a mount may not answer. Who
+    /// comes after the first waits no more.
     pub(in crate::store) fn stop(&self, limit: Duration) {
-        drop(
-            self.stop
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(),
-        );
-        // Disconnected when the last of them is through.
-        let _ = self.ended.recv_timeout(limit.min(CLOSE_LIMIT));
+        let mut stop = self.stop.lock().unwrap_or_else(PoisonError::into_inner);
+        if stop.take().is_some() {
+            drop(stop);
+            // Disconnected when the last of them is through.
+            let _ = self.ended.recv_timeout(limit.min(CLOSE_LIMIT));
+        }
     }
 }
 
