@@ -80,6 +80,13 @@ CASES = {
         {"speculative_config": {"method": "eagle", "num_speculative_tokens": 2}},
         tiny_model.build_eagle_head,
     ),
+    # So is the layer for drafts that comes with the model.
+    "MTP drafts": Case(
+        tiny_classes.build_ernie_mtp,
+        1,
+        CHUNKS,
+        {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
+    ),
 }
 
 

@@ -12,6 +12,7 @@ import tiny_model
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Ernie4_5_MoeConfig,
     FalconH1Config,
     Gemma3nTextConfig,
     Gemma3TextConfig,
@@ -118,6 +119,24 @@ def minicpm3() -> PretrainedConfig:
 def mixtral() -> PretrainedConfig:
     """Experts, and attention to all tokens in every layer."""
     return MixtralConfig(**COMMON, num_hidden_layers=4, num_local_experts=4, num_experts_per_tok=2)
+
+
+def build_ernie_mtp(folder: Path) -> Path:
+    """Writes Ernie 4.5, experts behind a plain layer, with a layer that drafts (MTP)."""
+    return tiny_model.add_mtp_layer(build(_ernie, folder))
+
+
+def _ernie() -> PretrainedConfig:
+    return Ernie4_5_MoeConfig(
+        **COMMON | {"intermediate_size": tiny_model.INTERMEDIATE},
+        num_hidden_layers=4,
+        num_nextn_predict_layers=1,
+        moe_intermediate_size=64,
+        moe_k=2,
+        moe_num_experts=4,
+        moe_num_shared_experts=1,
+        tie_word_embeddings=False,
+    )
 
 
 def falcon_h1() -> PretrainedConfig:

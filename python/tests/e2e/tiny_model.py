@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 LAYERS = 4
@@ -58,10 +58,29 @@ def build_eagle_head(folder: Path, seed: int = 8) -> Path:
         # What comes out of `fc` is not normalised again.
         if name.startswith("model.layers.") and "input_layernorm" not in name
     }
-    generator = torch.Generator().manual_seed(seed)
-    joined = torch.randn(HIDDEN, 2 * HIDDEN, generator=generator) / math.sqrt(2 * HIDDEN)
-    _write_model(folder, config, layer | {"fc.weight": joined})
+    _write_model(folder, config, layer | {"fc.weight": _joining_matrix(seed)})
     return folder
+
+
+def add_mtp_layer(folder: Path, seed: int = 9) -> Path:
+    """Adds a layer that predicts one token more to a model, by the names of Ernie 4.5's weights."""
+    block = "model.layers.0."
+    layer = {
+        "model.mtp_block.0." + name.removeprefix(block): weight
+        for name, weight in _llama_weights(seed, 1).items()
+        if name.startswith(block)
+    }
+    layer |= {f"model.mtp_{norm}_norm.0.weight": torch.ones(HIDDEN) for norm in ("emb", "hidden")}
+    layer |= {"model.mtp_linear_proj.0.weight": _joining_matrix(seed)}
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | layer, file, metadata={"format": "pt"})
+    return folder
+
+
+def _joining_matrix(seed: int) -> torch.Tensor:
+    """What makes one vector of a token's embedding and the vector before it."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(HIDDEN, 2 * HIDDEN, generator=generator) / math.sqrt(2 * HIDDEN)
 
 
 def _llama_config(architecture: str, model_type: str) -> dict[str, object]:
