@@ -9,6 +9,8 @@ SHELL := /usr/bin/env bash
 
 STEP := scripts/step
 WITHIN := scripts/within
+# Tests must leave no temporary files.
+TIDY := scripts/tidy
 # How long `make soak` runs, and in how many processes.
 SOAK_SECONDS ?= 3600
 SOAK_PROCESSES ?= 8
@@ -56,29 +58,29 @@ clippy: tools ## Lint the Rust code.
 	  $(WITHIN) cargo clippy --workspace --all-targets --locked -- -D warnings
 
 rust-test: tools ## Run the Rust tests.
-	@$(STEP) 'rust-test: cargo nextest' env PATH="$$(scripts/rust_tools):$$PATH" \
+	@$(STEP) 'rust-test: cargo nextest' $(TIDY) env PATH="$$(scripts/rust_tools):$$PATH" \
 	  KVRAIL_CUFILE_LIBRARIES="$$(scripts/cufile_libraries)" $(WITHIN) cargo nextest run --workspace --locked --no-fail-fast
 
 # The models print a schedule that fails; the feature is for them alone.
 concurrency-test: tools ## Run the store's code through interleavings that shuttle chooses.
-	@$(STEP) 'concurrency-test: models of threads' $(WITHIN) \
+	@$(STEP) 'concurrency-test: models of threads' $(TIDY) $(WITHIN) \
 	  cargo test --package kvrail --lib --locked --features shuttle --quiet -- models::
 
 sanitize: tools ## Drop handles in flight under AddressSanitizer.
-	@$(STEP) 'sanitize: AddressSanitizer, handles dropped in flight' $(WITHIN) scripts/sanitize address
+	@$(STEP) 'sanitize: AddressSanitizer, handles dropped in flight' $(TIDY) $(WITHIN) scripts/sanitize address
 
 sanitize-all: tools ## Run all unit tests of the library under AddressSanitizer and ThreadSanitizer.
-	@$(STEP) 'sanitize-all: AddressSanitizer' $(WITHIN) scripts/sanitize address --all
-	@$(STEP) 'sanitize-all: ThreadSanitizer' $(WITHIN) scripts/sanitize thread --all
+	@$(STEP) 'sanitize-all: AddressSanitizer' $(TIDY) $(WITHIN) scripts/sanitize address --all
+	@$(STEP) 'sanitize-all: ThreadSanitizer' $(TIDY) $(WITHIN) scripts/sanitize thread --all
 
 # Seconds for all targets together; the first build takes about a minute more.
 FUZZ_SECONDS ?= 60
 
 fuzz: tools ## Fuzz each parser of bytes from disk, FUZZ_SECONDS in all.
-	@$(STEP) 'fuzz: parsers of bytes from disk' $(WITHIN) scripts/fuzz $(FUZZ_SECONDS)
+	@$(STEP) 'fuzz: parsers of bytes from disk' $(TIDY) $(WITHIN) scripts/fuzz $(FUZZ_SECONDS)
 
 doc-test: tools ## Run the examples in the Rust documentation.
-	@$(STEP) 'doc-test: examples in the documentation' $(WITHIN) \
+	@$(STEP) 'doc-test: examples in the documentation' $(TIDY) $(WITHIN) \
 	  cargo test --workspace --exclude kvrail-python --locked --doc
 
 # The command and the library have the same name and so the same page; the library's is kept.
@@ -101,10 +103,10 @@ stub-test: build ## Check the type stubs of kvrail._core against the built modul
 
 python-test: build ## Run the Python tests that start no vLLM engine.
 	@$(STEP) 'python-test: unit, store, gpu-check on the mock, beside and inside LMCache' \
-	  env KVRAIL_CUFILE_LIBRARIES="$$(scripts/cufile_libraries)" $(WITHIN) $(PYTEST) python/tests/unit python/tests/store python/tests/gpu_check python/tests/lmcache_inside python/tests/lmcache_directory
+	  $(TIDY) env KVRAIL_CUFILE_LIBRARIES="$$(scripts/cufile_libraries)" $(WITHIN) $(PYTEST) python/tests/unit python/tests/store python/tests/gpu_check python/tests/lmcache_inside python/tests/lmcache_directory
 
 e2e-test: build model ## Run the end-to-end tests with real vLLM processes.
-	@$(STEP) 'e2e-test: real vLLM processes' $(WITHIN) $(PYTEST) python/tests/e2e
+	@$(STEP) 'e2e-test: real vLLM processes' $(TIDY) $(WITHIN) $(PYTEST) python/tests/e2e
 
 bench: build ## Measure store, load and lookup against the raw disk, for four models.
 	@mkdir -p target/bench
