@@ -408,7 +408,7 @@ pub extern "C" fn cuEventRecord(event: Handle, stream: Handle) -> c_int {
 #[unsafe(no_mangle)]
 pub extern "C" fn cuEventQuery(event: Handle) -> c_int {
     begin_unsafe!("cuEventQuery", _device);
-    streams().finish_event(event.addr())
+    streams().query(event.addr()).unwrap_or(NOT_READY)
 }
 
 #[unsafe(no_mangle)]

@@ -1,7 +1,4 @@
-//! Streams and events: work waits until somebody waits for it.
-//!
-//! Nothing runs before a query or a synchronisation needs it, so that code which looks at memory
-//! before it waited sees what was there before. Events order streams as in CUDA.
+//! Streams and events, which order streams as in CUDA. When work runs is a matter of `pace`.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::c_int;
@@ -11,7 +8,7 @@ use std::time::Instant;
 use kvrail_cuda::Pages;
 use mock_script::Action;
 
-use crate::work;
+use crate::{pace, work};
 
 /// One piece of work on a stream.
 #[derive(Debug, Clone, Copy)]
@@ -90,6 +87,7 @@ impl Streams {
     }
 
     pub(crate) fn push(&mut self, stream: usize, work: Work) {
+        pace::start();
         self.queues.entry(stream).or_default().push_back(work);
     }
 
@@ -112,6 +110,42 @@ impl Streams {
             self.run(next);
         }
         std::mem::take(&mut self.error)
+    }
+
+    /// Returns whether an event's last recording is passed, with the error of work so far; where
+    /// work waits for somebody to wait for it, this is that.
+    pub(crate) fn query(&mut self, event: usize) -> Option<c_int> {
+        let is_passed = |event: &Event| event.done >= event.recorded;
+        if pace::is_own() && !self.events.get(&event).is_none_or(is_passed) {
+            return None;
+        }
+        Some(self.finish_event(event))
+    }
+
+    /// Runs one piece of work, the next of a stream that does not wait; `drawn` says of which.
+    pub(crate) fn advance(&mut self, drawn: u64) {
+        let is_blocked = |work: &Work| match work {
+            Work::Wait(event, recorded) => {
+                let state = self.events.get(event);
+                state.is_some_and(|state| state.done < *recorded)
+            }
+            _ => false,
+        };
+        let ready: Vec<usize> = self
+            .queues
+            .iter()
+            .filter(|(_, queue)| queue.front().is_some_and(|work| !is_blocked(work)))
+            .map(|(stream, _)| *stream)
+            .collect();
+        let Some(picked) = (drawn as usize).checked_rem(ready.len()) else {
+            return;
+        };
+        let queue = ready
+            .get(picked)
+            .and_then(|stream| self.queues.get_mut(stream));
+        if let Some(next) = queue.and_then(VecDeque::pop_front) {
+            self.run(next);
+        }
     }
 
     /// Runs until an event's last recording is passed.
@@ -138,9 +172,12 @@ impl Streams {
         }
     }
 
+    /// Forgets a stream; as in CUDA, what is on it is still done.
     pub(crate) fn forget_stream(&mut self, stream: usize) {
-        self.finish(stream);
-        self.queues.remove(&stream);
+        if !pace::is_own() {
+            self.finish(stream);
+            self.queues.remove(&stream);
+        }
     }
 
     fn reach(&mut self, event: usize, recorded: u64) {

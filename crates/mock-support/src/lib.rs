@@ -82,6 +82,12 @@ impl Mocks {
         find::<Capturing>(&self.cuda.1, b"kvrail_mock_capturing")(on);
     }
 
+    /// Has work on streams done at the device's own pace, by chance, or as late as can be, which is
+    /// so at first.
+    pub fn own_pace(&self, on: bool) {
+        find::<extern "C" fn(bool)>(&self.cuda.1, b"kvrail_mock_own_pace")(on);
+    }
+
     /// Returns how often a function of libcuda was called.
     pub fn cuda_calls(&self, function: &str) -> u64 {
         calls(&self.cuda.1, b"kvrail_mock_count", function)

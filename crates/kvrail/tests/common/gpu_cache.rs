@@ -16,7 +16,7 @@ use kvrail::{
     Device, KvCache, KvLayout, LayerSpan, LoadChunk, LoadReport, LoadTicket, OpenOptions, Region,
     Store, StoreChunk, StoreReport,
 };
-use kvrail_cuda::{Context, Cuda, DeviceMemory, LibraryPaths, Priority};
+use kvrail_cuda::{Context, Cuda, DeviceMemory, LibraryPaths, Priority, Stream};
 use mock_support::Mocks;
 use tempfile::TempDir;
 
@@ -25,7 +25,7 @@ use crate::machine::Machine;
 
 pub const POISON: u8 = 0xA5;
 const LAYERS: usize = 3;
-const BLOCKS: usize = 16;
+pub const BLOCKS: usize = 16;
 
 /// How the KV cache lies in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -237,6 +237,27 @@ impl Cache {
             .unwrap();
         stream.synchronize().unwrap();
         bytes
+    }
+
+    /// Puts the writing of a block on a stream; `content` stays where it is until that is done.
+    pub fn put_block(&self, stream: &Stream, kind: Kind, block: usize, content: &[u8]) {
+        for (layer, piece) in content.chunks(piece_bytes(kind)).enumerate() {
+            let target = self.address() + offset(kind, layer, block) as u64;
+            // SAFETY: inside the allocation; the caller keeps the bytes.
+            unsafe { stream.copy_to_device(target, piece.as_ptr(), piece.len()) }.unwrap();
+        }
+    }
+
+    /// Reads a block behind whatever is on a stream.
+    pub fn get_block(&self, stream: &Stream, kind: Kind, block: usize) -> Vec<u8> {
+        let mut content = vec![0; LAYERS * piece_bytes(kind)];
+        for (layer, piece) in content.chunks_mut(piece_bytes(kind)).enumerate() {
+            let source = self.address() + offset(kind, layer, block) as u64;
+            // SAFETY: inside the allocation; waited for below.
+            unsafe { stream.copy_to_host(piece.as_mut_ptr(), source, piece.len()) }.unwrap();
+        }
+        stream.synchronize().unwrap();
+        content
     }
 
     pub fn store(&self, name: u64, blocks: [usize; 2]) -> StoreReport {

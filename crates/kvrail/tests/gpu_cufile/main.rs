@@ -19,6 +19,7 @@ mod choice;
 mod failures;
 mod in_place;
 mod real;
+mod serving;
 
 use std::time::{Duration, Instant};
 
