@@ -237,6 +237,11 @@ fn serve(bench: &Bench, kind: Kind, way: Way, seed: u64) {
     let metrics = store.metrics();
     let by_cufile = metrics.cufile_chunks_stored + metrics.cufile_chunks_loaded;
     assert_eq!(by_cufile > 0, way == Way::Cufile, "{what}");
+    assert_eq!(metrics.cufile_fallbacks, 0, "{what}");
+    let is_bad = |stored: &Stored| stored.may_be_bad;
+    if !stored.iter().any(is_bad) {
+        assert_eq!(metrics.chunks_damaged, 0, "{what}");
+    }
     drop(serving);
     let other = bench.open(folder.path());
     let target = Cache::attach(bench, &other, 1, kind).unwrap();
