@@ -21,6 +21,8 @@ pub(crate) const INVALID: c_int = 1;
 const OUT_OF_MEMORY: c_int = 2;
 const NO_DEVICE: c_int = 101;
 pub(crate) const NO_CONTEXT: c_int = 201;
+/// `CUDA_ERROR_INVALID_HANDLE`: of another context, or of nothing that is alive.
+pub(crate) const INVALID_HANDLE: c_int = 400;
 const NOT_READY: c_int = 600;
 /// `CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED`.
 pub(crate) const CAPTURE_UNSUPPORTED: c_int = 900;
@@ -269,7 +271,19 @@ pub(crate) fn put_copy(
         source,
         bytes,
     };
-    streams().push(stream.addr(), copy);
+    put_work(stream, copy)
+}
+
+/// Puts work on a stream of the current context.
+pub(crate) fn put_work(stream: Handle, work: Work) -> c_int {
+    let Some(device) = current() else {
+        return NO_CONTEXT;
+    };
+    let mut streams = streams();
+    if !streams.is_of(stream.addr(), device) {
+        return INVALID_HANDLE;
+    }
+    streams.push(stream.addr(), work);
     0
 }
 
@@ -281,9 +295,6 @@ pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
     stream: Handle,
 ) -> c_int {
     let action = begin!("cuMemcpyHtoDAsync");
-    let Some(_) = current() else {
-        return NO_CONTEXT;
-    };
     put_copy(
         stream,
         action,
@@ -301,9 +312,6 @@ pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
     stream: Handle,
 ) -> c_int {
     let action = begin!("cuMemcpyDtoHAsync");
-    let Some(_) = current() else {
-        return NO_CONTEXT;
-    };
     put_copy(
         stream,
         action,
@@ -321,9 +329,6 @@ pub unsafe extern "C" fn cuMemcpyDtoDAsync_v2(
     stream: Handle,
 ) -> c_int {
     let action = begin!("cuMemcpyDtoDAsync");
-    let Some(_) = current() else {
-        return NO_CONTEXT;
-    };
     put_copy(stream, action, target, source, bytes)
 }
 
@@ -352,7 +357,10 @@ pub unsafe extern "C" fn cuMemcpyBatchAsync(
         let (target, source) = unsafe { (*targets.add(index), *sources.add(index)) };
         // SAFETY: as above.
         let length = unsafe { *bytes.add(index) };
-        put_copy(stream, action, target, source, length);
+        let code = put_copy(stream, action, target, source, length);
+        if code != 0 {
+            return code;
+        }
     }
     0
 }
@@ -363,15 +371,18 @@ pub unsafe extern "C" fn cuStreamCreateWithPriority(
     _flags: c_uint,
     _priority: c_int,
 ) -> c_int {
-    begin!("cuStreamCreateWithPriority", _device);
+    begin!("cuStreamCreateWithPriority", device);
     count(1);
     // SAFETY: passed on.
-    unsafe { put(stream, handle(streams().handle())) }
+    unsafe { put(stream, handle(streams().handle(device))) }
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuStreamDestroy_v2(stream: Handle) -> c_int {
     begin!("cuStreamDestroy", _device);
+    if !streams().forget(stream.addr()) {
+        return INVALID_HANDLE;
+    }
     count(-1);
     streams().forget_stream(stream.addr());
     0
@@ -379,35 +390,52 @@ pub extern "C" fn cuStreamDestroy_v2(stream: Handle) -> c_int {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuStreamSynchronize(stream: Handle) -> c_int {
-    begin_unsafe!("cuStreamSynchronize", _device);
+    begin_unsafe!("cuStreamSynchronize", device);
+    if !streams().is_of(stream.addr(), device) {
+        return INVALID_HANDLE;
+    }
     streams().finish(stream.addr())
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuStreamWaitEvent(stream: Handle, event: Handle, _flags: c_uint) -> c_int {
-    begin!("cuStreamWaitEvent", _device);
-    streams().wait(stream.addr(), event.addr());
+    begin!("cuStreamWaitEvent", device);
+    let mut streams = streams();
+    if !streams.is_of(stream.addr(), device) || !streams.is_event(event.addr()) {
+        return INVALID_HANDLE;
+    }
+    streams.wait(stream.addr(), event.addr());
     0
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuEventCreate(event: *mut Handle, _flags: c_uint) -> c_int {
-    begin!("cuEventCreate", _device);
+    begin!("cuEventCreate", device);
     count(1);
     // SAFETY: passed on.
-    unsafe { put(event, handle(streams().handle())) }
+    unsafe { put(event, handle(streams().handle(device))) }
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuEventRecord(event: Handle, stream: Handle) -> c_int {
-    begin!("cuEventRecord", _device);
-    streams().record(event.addr(), stream.addr());
+    begin!("cuEventRecord", device);
+    let mut streams = streams();
+    if ![event, stream]
+        .iter()
+        .all(|one| streams.is_of(one.addr(), device))
+    {
+        return INVALID_HANDLE;
+    }
+    streams.record(event.addr(), stream.addr());
     0
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuEventQuery(event: Handle) -> c_int {
     begin_unsafe!("cuEventQuery", _device);
+    if !streams().is_event(event.addr()) {
+        return INVALID_HANDLE;
+    }
     streams().query(event.addr()).unwrap_or(NOT_READY)
 }
 
@@ -422,8 +450,11 @@ pub unsafe extern "C" fn cuEventElapsedTime(time: *mut f32, from: Handle, to: Ha
 }
 
 #[unsafe(no_mangle)]
-pub extern "C" fn cuEventDestroy_v2(_event: Handle) -> c_int {
+pub extern "C" fn cuEventDestroy_v2(event: Handle) -> c_int {
     begin!("cuEventDestroy", _device);
+    if !streams().forget(event.addr()) {
+        return INVALID_HANDLE;
+    }
     count(-1);
     0
 }

@@ -11,21 +11,25 @@ use kvrail_cuda::Pages;
 use mock_script::Action;
 
 use crate::control::enter;
-use crate::driver::{CAPTURE_UNSUPPORTED, Handle, INVALID, NO_CONTEXT, handle, put};
+use crate::driver::{
+    CAPTURE_UNSUPPORTED, Handle, INVALID_HANDLE, NO_CONTEXT, handle, put, put_work,
+};
 use crate::objects::{count, current, is_refused};
-use crate::streams::{Work, streams};
+use crate::streams::Work;
 
 const NOT_FOUND: c_int = 500;
 
 const COPY: &str = "kvrail_copy";
 const HASH: &str = "kvrail_hash_pages";
 const GATHER: &str = "kvrail_gather_hashed";
-/// The kernels; a function's handle is its place here, and one.
+/// The kernels; a function's handle is its place here and one, and `PER_DEVICE` for each device
+/// before that of the context that its module was loaded in.
 const KERNELS: [&str; 4] = [COPY, HASH, GATHER, "kvrail_scatter_verified"];
+const PER_DEVICE: usize = 16;
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleLoadData(module: *mut Handle, image: *const c_void) -> c_int {
-    begin_unsafe!("cuModuleLoadData", _device);
+    begin_unsafe!("cuModuleLoadData", device);
     // SAFETY: PTX ends with a zero.
     let text = unsafe { CStr::from_ptr(image.cast()) }.to_string_lossy();
     if !text.contains(".visible .entry kvrail_copy(") {
@@ -33,7 +37,7 @@ pub unsafe extern "C" fn cuModuleLoadData(module: *mut Handle, image: *const c_v
     }
     count(1);
     // SAFETY: passed on.
-    unsafe { put(module, handle(64)) }
+    unsafe { put(module, handle(device + 1)) }
 }
 
 #[unsafe(no_mangle)]
@@ -46,17 +50,20 @@ pub extern "C" fn cuModuleUnload(_module: Handle) -> c_int {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleGetFunction(
     function: *mut Handle,
-    _module: Handle,
+    module: Handle,
     name: *const c_char,
 ) -> c_int {
     begin!("cuModuleGetFunction", _device);
+    let Some(device) = module.addr().checked_sub(1) else {
+        return INVALID_HANDLE;
+    };
     // SAFETY: the name ends with a zero.
     let name = unsafe { CStr::from_ptr(name) }.to_bytes();
     let Some(index) = KERNELS.iter().position(|kernel| kernel.as_bytes() == name) else {
         return NOT_FOUND;
     };
     // SAFETY: passed on.
-    unsafe { put(function, handle(index + 1)) }
+    unsafe { put(function, handle(device * PER_DEVICE + index + 1)) }
 }
 
 #[unsafe(no_mangle)]
@@ -74,7 +81,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
     _extra: *mut *mut c_void,
 ) -> c_int {
     let action = begin!("cuLaunchKernel");
-    let Some(_) = current() else {
+    let Some(device) = current() else {
         return NO_CONTEXT;
     };
     // SAFETY: all kernels have at least two arguments of 8 bytes, the second four, the others six.
@@ -82,10 +89,10 @@ pub unsafe extern "C" fn cuLaunchKernel(
     let (descriptors, number) = (argument(0), argument(1) as usize);
     let Some(kernel) = function
         .addr()
-        .checked_sub(1)
+        .checked_sub(device * PER_DEVICE + 1)
         .and_then(|index| KERNELS.get(index))
     else {
-        return INVALID;
+        return INVALID_HANDLE;
     };
     // A script may also name the kernel.
     let action = match (action, enter(kernel)) {
@@ -117,6 +124,5 @@ pub unsafe extern "C" fn cuLaunchKernel(
             last: argument(5),
         },
     };
-    streams().push(stream.addr(), work);
-    0
+    put_work(stream, work)
 }

@@ -10,6 +10,9 @@ use mock_script::Action;
 
 use crate::{pace, work};
 
+/// `CU_STREAM_PER_THREAD`; null and 1 are the legacy default stream.
+const PER_THREAD_DEFAULT: usize = 2;
+
 /// One piece of work on a stream.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Work {
@@ -63,6 +66,8 @@ struct Event {
 pub(crate) struct Streams {
     queues: BTreeMap<usize, VecDeque<Work>>,
     events: BTreeMap<usize, Event>,
+    /// The device of each stream and event that is alive, by handle.
+    owners: BTreeMap<usize, usize>,
     next: usize,
     /// The first error of work that ran; as in CUDA, whoever waits next learns of it.
     error: c_int,
@@ -71,6 +76,7 @@ pub(crate) struct Streams {
 static STREAMS: Mutex<Streams> = Mutex::new(Streams {
     queues: BTreeMap::new(),
     events: BTreeMap::new(),
+    owners: BTreeMap::new(),
     next: 16,
     error: 0,
 });
@@ -80,10 +86,27 @@ pub(crate) fn streams() -> MutexGuard<'static, Streams> {
 }
 
 impl Streams {
-    /// Returns a handle that nobody had.
-    pub(crate) fn handle(&mut self) -> usize {
+    /// Returns a handle that nobody had, for a stream or an event of a device.
+    pub(crate) fn handle(&mut self, device: usize) -> usize {
         self.next += 16;
+        self.owners.insert(self.next, device);
         self.next
+    }
+
+    /// Forgets a handle; returns whether there was such a thing.
+    pub(crate) fn forget(&mut self, handle: usize) -> bool {
+        self.owners.remove(&handle).is_some()
+    }
+
+    /// Returns whether a stream or an event is alive and may be used while `device` is the current
+    /// context's. The default streams are those of any.
+    pub(crate) fn is_of(&self, handle: usize, device: usize) -> bool {
+        handle <= PER_THREAD_DEFAULT || self.owners.get(&handle) == Some(&device)
+    }
+
+    /// Returns whether an event is alive; any context may ask for it and wait for it.
+    pub(crate) fn is_event(&self, handle: usize) -> bool {
+        self.owners.contains_key(&handle)
     }
 
     pub(crate) fn push(&mut self, stream: usize, work: Work) {
