@@ -22,6 +22,8 @@ from kvrail.kv_cache import from_tensors
 
 from cases import Case
 from memory import Gpu, Memory, layer_views
+from outcome import CheckError, OtherWayError, Outcome
+from serving import Serving
 
 LIMIT_SECONDS = 120.0
 CHUNKS = 3
@@ -46,24 +48,6 @@ WAYS = (
 COMPATIBLE: dict[str, object] = {"cufile_compat_mode": True}
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a check: ``passed``, ``failed`` or ``skipped``, and why."""
-
-    name: str
-    outcome: str
-    detail: str
-    seconds: float = 0.0
-
-
-class CheckError(Exception):
-    """A check found something wrong; the message says what."""
-
-
-class OtherWayError(Exception):
-    """The store takes another way than the one to be checked; the message says why."""
-
-
 def run_checks(gpu: Gpu, directory: Path, some_cases: list[Case], seed: int) -> Iterator[Outcome]:
     """Runs every check on every case and way, each in a directory of its own."""
     checks: tuple[tuple[str, Callable[[Bench], str]], ...] = (
@@ -71,6 +55,7 @@ def run_checks(gpu: Gpu, directory: Path, some_cases: list[Case], seed: int) -> 
         ("blocks used again", use_blocks_again),
         ("part of a chunk", load_part),
         ("damaged file", load_damaged),
+        ("at work", serve),
     )
     number = 0
     for case in some_cases:
@@ -123,8 +108,15 @@ class Bench:
 
     def noise(self) -> torch.Tensor:
         """Random bytes for a whole KV cache."""
-        shape = (self.case.storage_bytes,)
-        return torch.randint(-128, 128, shape, dtype=torch.int8, generator=self._generator)
+        return self.noise_of(self.case.storage_bytes)
+
+    def noise_of(self, count: int) -> torch.Tensor:
+        """Random bytes."""
+        return torch.randint(-128, 128, (count,), dtype=torch.int8, generator=self._generator)
+
+    def key(self, index: int) -> bytes:
+        """The key of a chunk."""
+        return _key(index)
 
     def store_sources(self, use_again: bool = False) -> tuple[torch.Tensor, list[int]]:
         """Stores the chunks; returns what the KV cache held at that point of the stream, and which
@@ -300,6 +292,13 @@ def load_damaged(bench: Bench) -> str:
         state = "its blocks written to"
     bench.close()
     return f"byte {at}: reported, {state}"
+
+
+def serve(bench: Bench) -> str:
+    """Blocks that forwards, stores and loads pass on to each other; in the end each is right."""
+    served = Serving(bench).run()
+    bench.close()
+    return served
 
 
 def _key(index: int) -> bytes:

@@ -14,9 +14,10 @@ import tempfile
 from pathlib import Path
 
 from cases import cases
-from checks import Outcome, run_checks
+from checks import run_checks
 from memory import Gpu, TorchGpu
 from mock_memory import MockGpu
+from outcome import Outcome
 
 
 def main() -> int:

@@ -27,6 +27,9 @@ class Memory(Protocol):
     def overwrite(self, blocks: list[int]) -> None:
         """Puts a change of all bytes of `blocks` on the stream."""
 
+    def put(self, block: int, content: torch.Tensor) -> None:
+        """Puts a copy of `content`, bytes of the host, to a block on the stream, layer by layer."""
+
     def compute(self) -> None:
         """Puts work that does not concern the KV cache on the stream; it takes a while."""
 
@@ -79,6 +82,7 @@ class TorchMemory:
 
     def __init__(self, case: Case, device: torch.device, stream: Any) -> None:
         """Allocates as vLLM does: one buffer of bytes, and views of it."""
+        self._case = case
         self._stream = stream
         self._storage = torch.empty(case.storage_bytes, dtype=torch.int8, device=device)
         self.views = layer_views(case, self._storage)
@@ -106,6 +110,17 @@ class TorchMemory:
                 for block in blocks:
                     bytes_of = view[block].view(torch.int8)
                     bytes_of.bitwise_not_()
+
+    def put(self, block: int, content: torch.Tensor) -> None:
+        """See ``Memory``."""
+        pinned = content.pin_memory()
+        start = 0
+        with torch.cuda.stream(self._stream):
+            for offset, count in self._case.spans(block):
+                target = self._storage[offset : offset + count]
+                target.copy_(pinned[start : start + count], non_blocking=True)
+                start += count
+        self._sent.append(pinned)
 
     def compute(self) -> None:
         """See ``Memory``."""

@@ -137,12 +137,15 @@ class MockMemory:
 
     def send(self, content: torch.Tensor) -> None:
         """See ``Memory``."""
-        kept = content.clone()
-        self._sent.append(kept)
-        source = ctypes.c_void_p(kept.data_ptr())
-        target = ctypes.c_uint64(self._address)
-        count = ctypes.c_size_t(kept.nbytes)
-        self._gpu.call("cuMemcpyHtoDAsync_v2", target, source, count, self._handle)
+        kept = self._keep(content.clone())
+        self._send(self._address, kept.data_ptr(), kept.nbytes)
+
+    def put(self, block: int, content: torch.Tensor) -> None:
+        """See ``Memory``."""
+        source = self._keep(content.clone()).data_ptr()
+        for offset, count in self._case.spans(block):
+            self._send(self._address + offset, source, count)
+            source += count
 
     def overwrite(self, blocks: list[int]) -> None:
         """See ``Memory``."""
@@ -155,11 +158,7 @@ class MockMemory:
         self._rounds += 1
         first, second = self._scratch
         pattern = torch.full((self._SCRATCH_BYTES,), self._rounds % 128, dtype=torch.int8)
-        self._sent.append(pattern)
-        source = ctypes.c_void_p(pattern.data_ptr())
-        count = ctypes.c_size_t(self._SCRATCH_BYTES)
-        target = ctypes.c_uint64(first)
-        self._gpu.call("cuMemcpyHtoDAsync_v2", target, source, count, self._handle)
+        self._send(first, self._keep(pattern).data_ptr(), self._SCRATCH_BYTES)
         for _ in range(self._COPIES):
             self._copy(second, first, self._SCRATCH_BYTES)
             self._copy(first, second, self._SCRATCH_BYTES)
@@ -175,6 +174,20 @@ class MockMemory:
         self._synchronize()
         self._sent.clear()
         return self._read(self._address, self._case.storage_bytes)
+
+    def _keep(self, bytes_of: torch.Tensor) -> torch.Tensor:
+        """Keeps memory of the host until the stream is done with it."""
+        self._sent.append(bytes_of)
+        return bytes_of
+
+    def _send(self, target: int, source: int, count: int) -> None:
+        self._gpu.call(
+            "cuMemcpyHtoDAsync_v2",
+            ctypes.c_uint64(target),
+            ctypes.c_void_p(source),
+            ctypes.c_size_t(count),
+            self._handle,
+        )
 
     def _read(self, address: int, count: int) -> torch.Tensor:
         found = bytearray(ctypes.string_at(self._gpu.alias(address, count), count))

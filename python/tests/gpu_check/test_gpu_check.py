@@ -23,7 +23,7 @@ from kvrail.kv_cache import from_tensors
 
 ROOT = Path(__file__).resolve().parents[3]
 LIMIT_SECONDS = 300
-CHECKS = ("store and load", "blocks used again", "part of a chunk", "damaged file")
+CHECKS = ("store and load", "blocks used again", "part of a chunk", "damaged file", "at work")
 SCRIPT = ROOT / "scripts/gpu-check"
 CORRECTNESS = ROOT / "scripts/gpu_check/correctness.py"
 
