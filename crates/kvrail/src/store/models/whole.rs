@@ -1,9 +1,10 @@
 //! A whole store on real files: its workers, lookup threads, watch and I/O engine are all part of
 //! the model.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use shuttle::rand::{Rng, thread_rng};
+use tempfile::TempDir;
 
 use super::{LONG, explore};
 use crate::chunk::{ChunkKey, ChunkRef, PAGE_BYTES};
@@ -13,6 +14,14 @@ use crate::layout::{KvLayout, LayerSpan};
 use crate::memory::Region;
 use crate::store::{KvCache, LoadChunk, Namespace, OpenOptions, Store, StoreChunk};
 use crate::sync::{channel, thread};
+
+/// Where each run of a model makes its directory. What a store writes that was dropped in flight
+/// may come while that is removed; this goes when all runs are over, and their threads.
+fn directories() -> (TempDir, PathBuf) {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().to_path_buf();
+    (root, path)
+}
 
 fn open(
     path: &Path,
@@ -66,8 +75,9 @@ fn storing(index: u8, block: usize) -> [StoreChunk; 1] {
 /// what was stored; what was looked up is there or was not answered in time.
 #[test]
 fn everything_is_dropped_in_flight() {
-    explore(60, || {
-        let directory = tempfile::tempdir().unwrap();
+    let (_root, directories) = directories();
+    explore(60, move || {
+        let directory = tempfile::tempdir_in(&directories).unwrap();
         let (store, cache, region) = open(directory.path(), LONG.as_secs_f64(), None);
         region.copy_in(0, &[7; PAGE_BYTES]).unwrap();
         let first = cache.store(&storing(1, 0)).unwrap();
@@ -108,8 +118,9 @@ fn everything_is_dropped_in_flight() {
 fn a_store_that_hangs_ends_after_everything_was_dropped() {
     // Above what a model may end by itself, so that opening has no limit.
     const LIMIT_SECONDS: f64 = 0.11;
-    explore(5, || {
-        let directory = tempfile::tempdir().unwrap();
+    let (_root, directories) = directories();
+    explore(5, move || {
+        let directory = tempfile::tempdir_in(&directories).unwrap();
         let (release, held) = channel::bounded::<()>(1);
         let hang = Observer::new(move |step| {
             let is_chunk = |path: &Path| path.extension().is_some_and(|end| end == "safetensors");
