@@ -9,7 +9,7 @@ SHELL := /usr/bin/env bash
 
 STEP := scripts/step
 WITHIN := scripts/within
-# Tests must leave no temporary files.
+# Tests remove their temporary files.
 TIDY := scripts/tidy
 # How long `make soak` runs, and in how many processes.
 SOAK_SECONDS ?= 3600
