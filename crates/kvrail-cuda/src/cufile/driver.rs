@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::Arc;
 
+use super::calls::{Call, wait_at_exit};
 use super::check;
 use super::file::FileHandle;
 use super::settings::DriverSettings;
@@ -88,12 +89,14 @@ impl CuFile {
     /// # Errors
     /// What the library said.
     pub fn open_driver(&self, context: &Context) -> Result<CuFileDriver> {
+        let _call = Call::begin().ok_or_else(|| exiting("cuFileDriverOpen"))?;
         context.run(|| {
             // SAFETY: the call has no arguments.
             check("cuFileDriverOpen", unsafe {
                 (self.inner.api.driver_open)()
             })
         })?;
+        wait_at_exit();
         Ok(CuFileDriver {
             inner: Arc::new(Opened {
                 library: Arc::clone(&self.inner),
@@ -124,21 +127,21 @@ impl CuFileDriver {
         &self.inner.library.api
     }
 
-    /// Returns whether this process opened the driver, rather than one that it was forked from.
-    pub(super) fn is_ours(&self) -> bool {
-        self.inner.is_ours()
+    /// Begins a call that gives back what cuFile has; `None` where it is not to be called any more.
+    pub(super) fn begin_end(&self) -> Option<Call> {
+        self.inner.begin_end()
     }
 
-    /// Refuses calls in a process that was forked off.
-    pub(super) fn check_process(&self, operation: &'static str) -> Result<()> {
-        match self.is_ours() {
-            true => Ok(()),
-            false => Err(Error::new(
+    /// Begins a call; refuses it in a process that was forked off, and in one that ends.
+    pub(super) fn begin(&self, operation: &'static str) -> Result<Call> {
+        if !self.inner.is_ours() {
+            return Err(Error::new(
                 ErrorKind::Unsupported,
                 operation,
                 "the driver was opened by the process that this one was forked from",
-            )),
+            ));
         }
+        Call::begin().ok_or_else(|| exiting(operation))
     }
 
     /// Returns whether one call can move many pieces of memory.
@@ -172,7 +175,7 @@ impl CuFileDriver {
         address: u64,
         bytes: usize,
     ) -> Result<RegisteredBuffer> {
-        self.check_process("cuFileBufRegister")?;
+        let _call = self.begin("cuFileBufRegister")?;
         let start = pointer(address);
         context.run(|| {
             // SAFETY: the caller vouches for the range; the flags must be zero.
@@ -191,13 +194,17 @@ impl Opened {
     fn is_ours(&self) -> bool {
         self.process == std::process::id()
     }
+
+    fn begin_end(&self) -> Option<Call> {
+        self.is_ours().then(Call::begin).flatten()
+    }
 }
 
 impl Drop for Opened {
     fn drop(&mut self) {
-        if !self.is_ours() {
+        let Some(_call) = self.begin_end() else {
             return;
-        }
+        };
         let api = &self.library.api;
         if let Some(close) = api.driver_close_v2.or(api.driver_close) {
             let _ = self.context.run(|| {
@@ -218,15 +225,20 @@ pub struct RegisteredBuffer {
 
 impl Drop for RegisteredBuffer {
     fn drop(&mut self) {
-        if !self.driver.is_ours() {
+        let Some(_call) = self.driver.begin_end() else {
             return;
-        }
+        };
         let _ = self.context.run(|| {
             // SAFETY: the memory was registered by us at this address.
             let status = unsafe { (self.driver.api().deregister_buffer)(pointer(self.address)) };
             check("cuFileBufDeregister", status)
         });
     }
+}
+
+/// The error of a call that comes while the process ends.
+fn exiting(operation: &'static str) -> Error {
+    Error::new(ErrorKind::Unsupported, operation, "the process is ending")
 }
 
 /// Returns an address as cuFile takes it.

@@ -5,9 +5,9 @@ use std::ffi::c_void;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
-use super::check;
 use super::driver::{CuFileDriver, pointer};
 use super::sys::{BASE_ERROR, Description, Descriptor, Handle, OPAQUE_FD};
+use super::{calls, check};
 use crate::error::{Error, ErrorKind, Result};
 
 /// A registered file. Whoever holds it keeps the file open: cuFile works on its descriptor.
@@ -31,7 +31,7 @@ struct Piece {
 
 impl FileHandle {
     pub(super) fn register(driver: CuFileDriver, file: BorrowedFd<'_>) -> Result<Self> {
-        driver.check_process("cuFileHandleRegister")?;
+        let _call = driver.begin("cuFileHandleRegister")?;
         let mut description = Description {
             kind: OPAQUE_FD,
             // The wider member first: no byte of the union stays undefined.
@@ -63,7 +63,7 @@ impl FileHandle {
         file_offset: u64,
         buffer_offset: usize,
     ) -> Result<usize> {
-        self.driver.check_process("cuFileRead")?;
+        let _call = self.driver.begin("cuFileRead")?;
         let (file_offset, buffer_offset) = offsets(file_offset, buffer_offset)?;
         let read = self.driver.api().read;
         // SAFETY: the caller vouches for the range; the handle is live.
@@ -76,6 +76,7 @@ impl FileHandle {
                 buffer_offset,
             )
         };
+        calls::moved();
         count("cuFileRead", moved)
     }
 
@@ -93,7 +94,7 @@ impl FileHandle {
         file_offset: u64,
         buffer_offset: usize,
     ) -> Result<usize> {
-        self.driver.check_process("cuFileWrite")?;
+        let _call = self.driver.begin("cuFileWrite")?;
         let (file_offset, buffer_offset) = offsets(file_offset, buffer_offset)?;
         let write = self.driver.api().write;
         // SAFETY: as in `read`.
@@ -106,6 +107,7 @@ impl FileHandle {
                 buffer_offset,
             )
         };
+        calls::moved();
         count("cuFileWrite", moved)
     }
 
@@ -118,7 +120,7 @@ impl FileHandle {
     /// [`ErrorKind::Unsupported`] where the library has no such call, else as [`FileHandle::read`].
     pub unsafe fn read_vectored(&self, pieces: &[(u64, usize)], file_offset: u64) -> Result<usize> {
         const NAME: &str = "cuFileReadv";
-        self.driver.check_process(NAME)?;
+        let _call = self.driver.begin(NAME)?;
         let call = self.driver.api().read_vectored.ok_or_else(|| lacks(NAME))?;
         let (file_offset, _) = offsets(file_offset, 0)?;
         let list = list(pieces);
@@ -132,6 +134,7 @@ impl FileHandle {
                 0,
             )
         };
+        calls::moved();
         count(NAME, moved)
     }
 
@@ -148,7 +151,7 @@ impl FileHandle {
         file_offset: u64,
     ) -> Result<usize> {
         const NAME: &str = "cuFileWritev";
-        self.driver.check_process(NAME)?;
+        let _call = self.driver.begin(NAME)?;
         let call = self
             .driver
             .api()
@@ -166,15 +169,16 @@ impl FileHandle {
                 0,
             )
         };
+        calls::moved();
         count(NAME, moved)
     }
 }
 
 impl Drop for FileHandle {
     fn drop(&mut self) {
-        if !self.driver.is_ours() {
+        let Some(_call) = self.driver.begin_end() else {
             return;
-        }
+        };
         // SAFETY: the handle is ours, and no transfer borrows it any more.
         unsafe { (self.driver.api().deregister_file)(self.handle) };
     }

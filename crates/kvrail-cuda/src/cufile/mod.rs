@@ -1,5 +1,6 @@
 //! cuFile: files straight to and from registered memory.
 
+mod calls;
 mod driver;
 mod file;
 mod memory;
