@@ -12,7 +12,7 @@ mod common;
 mod store;
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::mount;
 use kvrail::Store;
@@ -126,4 +126,20 @@ fn a_folder_that_always_fails_keeps_no_account_from_being_known() {
     let cache = Cache::attach(&store, 0, Geometry::default());
     assert_eq!(cache.store_alone(100).stored, 1);
     store.close(LIMIT).unwrap();
+}
+
+#[test]
+fn a_store_that_is_dropped_waits_a_second_for_a_janitor_that_hangs() {
+    let Some(mounted) = mount(35) else {
+        return;
+    };
+    let store = open(mounted.path());
+    wait_until("a janitor", || store.metrics().janitor_paths == 1);
+    mounted.set("* * hang");
+    wait_until("a hang", || mounted.hits() > 0);
+    let start = Instant::now();
+    drop(store);
+    println!("dropping took {:.2?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_millis(1900));
+    mounted.heal();
 }

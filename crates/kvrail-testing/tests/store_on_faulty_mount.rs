@@ -21,7 +21,7 @@ use kvrail::config::{Durability, EngineChoice, PathWeights};
 use kvrail::store::inspect::recorded_bandwidth;
 use kvrail::{ErrorKind, OpenOptions, Store};
 use kvrail_testing::FaultMount;
-use store::{Cache, Geometry, LIMIT, chunk_files, key, namespace, open, wait_until};
+use store::{Cache, Geometry, LIMIT, chunk_files, key, namespace, open};
 use subject::{CHUNKS, SLACK, Subject, WAIT_LIMIT, limits};
 
 /// The blocks of the `index`th chunk of a load of many.
@@ -330,22 +330,6 @@ fn opening_and_closing_on_a_mount_that_hangs_end_in_time() {
     drop(subject);
     println!("closing took {:.2?}", start.elapsed());
     assert!(start.elapsed() < Duration::from_millis(200) + SLACK);
-    mounted.heal();
-}
-
-#[test]
-fn a_store_that_is_dropped_on_a_mount_that_hangs_ends_in_time() {
-    let Some(mounted) = mount(28) else {
-        return;
-    };
-    let subject = Subject::new(mounted.path());
-    mounted.set("* * hang");
-    // So that its janitor hangs, too.
-    wait_until("a hang", || mounted.hits() > 0);
-    let start = Instant::now();
-    drop(subject);
-    println!("dropping took {:.2?}", start.elapsed());
-    assert!(start.elapsed() < Duration::from_secs(1) + SLACK);
     mounted.heal();
 }
 

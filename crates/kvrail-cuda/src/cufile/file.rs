@@ -76,8 +76,7 @@ impl FileHandle {
                 buffer_offset,
             )
         };
-        calls::moved();
-        count("cuFileRead", moved)
+        ended("cuFileRead", moved)
     }
 
     /// Writes `bytes` bytes from `base + buffer_offset` at `file_offset`; returns how many went.
@@ -107,8 +106,7 @@ impl FileHandle {
                 buffer_offset,
             )
         };
-        calls::moved();
-        count("cuFileWrite", moved)
+        ended("cuFileWrite", moved)
     }
 
     /// Reads from `file_offset` on into pieces of memory, (address, bytes) each, in their order.
@@ -134,8 +132,7 @@ impl FileHandle {
                 0,
             )
         };
-        calls::moved();
-        count(NAME, moved)
+        ended(NAME, moved)
     }
 
     /// Writes pieces of memory, (address, bytes) each, from `file_offset` on.
@@ -169,8 +166,7 @@ impl FileHandle {
                 0,
             )
         };
-        calls::moved();
-        count(NAME, moved)
+        ended(NAME, moved)
     }
 }
 
@@ -208,6 +204,13 @@ fn lacks(name: &'static str) -> Error {
         name,
         "the library has none (1.20 is the first with it)",
     )
+}
+
+/// Reads the result of a transfer, and then has the exit wait for those that follow the first.
+fn ended(name: &'static str, moved: isize) -> Result<usize> {
+    let bytes = count(name, moved);
+    calls::moved();
+    bytes
 }
 
 /// Reads the result of a transfer: bytes, -1 with `errno`, or a negative error below -5000.
