@@ -3,7 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "a test that meets an error has failed")]
 
 use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use kvrail_cuda::{Context, CuFile, CuFileDriver, Cuda, DeviceMemory, Priority, RegisteredMemory};
 use mock_support::Mocks;
@@ -231,4 +234,70 @@ fn memory_of_our_own_is_read_and_written_inside_its_bounds_only() {
     assert_eq!(mocks.cufile_calls("cuFileRead"), calls);
     drop((memory, handle, driver));
     assert_eq!(mocks.balance().1, 0);
+}
+
+const SCRIPT: &str = "KVRAIL_TEST_CUFILE_SCRIPT";
+const BEGUN: &str = "a write has begun";
+
+/// Not a test of its own: ends while another thread is in a call of cuFile.
+#[test]
+#[ignore = "runs as the child of the test of the exit"]
+fn child() {
+    let Ok(script) = std::env::var(SCRIPT) else {
+        eprintln!("skipped: only meant to be started by the test of the exit");
+        return;
+    };
+    // Kept for ever: the call in the other thread uses it.
+    let bench: &Bench = Box::leak(Box::new(start()));
+    let address = bench.memory.address();
+    // SAFETY: the memory lives longer.
+    let buffer = unsafe { bench.driver.register_buffer(&bench.context, address, BYTES) }.unwrap();
+    std::mem::forget(buffer);
+    let file = bench.driver.register_file(bench.file.as_fd()).unwrap();
+    bench.mocks.script_cufile(&script);
+    std::thread::spawn(move || {
+        // SAFETY: the memory is registered, and nobody else touches it.
+        let written = bench
+            .context
+            .run(|| unsafe { file.write(address, BYTES, 0, 0) });
+        println!("{written:?}");
+    });
+    while bench.mocks.cufile_calls("cuFileWrite") == 0 {
+        std::thread::yield_now();
+    }
+    println!("{BEGUN}");
+    std::process::exit(0);
+}
+
+/// Returns how long a process whose call meets `script` takes to end.
+fn time_of_exit(script: &str) -> Duration {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "child", "--nocapture"])
+        .env(SCRIPT, script)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let begun = lines
+        .map_while(Result::ok)
+        .find(|line| line.contains(BEGUN))
+        .map(|_| Instant::now());
+    let status = child.wait().unwrap();
+    assert!(status.success(), "{script}: {status}");
+    begun.unwrap().elapsed()
+}
+
+#[test]
+fn the_exit_of_a_process_waits_for_calls_but_not_for_ever() {
+    let took = time_of_exit("cuFileWrite delay_ms=600");
+    assert!(
+        took > Duration::from_millis(400),
+        "did not wait: {took:.2?}"
+    );
+    let took = time_of_exit("cuFileWrite hang");
+    assert!(
+        took > Duration::from_millis(800),
+        "did not wait: {took:.2?}"
+    );
+    assert!(took < Duration::from_secs(10), "{took:.2?}");
 }
