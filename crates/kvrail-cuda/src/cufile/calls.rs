@@ -1,8 +1,8 @@
 //! Calls of libcufile, none of which may run while the process ends.
 //!
 //! At its exit a process takes apart what its libraries keep, on the thread that exits. A store's
-//! threads may close the driver at just that moment, as may whoever still has one: libcufile (1.15
-//! and 1.20 seen) then calls what is no more, and the process dies of a signal. So calls are counted,
+//! threads may close the driver at just that moment, as may whoever still has one: libcufile (1.20
+//! seen) then calls what is no more, and the process dies of a signal. So calls are counted,
 //! and before the library's own end, none begins any more and those under way are waited for.
 #![expect(unsafe_code, reason = "registers a function to be called at exit")]
 
