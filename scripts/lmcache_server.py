@@ -44,6 +44,12 @@ class Server:
         address = f"http://127.0.0.1:{self.http_port}/cache/clear"
         urllib.request.urlopen(urllib.request.Request(address, method="POST"), timeout=30).close()
 
+    def sessions(self) -> int:
+        """The requests whose end the server has not been told, or has not got to yet."""
+        address = f"http://127.0.0.1:{self.http_port}/status"
+        with urllib.request.urlopen(address, timeout=30) as response:
+            return int(json.load(response)["active_sessions"])
+
 
 @contextlib.contextmanager
 def serve(

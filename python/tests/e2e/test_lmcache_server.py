@@ -85,6 +85,9 @@ def running(
         )
         try:
             yield Engine(server, process, result, log)
+            # The server gets to a request's end after the engine has answered, and raises where
+            # the engine has said goodbye before that.
+            wait_for(lambda: server.sessions() == 0, "the server's end of every request")
         finally:
             assert process.stdin is not None
             process.stdin.close()
