@@ -18,7 +18,7 @@ SOAK_PROCESSES ?= 8
 PYTEST := python -m pytest -ra --durations=5 --timeout=600
 
 .PHONY: help environment model build demo test bench bench-loops bench-overhead bench-step bench-ttft bench-layerwise bench-lmcache bench-lmcache-adapters bench-heads soak fmt clean clean-cache requirements \
-  tools kernels-check headers-check fmt-check clippy rust-test doc-test doc python-lint stub-test python-test e2e-test \
+  tools kernels-check headers-check fmt-check clippy rust-test doc-test doc python-lint type-check stub-test python-test e2e-test \
   fuzz concurrency-test sanitize sanitize-all instructions-check
 
 help: ## List the commands.
@@ -27,7 +27,7 @@ help: ## List the commands.
 demo: build model ## Show kvrail at work: a real vLLM, restarted, takes a long prompt from disk.
 	@$(STEP) 'demo: a long document, read once, then taken from disk' $(WITHIN) python scripts/demo.py
 
-test: fmt-check kernels-check headers-check clippy rust-test concurrency-test sanitize fuzz doc-test doc instructions-check python-lint stub-test python-test e2e-test ## Run all checks and tests.
+test: fmt-check kernels-check headers-check clippy rust-test concurrency-test sanitize fuzz doc-test doc instructions-check python-lint type-check stub-test python-test e2e-test ## Run all checks and tests.
 	@printf '\nall checks and tests passed\n'
 
 environment: ## Make the virtual environment with vLLM in the cache folder.
@@ -97,6 +97,12 @@ instructions-check: build ## Count the instructions of the inner loops; more tha
 python-lint: environment ## Lint the Python code and check its format.
 	@$(STEP) 'python-lint: ruff check' $(WITHIN) ruff check python scripts
 	@$(STEP) 'python-lint: ruff format' $(WITHIN) ruff format --check python scripts
+
+type-check: environment ## Check the types of the Python package, and of gpu-check, against vLLM's and PyTorch's.
+	@$(STEP) 'type-check: kvrail' $(WITHIN) \
+	  env MYPYPATH=python python -m mypy --config-file python/pyproject.toml -p kvrail
+	@$(STEP) 'type-check: gpu-check' $(WITHIN) \
+	  env MYPYPATH=python:scripts/gpu_check python -m mypy --config-file python/pyproject.toml scripts/gpu_check
 
 stub-test: build ## Check the type stubs of kvrail._core against the built module.
 	@$(STEP) 'stub-test: stubs of kvrail._core' $(WITHIN) python -m mypy.stubtest kvrail._core

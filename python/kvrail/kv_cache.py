@@ -172,7 +172,7 @@ def _extent(array: Any) -> int:
     if array.size == 0:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True))
-    return last + array.itemsize
+    return int(last + array.itemsize)
 
 
 def _describe(

@@ -91,7 +91,7 @@ class KvrailStorage(StoragePluginInterface):
         objs: list[MemoryObj],
         transfer_spec: Any = None,
         on_complete_callback: Callable[[CacheEngineKey], None] | None = None,
-    ) -> list[Future] | None:
+    ) -> list[Future[Any]] | None:
         """Stores whole chunks in the background; their memory is kept until that is done."""
         try:
             kind = self._kind()
@@ -136,8 +136,8 @@ class KvrailStorage(StoragePluginInterface):
             else None
             for key in keys
         ]
-        wanted = [index for index, memory in enumerate(found) if memory is not None]
-        objects = [(*self._name(kind, keys[index]), found[index].data_ptr) for index in wanted]
+        wanted = [(index, memory) for index, memory in enumerate(found) if memory is not None]
+        objects = [(*self._name(kind, keys[index]), memory.data_ptr) for index, memory in wanted]
         try:
             task = self._store.submit_load(objects)
             loaded = self._store.wait_for_load(task, self._load_limit)
@@ -145,9 +145,9 @@ class KvrailStorage(StoragePluginInterface):
             # The memory may still be written to, so it is not given back.
             logger.warning("kvrail: %d chunks of memory are lost: %s", len(wanted), error)
             return [None] * len(keys)
-        for index, is_loaded in zip(wanted, loaded, strict=True):
+        for (index, memory), is_loaded in zip(wanted, loaded, strict=True):
             if not is_loaded:
-                found[index].ref_count_down()
+                memory.ref_count_down()
                 found[index] = None
         return found
 

@@ -80,7 +80,10 @@ class BoundaryTicket:
         return answer
 
     def _pending(self) -> list[Ticket | EachTicket]:
-        return [ticket for _, ticket in [*self._asked, *self._listing]]
+        return [
+            *(ticket for _, ticket in self._asked),
+            *(ticket for _, ticket in self._listing),
+        ]
 
     # What is done when all that was asked for is answered.
 

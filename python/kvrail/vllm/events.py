@@ -18,7 +18,7 @@ from vllm.distributed.kv_events import MEDIUM_STORAGE, BlockRemoved, BlockStored
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 if TYPE_CHECKING:
-    from vllm.distributed.kv_events import ExternalBlockHash
+    from vllm.v1.core.kv_cache_utils import ExternalBlockHash
     from vllm.v1.request import Request
 
     from kvrail.vllm.geometry import ChunkGeometry, GroupGeometry

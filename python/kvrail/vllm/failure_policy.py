@@ -38,12 +38,13 @@ def _transfer_configs(connector: KVConnectorBase_V1) -> list[KVTransferConfig]:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
     configs = [connector._kv_transfer_config]
-    frame = sys._getframe()
-    while (frame := frame.f_back) is not None:
+    frame = sys._getframe().f_back
+    while frame is not None:
         maker = frame.f_locals.get("self")
         if isinstance(maker, KVConnectorBase_V1) and maker is not connector:
             # One that makes another before it was made itself has none yet.
             config = vars(maker).get("_kv_transfer_config")
             if config is not None:
                 configs.append(config)
+        frame = frame.f_back
     return configs

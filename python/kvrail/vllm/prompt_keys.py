@@ -127,7 +127,7 @@ def _chains_start_from(none_hash: bytes) -> Iterator[None]:
     from vllm.v1.core import kv_cache_utils
 
     missing = object()
-    before = getattr(kv_cache_utils, "NONE_HASH", missing)
+    before: Any = getattr(kv_cache_utils, "NONE_HASH", missing)
     kv_cache_utils.NONE_HASH = kv_cache_utils.BlockHash(none_hash)
     try:
         yield
