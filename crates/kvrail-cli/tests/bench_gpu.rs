@@ -284,12 +284,12 @@ fn what_the_driver_lacks_is_skipped_and_said() {
 
 #[test]
 fn wrong_bytes_are_exit_code_1() {
-    let scattered = "kvrail_scatter_verified every=3 flip
+    let scattered = "kvrail_scatter_grid every=3 flip
         kvrail_copy every=5 flip
         cuMemcpyBatchAsync every=5 flip
         cuMemcpyDtoDAsync every=5 flip";
     for (script, found) in [
-        ("kvrail_gather_hashed every=3 flip", "the GPU finds page"),
+        ("kvrail_gather_grid every=3 flip", "the GPU finds page"),
         (scattered, "chunk"),
     ] {
         let bench = Bench::new();

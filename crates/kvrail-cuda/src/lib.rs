@@ -35,6 +35,7 @@ pub use driver::{
 };
 pub use error::{Error, ErrorKind, Result};
 pub use kernels::{
-    COPY_PIECE_BYTES, CopyDescriptor, HashDescriptor, Kernels, PAGE_BYTES, Pages, reference,
+    COPY_PIECE_BYTES, CopyDescriptor, GRID_ROWS_MAX, HashDescriptor, Kernels, PAGE_BYTES, Pages,
+    PieceGrid, reference,
 };
 pub use library::LibraryPaths;

@@ -9,7 +9,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use kvrail_cuda::{CopyDescriptor, HashDescriptor, PAGE_BYTES, Pages, reference};
+use kvrail_cuda::{CopyDescriptor, HashDescriptor, PAGE_BYTES, Pages, PieceGrid, reference};
 use libloading::Library;
 use twox_hash::XxHash3_64;
 
@@ -31,6 +31,14 @@ extern "C" void run_gather(unsigned blocks, const CopyDescriptor *pieces, u64 co
 extern "C" void run_scatter(unsigned blocks, const CopyDescriptor *pieces, u64 count, u64 image,
                             u64 pages, const u64 *expected, u64 *bad) {
     launch(blocks, 128, [&] { kvrail_scatter_verified(pieces, count, image, pages, expected, bad); });
+}
+extern "C" void run_gather_grid(unsigned blocks, const PieceGrid *grid, u64 image, u64 pages,
+                                u64 *hashes, u64 entries) {
+    launch(blocks, 128, [&] { kvrail_gather_grid(*grid, image, pages, hashes, entries); });
+}
+extern "C" void run_scatter_grid(unsigned blocks, const PieceGrid *grid, u64 image, u64 pages,
+                                 const u64 *expected, u64 *bad) {
+    launch(blocks, 128, [&] { kvrail_scatter_grid(*grid, image, pages, expected, bad); });
 }
 "#;
 
@@ -376,6 +384,113 @@ fn only_pages_that_are_what_they_should_be_are_scattered() {
                 }
                 (found != u64::MAX).then_some(found)
             });
+        }
+    }
+}
+
+/// Rows, pieces of a row, bytes of a piece, bytes between two in a row, and bytes before the first in
+/// its page: of layers of half pages (MLA) and whole ones, of one piece for each block, of pieces far
+/// below a page, and of one that fills its pages.
+const GRIDS: [(usize, usize, usize, usize, usize); 6] = [
+    (3, 4, 18_432, 24_576, 0),
+    (3, 4, 4096, 8192, 0),
+    (5, 1, 20_480, 20_480, 0),
+    (4, 60, 80, 96, 0),
+    (2, 3, 5008, 5024, 160),
+    (2, 3, 48, 64, 4080),
+];
+
+#[test]
+fn a_grid_of_pieces_is_gathered_and_scattered_as_its_list_is() {
+    type Gather = unsafe extern "C" fn(u32, *const PieceGrid, u64, u64, *mut u64, u64);
+    type Scatter = unsafe extern "C" fn(u32, *const PieceGrid, u64, u64, *const u64, *mut u64);
+    let Some(library) = compile() else { return };
+    // SAFETY: the functions' types are those of MAIN.
+    let gather = unsafe { library.get::<Gather>(b"run_gather_grid") }.unwrap();
+    // SAFETY: as above.
+    let scatter = unsafe { library.get::<Scatter>(b"run_scatter_grid") }.unwrap();
+    for (rows, columns, bytes, stride, skipped) in GRIDS {
+        let name = format!("{rows} x {columns} of {bytes}, {skipped} skipped");
+        let extent = (columns * stride).next_multiple_of(PAGE_BYTES);
+        let count = (skipped + rows * columns * bytes).div_ceil(PAGE_BYTES);
+        let noise = pattern(rows * extent + count * PAGE_BYTES);
+        let (of_memory, of_image) = noise.split_at(rows * extent);
+        let filled = |bytes: &[u8]| {
+            let mut pages = pages_of(bytes.len() / PAGE_BYTES, 0);
+            // SAFETY: as long as the pages.
+            unsafe {
+                pages
+                    .as_mut_ptr()
+                    .cast::<u8>()
+                    .copy_from(bytes.as_ptr(), bytes.len())
+            };
+            pages
+        };
+        let grid_in = |memory: &[Page]| {
+            // Rows in an order of their own.
+            let starts = (0..rows)
+                .rev()
+                .map(|row| address(memory) + (row * extent) as u64);
+            let starts: Vec<u64> = starts.collect();
+            PieceGrid::new(&starts, columns, stride as u64, bytes, skipped).unwrap()
+        };
+        let pages_at = |image: &[Page], hashes: &[u64]| Pages {
+            address: address(image),
+            count,
+            hashes: hashes.as_ptr().expose_provenance() as u64,
+        };
+        if skipped == 0 {
+            let memory = filled(of_memory);
+            let gathered = |by: &dyn Fn(&PieceGrid, Pages)| {
+                let (image, hashes) = (pages_of(count, 0x5A), vec![7_u64; count + 5]);
+                by(&grid_in(&memory), pages_at(&image, &hashes));
+                (bytes_of(&image).to_vec(), hashes)
+            };
+            let expected = gathered(&|grid, pages| {
+                let list = reference::gather_copies(grid, pages);
+                // SAFETY: the pieces lie in `memory` and fill the pages.
+                unsafe { reference::gather_hashed(&list, pages, count + 5) };
+            });
+            for blocks in [1, 3, 9] {
+                let found = gathered(&|grid, pages| {
+                    let hashes = std::ptr::with_exposed_provenance_mut(pages.hashes as usize);
+                    let (image, all, entries) = (pages.address, count as u64, count as u64 + 5);
+                    // SAFETY: as above.
+                    unsafe { gather(blocks, grid, image, all, hashes, entries) };
+                });
+                assert!(found == expected, "{name}, {blocks} blocks");
+            }
+        }
+        let image = filled(of_image);
+        let good = of_image.chunks(PAGE_BYTES).map(XxHash3_64::oneshot);
+        let good: Vec<u64> = good.collect();
+        for bad in [vec![], vec![0], vec![count - 1, count / 2]] {
+            let mut hashes = good.clone();
+            for page in &bad {
+                hashes[*page] = !good[*page];
+            }
+            let scattered = |by: &dyn Fn(&PieceGrid, Pages) -> Option<u64>| {
+                let memory = pages_of(rows * extent / PAGE_BYTES, 0xEE);
+                let first = by(&grid_in(&memory), pages_at(&image, &hashes));
+                (bytes_of(&memory).to_vec(), first)
+            };
+            let expected = scattered(&|grid, pages| {
+                let list = grid.copies(pages.address, false);
+                // SAFETY: the pieces lie in the pages and in `memory`.
+                unsafe { reference::scatter_verified(&list, pages) }
+            });
+            assert_eq!(expected.1, bad.iter().min().map(|page| *page as u64));
+            for blocks in [1, 3, 9] {
+                let found = scattered(&|grid, pages| {
+                    let hashes = std::ptr::with_exposed_provenance(pages.hashes as usize);
+                    let mut found = u64::MAX;
+                    let (image, all) = (pages.address, count as u64);
+                    // SAFETY: as above.
+                    unsafe { scatter(blocks, grid, image, all, hashes, &raw mut found) };
+                    (found != u64::MAX).then_some(found)
+                });
+                assert!(found == expected, "{name}, bad {bad:?}, {blocks} blocks");
+            }
         }
     }
 }

@@ -9,7 +9,8 @@
 
 #define __device__
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
+#define __grid_constant__
 
 struct Dimensions {
     unsigned x;

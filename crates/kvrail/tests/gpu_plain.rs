@@ -28,14 +28,19 @@ fn layout() -> KvLayout {
 }
 
 fn layout_of(block_bytes: usize) -> KvLayout {
-    let span = |layer| LayerSpan {
+    layout_in(block_bytes, &std::array::from_fn(|layer| layer))
+}
+
+/// A layout whose layers lie at the given places.
+fn layout_in(block_bytes: usize, places: &[usize; LAYERS]) -> KvLayout {
+    let span = |place: &usize| LayerSpan {
         region: 0,
-        offset: layer * BLOCKS * block_bytes,
+        offset: place * BLOCKS * block_bytes,
         block_stride: block_bytes,
         block_bytes,
     };
     let bytes = LAYERS * BLOCKS * block_bytes;
-    KvLayout::new((0..LAYERS).map(span).collect(), BLOCKS, &[bytes]).unwrap()
+    KvLayout::new(places.iter().map(span).collect(), BLOCKS, &[bytes]).unwrap()
 }
 
 fn open(mocks: &Mocks) -> Gpu {
@@ -147,19 +152,26 @@ fn every_way_makes_the_same_image_and_brings_it_back() {
     let mocks = Mocks::load();
     // Multiples of 16, as the kernels that hash want pieces, and others, which go another way.
     for block_bytes in [5008, BLOCK_BYTES] {
-        goes_every_way(&open(&mocks), block_bytes);
+        let layout = layout_of(block_bytes);
+        assert!(layout.regular().is_some());
+        goes_every_way(&open(&mocks), block_bytes, &layout);
     }
+    // Two layers exchanged: pieces at no equal steps, which the kernels want in a list.
+    let mut places = std::array::from_fn(|layer| layer);
+    places.swap(0, 1);
+    let layout = layout_in(5008, &places);
+    assert!(layout.regular().is_none());
+    goes_every_way(&open(&mocks), 5008, &layout);
 }
 
-fn goes_every_way(gpu: &Gpu, block_bytes: usize) {
-    let layout = layout_of(block_bytes);
+fn goes_every_way(gpu: &Gpu, block_bytes: usize, layout: &KvLayout) {
     let format = ChunkFormat::new(layout.payload_shape(2)).unwrap();
-    let shape = SlotShape::new(&layout, &format, 2);
+    let shape = SlotShape::new(layout, &format, 2);
     let slots = GpuSlots::new(gpu, shape, 1, None).unwrap();
     let region = gpu.allocate(LAYERS * BLOCKS * block_bytes).unwrap();
     let memory = noise(2, region.bytes());
     let regions = [region];
-    let plan = TransferPlan::new(&layout, &[6, 1]).unwrap();
+    let plan = TransferPlan::new(layout, &[6, 1]).unwrap();
     let payload = |memory: &[u8], plan: &TransferPlan| -> Vec<u8> {
         let ranges = plan.ranges().iter();
         let bytes = ranges.flat_map(|range| &memory[range.offset..range.offset + range.bytes]);
@@ -192,7 +204,7 @@ fn goes_every_way(gpu: &Gpu, block_bytes: usize) {
         // The second block alone, from where it begins in its page.
         let skipped = plan.bytes() / 2;
         let page = skipped / PAGE_BYTES;
-        let one = TransferPlan::new(&layout, &[3]).unwrap();
+        let one = TransferPlan::new(layout, &[3]).unwrap();
         let place = PagesInSlot {
             start: start + page * PAGE_BYTES,
             count: format.page_count() - page,

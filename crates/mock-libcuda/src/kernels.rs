@@ -7,7 +7,7 @@
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
-use kvrail_cuda::Pages;
+use kvrail_cuda::{Pages, PieceGrid};
 use mock_script::Action;
 
 use crate::control::enter;
@@ -15,16 +15,25 @@ use crate::driver::{
     CAPTURE_UNSUPPORTED, Handle, INVALID_HANDLE, NO_CONTEXT, handle, put, put_work,
 };
 use crate::objects::{count, current, is_refused};
-use crate::streams::Work;
+use crate::streams::{Pieces, Work};
 
 const NOT_FOUND: c_int = 500;
 
 const COPY: &str = "kvrail_copy";
 const HASH: &str = "kvrail_hash_pages";
 const GATHER: &str = "kvrail_gather_hashed";
+const GATHER_GRID: &str = "kvrail_gather_grid";
+const SCATTER_GRID: &str = "kvrail_scatter_grid";
 /// The kernels; a function's handle is its place here and one, and `PER_DEVICE` for each device
 /// before that of the context that its module was loaded in.
-const KERNELS: [&str; 4] = [COPY, HASH, GATHER, "kvrail_scatter_verified"];
+const KERNELS: [&str; 6] = [
+    COPY,
+    HASH,
+    GATHER,
+    "kvrail_scatter_verified",
+    GATHER_GRID,
+    SCATTER_GRID,
+];
 const PER_DEVICE: usize = 16;
 
 #[unsafe(no_mangle)]
@@ -84,9 +93,9 @@ pub unsafe extern "C" fn cuLaunchKernel(
     let Some(device) = current() else {
         return NO_CONTEXT;
     };
-    // SAFETY: all kernels have at least two arguments of 8 bytes, the second four, the others six.
+    // SAFETY: arguments of 8 bytes: two of the first kernel, four of the second, six of the next two,
+    // and five of the others but for their first one.
     let argument = |index| unsafe { **arguments.add(index).cast::<*const u64>() };
-    let (descriptors, number) = (argument(0), argument(1) as usize);
     let Some(kernel) = function
         .addr()
         .checked_sub(device * PER_DEVICE + 1)
@@ -102,20 +111,34 @@ pub unsafe extern "C" fn cuLaunchKernel(
     let work = match *kernel {
         COPY => Work::CopyKernel {
             action,
-            descriptors,
-            number,
+            descriptors: argument(0),
+            number: argument(1) as usize,
         },
         HASH => Work::HashKernel {
             action,
-            descriptors,
-            number,
+            descriptors: argument(0),
+            number: argument(1) as usize,
             hashes: argument(3),
+        },
+        GATHER_GRID | SCATTER_GRID => Work::PagesKernel {
+            action,
+            gathers: *kernel == GATHER_GRID,
+            // SAFETY: the first argument of these is a grid.
+            pieces: Pieces::Grid(Box::new(unsafe { **arguments.cast::<*const PieceGrid>() })),
+            pages: Pages {
+                address: argument(1),
+                count: argument(2) as usize,
+                hashes: argument(3),
+            },
+            last: argument(4),
         },
         _ => Work::PagesKernel {
             action,
             gathers: *kernel == GATHER,
-            descriptors,
-            number,
+            pieces: Pieces::List {
+                descriptors: argument(0),
+                number: argument(1) as usize,
+            },
             pages: Pages {
                 address: argument(2),
                 count: argument(3) as usize,

@@ -5,7 +5,7 @@ use std::ffi::c_int;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use kvrail_cuda::Pages;
+use kvrail_cuda::{Pages, PieceGrid};
 use mock_script::Action;
 
 use crate::{pace, work};
@@ -14,7 +14,7 @@ use crate::{pace, work};
 const PER_THREAD_DEFAULT: usize = 2;
 
 /// One piece of work on a stream.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) enum Work {
     /// A copy; either end may be device memory.
     Copy {
@@ -36,12 +36,11 @@ pub(crate) enum Work {
         number: usize,
         hashes: u64,
     },
-    /// A launch of `kvrail_gather_hashed` or `kvrail_scatter_verified`.
+    /// A launch of a kernel that copies pieces to pages, or from there, and hashes the pages.
     PagesKernel {
         action: Option<Action>,
         gathers: bool,
-        descriptors: u64,
-        number: usize,
+        pieces: Pieces,
         pages: Pages,
         /// The last argument: the number of entries, or where the number of a bad page goes.
         last: u64,
@@ -50,6 +49,15 @@ pub(crate) enum Work {
     Record(usize, u64),
     /// What follows waits for an event's nth recording.
     Wait(usize, u64),
+}
+
+/// Where a kernel finds its pieces.
+#[derive(Debug, Clone)]
+pub(crate) enum Pieces {
+    /// Descriptors in device memory.
+    List { descriptors: u64, number: usize },
+    /// An argument of the launch.
+    Grid(Box<PieceGrid>),
 }
 
 #[derive(Debug, Default, Clone, Copy)]

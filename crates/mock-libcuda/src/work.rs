@@ -6,8 +6,8 @@ use std::ptr;
 use kvrail_cuda::{CopyDescriptor, HashDescriptor, Pages, reference};
 use mock_script::Action;
 
-use crate::memory::memory;
-use crate::streams::Work;
+use crate::memory::{Memory, memory};
+use crate::streams::{Pieces, Work};
 
 const ILLEGAL_ADDRESS: c_int = 700;
 
@@ -37,12 +37,11 @@ pub(crate) fn perform(work: Work) -> c_int {
         Work::PagesKernel {
             action,
             gathers,
-            descriptors,
-            number,
+            pieces,
             pages,
             last,
             // SAFETY: as the kernels' contracts say.
-        } => unsafe { run_on_pages(gathers, descriptors, number, pages, last, action) },
+        } => unsafe { run_on_pages(gathers, &pieces, pages, last, action) },
         Work::Record(..) | Work::Wait(..) => 0,
     }
 }
@@ -70,13 +69,17 @@ unsafe fn transfer(action: Option<Action>, target: u64, source: u64, bytes: usiz
     0
 }
 
-/// Reads copy descriptors from device memory and puts addresses that the CPU may touch into them;
-/// address 0 stays.
+/// Reads copy descriptors from device memory, as [`reachable`].
 unsafe fn pieces(descriptors: u64, number: usize) -> Option<Vec<CopyDescriptor>> {
     let memory = memory();
     let list = memory.alias(descriptors, number * size_of::<CopyDescriptor>())?;
     // SAFETY: the range was checked; descriptors are plain numbers.
     let list = unsafe { std::slice::from_raw_parts(list.cast::<CopyDescriptor>(), number) };
+    reachable(&memory, list)
+}
+
+/// Puts addresses that the CPU may touch into copies; address 0 stays.
+fn reachable(memory: &Memory, list: &[CopyDescriptor]) -> Option<Vec<CopyDescriptor>> {
     let at = |address: u64, bytes: u64| match address {
         0 => Some(0),
         _ => Some(memory.alias(address, bytes as usize)?.expose_provenance() as u64),
@@ -121,14 +124,23 @@ unsafe fn run_copy(descriptors: u64, number: usize, action: Option<Action>) -> c
 /// Runs one of the kernels that copy and hash; anything outside device memory is an illegal address.
 unsafe fn run_on_pages(
     gathers: bool,
-    descriptors: u64,
-    number: usize,
+    from: &Pieces,
     pages: Pages,
     last: u64,
     action: Option<Action>,
 ) -> c_int {
-    // SAFETY: as the kernel's contract says.
-    let Some(list) = (unsafe { pieces(descriptors, number) }) else {
+    let list = match from {
+        Pieces::List {
+            descriptors,
+            number,
+            // SAFETY: as the kernel's contract says.
+        } => unsafe { pieces(*descriptors, *number) },
+        Pieces::Grid(grid) if gathers => {
+            reachable(&memory(), &reference::gather_copies(grid, pages))
+        }
+        Pieces::Grid(grid) => reachable(&memory(), &grid.copies(pages.address, false)),
+    };
+    let Some(list) = list else {
         return ILLEGAL_ADDRESS;
     };
     let entries = if gathers { last as usize } else { pages.count };
@@ -142,7 +154,10 @@ unsafe fn run_on_pages(
         (
             at(pages.address, pages.count * 4096),
             at(pages.hashes, entries * 8),
-            memory.alias(last, 8),
+            memory.alias(last, 8).or_else(|| {
+                let pinned = memory.is_pinned(last) && memory.is_pinned(last + 7);
+                pinned.then(|| ptr::with_exposed_provenance_mut(last as usize))
+            }),
         )
     };
     let (Some(image), Some(hashes)) = (image, hashes) else {

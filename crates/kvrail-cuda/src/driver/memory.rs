@@ -68,6 +68,7 @@ impl Drop for DeviceMemory {
 pub struct PinnedRange {
     context: Context,
     address: usize,
+    device_address: DevicePointer,
     bytes: usize,
 }
 
@@ -78,11 +79,25 @@ impl PinnedRange {
         context.call("cuMemHostRegister", |api| unsafe {
             (api.pin)(start, bytes, super::sys::HOST_REGISTER)
         })?;
-        Ok(Self {
+        let mut range = Self {
             context,
             address,
+            device_address: 0,
             bytes,
-        })
+        };
+        let mut address = 0;
+        let context = &range.context;
+        // SAFETY: the range was just pinned; the pointer is to a live integer.
+        context.call("cuMemHostGetDevicePointer", |api| unsafe {
+            (api.pinned_address)(&raw mut address, start, 0)
+        })?;
+        range.device_address = address;
+        Ok(range)
+    }
+
+    /// Returns the address of the first byte, as the devices know it.
+    pub fn device_address(&self) -> DevicePointer {
+        self.device_address
     }
 
     /// Returns the length in bytes.

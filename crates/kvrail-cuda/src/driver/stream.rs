@@ -74,6 +74,11 @@ impl Stream {
         self.handle.addr() <= 1
     }
 
+    /// Returns whether this and `other` are one stream, which waits for itself by its nature.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.handle == other.handle
+    }
+
     /// Returns the context.
     pub fn context(&self) -> &Context {
         &self.context

@@ -61,6 +61,7 @@ functions! {
         free = "cuMemFree_v2": fn(Pointer) -> c_int;
         pin = "cuMemHostRegister_v2": fn(*mut c_void, usize, c_uint) -> c_int;
         unpin = "cuMemHostUnregister": fn(*mut c_void) -> c_int;
+        pinned_address = "cuMemHostGetDevicePointer_v2": fn(*mut Pointer, *mut c_void, c_uint) -> c_int;
         to_device = "cuMemcpyHtoDAsync_v2": fn(Pointer, *const c_void, usize, Handle) -> c_int;
         to_host = "cuMemcpyDtoHAsync_v2": fn(*mut c_void, Pointer, usize, Handle) -> c_int;
         on_device = "cuMemcpyDtoDAsync_v2": fn(Pointer, Pointer, usize, Handle) -> c_int;

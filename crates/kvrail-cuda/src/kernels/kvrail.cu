@@ -21,6 +21,18 @@ struct HashDescriptor {
 
 const u32 PAGE_BYTES = 4096;
 
+// As PieceGrid in grid.rs: pieces of one length, `columns` of them in each row, `stride` bytes from
+// one to the next. What is counted in granules has 16 bytes each.
+const u32 ROWS_MAX = 256;
+struct PieceGrid {
+    u64 stride;
+    u32 columns;
+    u32 piece_granules;
+    u32 granules;
+    u32 skipped;
+    u64 rows[ROWS_MAX];
+};
+
 // Copies `bytes / sizeof(T)` elements with all threads of the block and returns the bytes done.
 // Four loads are on their way before the first is stored: memory answers after hundreds of cycles.
 template <typename T> __device__ u64 copy_as(u64 source, u64 target, u64 bytes) {
@@ -229,6 +241,15 @@ extern "C" __global__ void __launch_bounds__(128)
     }
 }
 
+// Makes the entries behind the hashes of the pages zero, up to `entries`.
+__device__ void clear_entries(u64 *hashes, u64 pages, u64 entries) {
+    const u64 threads = (u64)gridDim.x * blockDim.x;
+    for (u64 entry = pages + (u64)blockIdx.x * blockDim.x + threadIdx.x; entry < entries;
+         entry += threads) {
+        hashes[entry] = 0;
+    }
+}
+
 // Where a piece lies on the side of the pages: pieces are contiguous there, in ascending order.
 template <bool GATHER> __device__ u64 on_pages(const CopyDescriptor &piece) {
     return GATHER ? piece.target : piece.source;
@@ -295,11 +316,7 @@ extern "C" __global__ void __launch_bounds__(128)
             hashes[page] = hash;
         }
     }
-    const u64 threads = (u64)gridDim.x * blockDim.x;
-    for (u64 entry = pages + (u64)blockIdx.x * blockDim.x + threadIdx.x; entry < entries;
-         entry += threads) {
-        hashes[entry] = 0;
-    }
+    clear_entries(hashes, pages, entries);
 }
 
 // Copies pieces from pages that lie one behind the other from `image` on, a warp for each page,
@@ -341,6 +358,116 @@ extern "C" __global__ void __launch_bounds__(128)
                 piece = pieces[number];
             }
             *(Pair *)(piece.target + (address - piece.source)) = pairs[index];
+        }
+    }
+}
+
+// Granules of a page, each a pair of one lane.
+const u32 PAGE_GRANULES = PAGE_BYTES / sizeof(Pair);
+
+// Returns the address of piece `number`.
+__device__ u64 piece_start(const PieceGrid &grid, u32 number) {
+    const u32 row = number / grid.columns;
+    return grid.rows[row] + (number - row * grid.columns) * grid.stride;
+}
+
+// Returns the address of a granule, counted over all pieces.
+__device__ Pair *granule_at(const PieceGrid &grid, u32 granule) {
+    const u32 piece = granule / grid.piece_granules;
+    const u32 inside = granule - piece * grid.piece_granules;
+    return (Pair *)(piece_start(grid, piece) + (u64)inside * sizeof(Pair));
+}
+
+// Returns where the granules from `first` on lie if a whole page of them is in one piece, else 0.
+// What lies before the first piece is far above `granules`, since the numbers wrap around.
+__device__ u64 page_in_piece(const PieceGrid &grid, u32 first) {
+    const u32 piece = first / grid.piece_granules;
+    const u32 inside = first - piece * grid.piece_granules;
+    const bool whole = first < grid.granules && inside + PAGE_GRANULES <= grid.piece_granules;
+    return whole ? piece_start(grid, piece) + (u64)inside * sizeof(Pair) : 0;
+}
+
+__device__ void load_granules(const PieceGrid &grid, u64 page, u32 lane, Pair *pairs) {
+    const u32 first = (u32)page * PAGE_GRANULES;
+    const u64 source = page_in_piece(grid, first);
+    if (source != 0) {
+        load_page(source, lane, pairs);
+        return;
+    }
+#pragma unroll
+    for (u32 index = 0; index < PAIRS; index++) {
+        const u32 granule = first + index * 32 + lane;
+        pairs[index] = granule < grid.granules ? *granule_at(grid, granule) : Pair{0, 0};
+    }
+}
+
+__device__ void store_granules(const PieceGrid &grid, u64 page, u32 lane, const Pair *pairs) {
+    const u32 first = (u32)page * PAGE_GRANULES - grid.skipped;
+    const u64 target = page_in_piece(grid, first);
+    if (target != 0) {
+        store_page(target, lane, pairs);
+        return;
+    }
+#pragma unroll
+    for (u32 index = 0; index < PAIRS; index++) {
+        const u32 granule = first + index * 32 + lane;
+        if (granule < grid.granules) {
+            *granule_at(grid, granule) = pairs[index];
+        }
+    }
+}
+
+// As kvrail_gather_hashed, of a grid of pieces and zeros behind it. The grid comes with the launch:
+// descriptors that are copied to the device first take as long as half a chunk. The first page is
+// on its way before anything else is read.
+extern "C" __global__ void __launch_bounds__(128)
+    kvrail_gather_grid(const __grid_constant__ PieceGrid grid, u64 image, u64 pages, u64 *hashes,
+                       u64 entries) {
+    const u32 lane = threadIdx.x % 32;
+    u64 page = warp_number();
+    Pair pairs[PAIRS];
+    if (page < pages) {
+        load_granules(grid, page, lane, pairs);
+    }
+    const Keys keys = keys_of(lane);
+    while (page < pages) {
+        store_page(image + page * PAGE_BYTES, lane, pairs);
+        const u64 hash = hash_page(pairs, keys);
+        if (lane == 0) {
+            hashes[page] = hash;
+        }
+        page += warp_count();
+        if (page < pages) {
+            load_granules(grid, page, lane, pairs);
+        }
+    }
+    clear_entries(hashes, pages, entries);
+}
+
+// As kvrail_scatter_verified, to a grid of pieces, which begins `skipped` granules behind the start
+// of the first page.
+extern "C" __global__ void __launch_bounds__(128, 5)
+    kvrail_scatter_grid(const __grid_constant__ PieceGrid grid, u64 image, u64 pages,
+                        const u64 *expected, u64 *bad) {
+    const u32 lane = threadIdx.x % 32;
+    u64 page = warp_number();
+    Pair pairs[PAIRS];
+    u64 wanted = 0;
+    if (page < pages) {
+        load_page(image + page * PAGE_BYTES, lane, pairs);
+        wanted = expected[page];
+    }
+    const Keys keys = keys_of(lane);
+    while (page < pages) {
+        if (hash_page(pairs, keys) == wanted) {
+            store_granules(grid, page, lane, pairs);
+        } else if (lane == 0) {
+            atomicMin(bad, page);
+        }
+        page += warp_count();
+        if (page < pages) {
+            load_page(image + page * PAGE_BYTES, lane, pairs);
+            wanted = expected[page];
         }
     }
 }

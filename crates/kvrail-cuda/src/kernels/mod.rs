@@ -5,7 +5,10 @@
 //! other. `reference` does the same on the CPU.
 #![expect(unsafe_code, reason = "launches kernels")]
 
+mod grid;
 pub mod reference;
+
+pub use grid::{GRID_ROWS_MAX, PieceGrid};
 
 use std::ffi::{CStr, CString, c_uint, c_void};
 use std::ptr;
@@ -63,6 +66,8 @@ pub struct Kernels {
     hash_pages: Handle,
     gather_hashed: Handle,
     scatter_verified: Handle,
+    gather_grid: Handle,
+    scatter_grid: Handle,
 }
 
 /// Pages that lie one behind the other, and what of [`Kernels`] goes to them or comes from them.
@@ -106,11 +111,15 @@ impl Kernels {
             hash_pages: ptr::null_mut(),
             gather_hashed: ptr::null_mut(),
             scatter_verified: ptr::null_mut(),
+            gather_grid: ptr::null_mut(),
+            scatter_grid: ptr::null_mut(),
         };
         kernels.copy = kernels.function(c"kvrail_copy")?;
         kernels.hash_pages = kernels.function(c"kvrail_hash_pages")?;
         kernels.gather_hashed = kernels.function(c"kvrail_gather_hashed")?;
         kernels.scatter_verified = kernels.function(c"kvrail_scatter_verified")?;
+        kernels.gather_grid = kernels.function(c"kvrail_gather_grid")?;
+        kernels.scatter_grid = kernels.function(c"kvrail_scatter_grid")?;
         Ok(kernels)
     }
 
@@ -185,8 +194,8 @@ impl Kernels {
     }
 
     /// Puts `count` copies from `pages` on a stream, of the pages whose hash is the one given for
-    /// it. The number of the first other page goes to the 8 bytes at `bad`, if it is below what is
-    /// there.
+    /// it. The number of the first other page goes to the 8 bytes at `bad`, device memory or pinned,
+    /// if it is below what is there.
     ///
     /// # Safety
     /// As [`Kernels::gather_hashed`], with the sources in ascending order and without gaps in the
@@ -212,7 +221,74 @@ impl Kernels {
         )
     }
 
-    /// Launches one of the two kernels that copy and hash, whose arguments differ in the last one.
+    /// As [`Kernels::gather_hashed`], of a grid of pieces and zeros behind it. Nothing has to be sent
+    /// to the device first.
+    ///
+    /// # Safety
+    /// The pieces are device memory when the stream gets there, none of them longer than the pages
+    /// have room for together; the hashes have room for `entries`, not fewer than the pages.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for a grid that does not begin at the first page, or has more
+    /// than the pages hold; else what the driver said.
+    pub unsafe fn gather_grid(
+        &self,
+        stream: &Stream,
+        grid: &PieceGrid,
+        pages: Pages,
+        entries: usize,
+    ) -> Result<()> {
+        if grid.skipped() != 0 {
+            return Err(outside(grid, pages));
+        }
+        self.launch_grid(stream, self.gather_grid, *grid, pages, entries as u64)
+    }
+
+    /// As [`Kernels::scatter_verified`], to a grid of pieces. Nothing has to be sent to the device
+    /// first.
+    ///
+    /// # Safety
+    /// The pieces are device memory when the stream gets there.
+    ///
+    /// # Errors
+    /// As [`Kernels::gather_grid`], but the grid may begin in the first page.
+    pub unsafe fn scatter_grid(
+        &self,
+        stream: &Stream,
+        grid: &PieceGrid,
+        pages: Pages,
+        bad: DevicePointer,
+    ) -> Result<()> {
+        self.launch_grid(stream, self.scatter_grid, *grid, pages, bad)
+    }
+
+    /// Launches one of the two kernels that take a grid, whose arguments differ in the last one.
+    fn launch_grid(
+        &self,
+        stream: &Stream,
+        function: Handle,
+        mut grid: PieceGrid,
+        pages: Pages,
+        mut last: u64,
+    ) -> Result<()> {
+        if grid.skipped() + grid.bytes() > (pages.count * PAGE_BYTES) as u64 {
+            return Err(outside(&grid, pages));
+        }
+        let mut all = pages.count as u64;
+        let (mut image, mut hashes) = (pages.address, pages.hashes);
+        let arguments = [
+            (&raw mut grid).cast(),
+            (&raw mut image).cast(),
+            (&raw mut all).cast(),
+            (&raw mut hashes).cast(),
+            (&raw mut last).cast(),
+        ];
+        let blocks = pages.count.div_ceil(HASH_PAGES);
+        self.launch(stream, function, blocks, HASH_THREADS, arguments)
+    }
+
+    /// Launches one of the two kernels that copy pieces of a list and hash, whose arguments differ in
+    /// the last one.
     fn launch_on_pages(
         &self,
         stream: &Stream,
@@ -275,6 +351,12 @@ impl Kernels {
         })?;
         Ok(function)
     }
+}
+
+fn outside(grid: &PieceGrid, pages: Pages) -> Error {
+    let (skipped, bytes, pages) = (grid.skipped(), grid.bytes(), pages.count);
+    let message = format!("{bytes} bytes, {skipped} behind the start of {pages} pages");
+    Error::new(ErrorKind::InvalidArgument, "grid of pieces", message)
 }
 
 impl Drop for Kernels {

@@ -8,7 +8,7 @@ use std::ptr;
 
 use twox_hash::XxHash3_64;
 
-use super::{CopyDescriptor, HashDescriptor, PAGE_BYTES, Pages};
+use super::{CopyDescriptor, HashDescriptor, PAGE_BYTES, Pages, PieceGrid};
 
 /// Does what `kvrail_copy` does.
 ///
@@ -111,4 +111,18 @@ pub unsafe fn scatter_verified(pieces: &[CopyDescriptor], pages: Pages) -> Optio
         }
     }
     bad
+}
+
+/// Returns a grid as the copies of [`gather_hashed`], the zeros behind it included.
+pub fn gather_copies(grid: &PieceGrid, pages: Pages) -> Vec<CopyDescriptor> {
+    let mut copies = grid.copies(pages.address, true);
+    let zeros = (pages.count * PAGE_BYTES) as u64 - grid.bytes();
+    if zeros > 0 {
+        copies.push(CopyDescriptor {
+            source: 0,
+            target: pages.address + grid.bytes(),
+            bytes: zeros,
+        });
+    }
+    copies
 }

@@ -23,9 +23,48 @@ impl LayerSpan {
     }
 }
 
+/// What the blocks of a layout have in common where all layers lie at equal steps in one region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Regular {
+    /// Pieces that a block consists of: one for each layer, or one for all where these follow each
+    /// other.
+    pub pieces: usize,
+    /// Bytes from one piece of a block to its next.
+    pub stride: usize,
+    /// Bytes of a piece.
+    pub bytes: usize,
+}
+
+impl Regular {
+    fn of(layers: &[LayerSpan]) -> Option<Self> {
+        let first = layers.first()?;
+        let stride = match layers.get(1) {
+            Some(second) => second.offset.checked_sub(first.offset)?,
+            None => first.block_bytes,
+        };
+        let at = |index: usize| first.offset.checked_add(index.checked_mul(stride)?);
+        for (index, layer) in layers.iter().enumerate() {
+            let expected = LayerSpan {
+                offset: at(index)?,
+                ..*first
+            };
+            if *layer != expected {
+                return None;
+            }
+        }
+        let merged = stride == first.block_bytes;
+        Some(Self {
+            pieces: if merged { 1 } else { layers.len() },
+            stride,
+            bytes: first.block_bytes * if merged { layers.len() } else { 1 },
+        })
+    }
+}
+
 /// The geometry of one KV cache group: its layers in payload order, and its number of blocks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KvLayout {
+    regular: Option<Regular>,
     layers: Vec<LayerSpan>,
     block_count: usize,
     block_bytes: usize,
@@ -68,6 +107,7 @@ impl KvLayout {
             };
         }
         Ok(Self {
+            regular: Regular::of(&layers),
             layers,
             block_count,
             block_bytes,
@@ -77,6 +117,11 @@ impl KvLayout {
     /// Returns the layers in payload order.
     pub fn layers(&self) -> &[LayerSpan] {
         &self.layers
+    }
+
+    /// Returns what all blocks have in common, `None` where the layers lie anywhere.
+    pub fn regular(&self) -> Option<Regular> {
+        self.regular
     }
 
     /// Returns the number of layers.

@@ -14,6 +14,6 @@ mod plan;
 mod token_order;
 
 pub use heads::{HeadBytes, HeadPiece};
-pub use kv_layout::{KvLayout, LayerSpan};
+pub use kv_layout::{KvLayout, LayerSpan, Regular};
 pub use plan::{MemoryRange, TransferPlan};
 pub use token_order::{SideOrder, TokenOrder, TokenShape};

@@ -1,6 +1,6 @@
 //! The transfer plan: (layout, block ids) -> memory ranges in payload order.
 
-use super::kv_layout::KvLayout;
+use super::kv_layout::{KvLayout, Regular};
 use crate::error::{Error, ErrorKind, Result};
 
 /// A run of bytes in one region.
@@ -21,6 +21,7 @@ pub struct MemoryRange {
 pub struct TransferPlan {
     ranges: Vec<MemoryRange>,
     bytes: usize,
+    regular: Option<Regular>,
 }
 
 impl TransferPlan {
@@ -56,12 +57,30 @@ impl TransferPlan {
         Ok(Self {
             ranges,
             bytes: blocks.len() * layout.block_bytes(),
+            regular: layout.regular(),
         })
     }
 
     /// Returns the ranges in payload order.
     pub fn ranges(&self) -> &[MemoryRange] {
         &self.ranges
+    }
+
+    /// Returns what the ranges have in common where the layout is a regular one: the first piece of
+    /// each block, as long as the others, and how these follow it. The pieces of all blocks, one
+    /// after the other, are the ranges, with nothing merged.
+    pub fn regular(&self) -> Option<(Regular, Vec<MemoryRange>)> {
+        let regular = self.regular?;
+        let pieces = self.ranges.iter().flat_map(|range| {
+            (0..range.bytes)
+                .step_by(regular.bytes)
+                .map(|done| MemoryRange {
+                    region: range.region,
+                    offset: range.offset + done,
+                    bytes: regular.bytes,
+                })
+        });
+        Some((regular, pieces.step_by(regular.pieces).collect()))
     }
 
     /// Returns the bytes of all ranges together.
@@ -151,6 +170,34 @@ mod tests {
             planned.sort_unstable();
             planned.dedup();
             prop_assert_eq!(planned.len(), expected.len(), "no byte twice");
+        }
+
+        #[test]
+        fn a_regular_layout_gives_all_pieces_from_the_first_of_each_block(
+            (layout, blocks) in arbitrary_layout().prop_flat_map(|layout| {
+                let ids: Vec<usize> = (0..layout.block_count()).collect();
+                let some = proptest::sample::subsequence(ids.clone(), 0..=ids.len());
+                (Just(layout), some.prop_shuffle())
+            })
+        ) {
+            let plan = TransferPlan::new(&layout, &blocks).unwrap();
+            let sizes: Vec<usize> = layout.layers().iter().map(|layer| layer.block_bytes).collect();
+            let Some((regular, firsts)) = plan.regular() else {
+                prop_assert!(sizes.windows(2).any(|pair| pair[0] != pair[1]));
+                return Ok(());
+            };
+            let bytes = |range: &MemoryRange| range.offset..range.offset + range.bytes;
+            let pieces: Vec<usize> = firsts
+                .iter()
+                .flat_map(|first| (0..regular.pieces).map(move |number| MemoryRange {
+                    offset: first.offset + number * regular.stride,
+                    ..*first
+                }))
+                .flat_map(|range| bytes(&range))
+                .collect();
+            let planned: Vec<usize> = plan.ranges().iter().flat_map(bytes).collect();
+            prop_assert_eq!(pieces, planned);
+            prop_assert_eq!(firsts.len(), blocks.len());
         }
 
         #[test]

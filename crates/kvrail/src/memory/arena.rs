@@ -68,6 +68,11 @@ impl HostArena {
         self.pinned.is_some()
     }
 
+    /// Returns the address of the first byte as GPUs know it, `None` where it is not pinned.
+    pub fn device_address(&self) -> Option<DevicePointer> {
+        self.pinned.as_ref().map(PinnedRange::device_address)
+    }
+
     pub(crate) fn address(&self) -> NonNull<u8> {
         self.mapping.address()
     }

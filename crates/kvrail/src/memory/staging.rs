@@ -242,6 +242,11 @@ impl<A: Arena> StagingRange<A> {
 }
 
 impl StagingRange<HostArena> {
+    /// Returns the address as GPUs know it, `None` where the memory is not pinned.
+    pub fn device_address(&self) -> Option<DevicePointer> {
+        Some(self.arena().device_address()? + self.offset as u64)
+    }
+
     /// Returns the bytes.
     pub fn as_slice(&self) -> &[u8] {
         // SAFETY: offset and length were cut from the arena's own size.

@@ -6,12 +6,13 @@
 
 use kvrail_cuda::{
     Context, CopyDescriptor, DeviceMemory, Error as CudaError, HashDescriptor, Kernels, Pages,
-    Priority, Stream,
+    PieceGrid, Priority, Stream,
 };
 
 use super::CopyMethod;
 use crate::chunk::{PAGE_BYTES, hash_pages};
 use crate::error::{Error, ErrorKind, Result};
+use crate::memory::{HostArena, StagingPool};
 
 /// Pages of the pattern.
 const PAGES: usize = 33;
@@ -44,10 +45,108 @@ const BAD_PAGE: usize = 7;
 /// Entries of the page table, a few of them behind the last page.
 const ENTRIES: usize = PAGES + 3;
 
+/// Rows of a grid of pieces, pieces of a row, bytes of a piece and bytes between two of a row; they
+/// end anywhere in a page, and the last page has zeros behind them.
+const GRID: (usize, usize, usize, usize) = (5, 4, 5_008, 6_000);
+/// Pages whose expected hashes are wrong when the grid's are scattered: the first one is reported.
+const BAD_GRID_PAGES: [usize; 3] = [19, 11, 23];
+
 /// Checks the kernels against the CPU.
 pub(super) fn check_kernels(context: &Context, kernels: &Kernels) -> Result<()> {
     check_apart(context, kernels)?;
-    check_together(context, kernels)
+    check_together(context, kernels)?;
+    check_grid(context, kernels)
+}
+
+/// Checks the kernels that take a grid of pieces, and that a kernel reaches pinned memory.
+fn check_grid(context: &Context, kernels: &Kernels) -> Result<()> {
+    let (rows, columns, bytes, stride) = GRID;
+    let bench = Bench::new(context)?;
+    let first = |row: usize| (rows - 1 - row) * columns * stride;
+    let starts: Vec<u64> = (0..rows)
+        .map(|row| bench.source.address() + first(row) as u64)
+        .collect();
+    let grid = PieceGrid::new(&starts, columns, stride as u64, bytes, 0);
+    let grid = grid.ok_or_else(|| Error::new(ErrorKind::Gpu, "no grid of pieces"))?;
+    // Where each piece begins in the source, in the order of the pages.
+    let places: Vec<usize> = (0..rows)
+        .flat_map(|row| (0..columns).map(move |column| first(row) + column * stride))
+        .collect();
+    let part = |bytes_at: &[u8], place: usize| {
+        let part = bytes_at.get(place..place + bytes);
+        part.unwrap_or_default().to_vec()
+    };
+    let mut expected: Vec<u8> = places
+        .iter()
+        .flat_map(|place| part(&bench.pattern, *place))
+        .collect();
+    let count = expected.len().div_ceil(PAGE_BYTES);
+    expected.resize(count * PAGE_BYTES, 0);
+    let mut hashes = vec![0; count];
+    hash_pages(&expected, &mut hashes);
+    let mut table = hashes.clone();
+    table.resize(ENTRIES, 0);
+
+    let entries = bench.send(&vec![0xA5; ENTRIES * 8])?;
+    let pages = Pages {
+        address: bench.target.address(),
+        count,
+        hashes: entries.address(),
+    };
+    let stream = &bench.stream;
+    // SAFETY: the pieces lie in the source, the pages in the target; there is room for the entries.
+    unsafe { kernels.gather_grid(stream, &grid, pages, ENTRIES) }.map_err(failed)?;
+    let found = bench.fetch(&bench.target)?;
+    let same = found.get(..expected.len()) == Some(&expected[..]);
+    differ(same, "a grid of pieces gathered and hashed by the GPU")?;
+    let found = bench.fetch(&entries)?;
+    differ(
+        found == bytes_of(&table),
+        "hashes of the GPU beside a grid of pieces",
+    )?;
+
+    bench.send_to(&bench.source, &vec![0; BYTES])?;
+    let mut scattered = vec![0; BYTES];
+    for page in BAD_GRID_PAGES {
+        if let Some(hash) = table.get_mut(page) {
+            *hash ^= 1 << 40;
+        }
+    }
+    bench.send_to(&entries, &bytes_of(&table))?;
+    for (number, place) in places.iter().enumerate() {
+        for at in 0..bytes {
+            let from = number * bytes + at;
+            if BAD_GRID_PAGES.contains(&(from / PAGE_BYTES)) {
+                continue;
+            }
+            if let (Some(to), Some(byte)) = (scattered.get_mut(place + at), expected.get(from)) {
+                *to = *byte;
+            }
+        }
+    }
+    let pinned = HostArena::pinned(PAGE_BYTES, context)?;
+    let pool = StagingPool::over(pinned, PAGE_BYTES)?;
+    let word = pool.try_take(0).and_then(|mut word| {
+        word.as_mut_slice().fill(0xFF);
+        Some((word.device_address()?, word))
+    });
+    let (bad, word) = word.ok_or_else(|| Error::new(ErrorKind::Gpu, "no pinned memory"))?;
+    // SAFETY: as above; the word is pinned, and longer than the kernel needs.
+    unsafe { kernels.scatter_grid(stream, &grid, pages, bad) }.map_err(failed)?;
+    let found = bench.fetch(&bench.source)?;
+    differ(
+        found == scattered,
+        "a grid of pieces verified and scattered by the GPU",
+    )?;
+    let first = BAD_GRID_PAGES.iter().min().map(|page| *page as u64);
+    let found = word
+        .as_slice()
+        .first_chunk()
+        .map(|page| u64::from_ne_bytes(*page));
+    differ(
+        found == first,
+        "number of a bad page that the GPU writes to pinned memory",
+    )
 }
 
 /// Checks the kernels that hash as they copy.

@@ -3,15 +3,18 @@
 //! Apart, a byte is read once to be copied and once more to be hashed, and a load asks the CPU in
 //! between whether the hashes are right. Together it is read once, and the GPU compares itself: a
 //! page whose hash is not that of the page table is not copied anywhere.
+//!
+//! Where the layout is a regular one, as vLLM's are, a launch carries all it needs to know. Else the
+//! pieces are described one by one, in a list that is copied to the GPU before each launch.
 #![expect(
     unsafe_code,
     reason = "hands addresses of KV cache and slot to the kernels"
 )]
 
-use kvrail_cuda::{DevicePointer, Pages, Stream};
+use kvrail_cuda::{DevicePointer, Pages, PieceGrid, Stream};
 
 use super::slot::{DESCRIPTOR_BYTES, GpuSlot};
-use super::transfer::{Piece, outside, pieces, put_descriptor, send_descriptors, sized, to_host};
+use super::transfer::{Piece, outside, pieces, put_descriptor, send_descriptors, sized};
 use super::{CopyMethod, Gpu};
 use crate::chunk::{ChunkFormat, PAGE_BYTES};
 use crate::error::{Error, ErrorKind, Result};
@@ -64,7 +67,9 @@ impl GpuSlot {
             self.gather(compute, plan, regions, start, &zeros)?;
         }
         self.mark(compute)?;
-        self.order_after_mark(own)?;
+        if !own.is_same(compute) {
+            self.order_after_mark(own)?;
+        }
         if !hashed && self.gpu.kernels().is_some() {
             let table = format.table_offset();
             self.hash_pages(
@@ -86,33 +91,40 @@ impl GpuSlot {
         regions: &[Region],
         stream: &Stream,
     ) -> Result<bool> {
+        if self.gpu.method() != CopyMethod::HashingKernel {
+            return Ok(false);
+        }
         let start = format.payload_offset();
-        let pages = format.page_count();
-        let address = self.image_span(start..start + pages * PAGE_BYTES)?;
+        let count = format.page_count();
+        let address = self.image_span(start..start + count * PAGE_BYTES)?;
         let table = format.table_offset();
         let hashes = self.image_span(table..table + format.table_bytes())?;
-        let Some(mut list) = self.hashing_pieces(plan, regions, address, true)? else {
-            return Ok(false);
-        };
-        if format.pad_bytes() > 0 {
-            list.push(Piece {
-                source: 0,
-                target: address + format.payload_bytes() as u64,
-                bytes: format.pad_bytes(),
-            });
-        }
-        let descriptors = self.send_pieces(stream, &list)?;
         let pages = Pages {
             address,
-            count: pages,
+            count,
             hashes,
         };
-        let gpu = self.gpu.clone();
         let entries = format.table_bytes() / 8;
-        // SAFETY: the pieces lie in the KV cache's regions and fill the pages of this slot, as the
-        // spans and the plan say; all stay until the stream is past the mark that the caller sets.
-        let launched = unsafe {
-            kernels(&gpu)?.gather_hashed(stream, descriptors, list.len(), pages, entries)
+        let gpu = self.gpu.clone();
+        let launched = if let Some(grid) = grid(plan, regions, 0)? {
+            self.unmarked = true;
+            // SAFETY: the pieces lie in the KV cache's regions, which stay until the stream is past
+            // the mark that the caller sets; as does this slot, which has pages and table.
+            unsafe { kernels(&gpu)?.gather_grid(stream, &grid, pages, entries) }
+        } else {
+            let Some(mut list) = aligned_pieces(plan, regions, address, true)? else {
+                return Ok(false);
+            };
+            if format.pad_bytes() > 0 {
+                list.push(Piece {
+                    source: 0,
+                    target: address + format.payload_bytes() as u64,
+                    bytes: format.pad_bytes(),
+                });
+            }
+            let descriptors = self.send_pieces(stream, &list)?;
+            // SAFETY: as above; the pieces fill the pages, as the spans and the plan say.
+            unsafe { kernels(&gpu)?.gather_hashed(stream, descriptors, list.len(), pages, entries) }
         };
         launched.map_err(|error| Error::gpu("gather and hash a chunk", error))?;
         Ok(true)
@@ -138,23 +150,30 @@ impl GpuSlot {
         if pages.payload < pages.start || pages.payload + plan.bytes() > end {
             return Err(outside("pages of a load", pages.payload + plan.bytes()));
         }
-        let Some(list) = self.hashing_pieces(plan, regions, source, false)? else {
+        if self.gpu.method() != CopyMethod::HashingKernel {
             return Ok(false);
-        };
-        let descriptors = self.send_pieces(stream, &list)?;
-        let bad = descriptors + (list.len() * DESCRIPTOR_BYTES) as u64;
+        }
+        let skipped = pages.payload - pages.start;
         let pages = Pages {
             address,
             count: pages.count,
             hashes,
         };
         let gpu = self.gpu.clone();
-        // SAFETY: as in `gather_hashed`; the word behind the descriptors was sent with them.
-        let launched =
-            unsafe { kernels(&gpu)?.scatter_verified(stream, descriptors, list.len(), pages, bad) };
+        let launched = if let Some(grid) = grid(plan, regions, skipped)? {
+            let bad = self.expect_no_bad_page()?;
+            // SAFETY: as in `gather_hashed`; the word is pinned memory beside this slot.
+            unsafe { kernels(&gpu)?.scatter_grid(stream, &grid, pages, bad) }
+        } else {
+            let Some(list) = aligned_pieces(plan, regions, source, false)? else {
+                return Ok(false);
+            };
+            let descriptors = self.send_pieces(stream, &list)?;
+            let bad = self.expect_no_bad_page()?;
+            // SAFETY: as above.
+            unsafe { kernels(&gpu)?.scatter_verified(stream, descriptors, list.len(), pages, bad) }
+        };
         launched.map_err(|error| Error::gpu("verify and scatter a chunk", error))?;
-        let host = &mut self.parts_mut()?.host;
-        to_host(stream, sized(host.hashes.as_mut_slice(), 8)?, bad)?;
         Ok(true)
     }
 
@@ -170,27 +189,18 @@ impl GpuSlot {
         Ok((page != NO_PAGE).then(|| usize::try_from(page).unwrap_or(usize::MAX)))
     }
 
-    /// Returns the pieces for a kernel that hashes, in ascending order on the side of the pages;
-    /// `None` where it is not the method, or does not take such pieces.
-    fn hashing_pieces(
-        &self,
-        plan: &TransferPlan,
-        regions: &[Region],
-        image: DevicePointer,
-        gather: bool,
-    ) -> Result<Option<Vec<Piece>>> {
-        if self.gpu.method() != CopyMethod::HashingKernel {
-            return Ok(None);
-        }
-        let list = pieces(plan, regions, image, gather, usize::MAX)?;
-        let is_aligned = |piece: &Piece| {
-            (piece.source | piece.target | piece.bytes as u64).is_multiple_of(ALIGNMENT)
-                && piece.bytes > 0
-        };
-        Ok((!list.is_empty() && list.iter().all(is_aligned)).then_some(list))
+    /// Says that no page was found bad, in pinned memory beside the slot, and returns the address of
+    /// the word, where a kernel says otherwise. A kernel writes there over PCIe, but never for a
+    /// chunk that is as it should be; a copy of the word in each direction would take as long as a
+    /// quarter of the chunk.
+    fn expect_no_bad_page(&mut self) -> Result<DevicePointer> {
+        let hashes = &mut self.parts_mut()?.host.hashes;
+        let address = hashes.device_address();
+        sized(hashes.as_mut_slice(), 8)?.copy_from_slice(&NO_PAGE.to_ne_bytes());
+        address.ok_or_else(|| outside("pinned memory", 8))
     }
 
-    /// Copies the descriptors of pieces to VRAM, and a word behind them that names no page.
+    /// Copies the descriptors of pieces to VRAM.
     fn send_pieces(&mut self, stream: &Stream, list: &[Piece]) -> Result<DevicePointer> {
         let parts = self.parts_mut()?;
         let mut end = 0;
@@ -198,11 +208,47 @@ impl GpuSlot {
             put_descriptor(parts, end, [piece.source, piece.target, piece.bytes as u64])?;
             end += DESCRIPTOR_BYTES;
         }
-        let word = parts.host.descriptors.as_mut_slice().get_mut(end..end + 8);
-        let word = word.ok_or_else(|| outside("descriptors", end + 8))?;
-        word.copy_from_slice(&NO_PAGE.to_ne_bytes());
-        send_descriptors(stream, parts, 0..end + 8)
+        send_descriptors(stream, parts, 0..end)
     }
+}
+
+/// Returns the pieces of a plan as a grid, `skipped` bytes behind the start of the first page; `None`
+/// where they are none, or not one that a launch can carry.
+fn grid(plan: &TransferPlan, regions: &[Region], skipped: usize) -> Result<Option<PieceGrid>> {
+    let Some((regular, firsts)) = plan.regular() else {
+        return Ok(None);
+    };
+    let extent = regular.pieces.saturating_sub(1) * regular.stride + regular.bytes;
+    let mut rows = Vec::with_capacity(firsts.len());
+    for first in firsts {
+        let region = regions.get(first.region);
+        let region = region.ok_or_else(|| outside("region", first.region))?;
+        rows.push(region.device_span(first.offset, extent)?);
+    }
+    let (stride, bytes) = (regular.stride as u64, regular.bytes);
+    Ok(PieceGrid::new(
+        &rows,
+        regular.pieces,
+        stride,
+        bytes,
+        skipped,
+    ))
+}
+
+/// Returns the pieces of a plan one by one, in ascending order on the side of the pages; `None` where
+/// a kernel that hashes does not take them.
+fn aligned_pieces(
+    plan: &TransferPlan,
+    regions: &[Region],
+    image: DevicePointer,
+    gather: bool,
+) -> Result<Option<Vec<Piece>>> {
+    let list = pieces(plan, regions, image, gather, usize::MAX)?;
+    let is_aligned = |piece: &Piece| {
+        (piece.source | piece.target | piece.bytes as u64).is_multiple_of(ALIGNMENT)
+            && piece.bytes > 0
+    };
+    Ok((!list.is_empty() && list.iter().all(is_aligned)).then_some(list))
 }
 
 fn kernels(gpu: &Gpu) -> Result<&kvrail_cuda::Kernels> {
