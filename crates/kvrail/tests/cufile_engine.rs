@@ -25,16 +25,20 @@ struct Bench {
 }
 
 fn start() -> Bench {
+    start_with(SLOT)
+}
+
+fn start_with(slot: usize) -> Bench {
     let mocks = Mocks::load();
     let cuda = Cuda::load(&[mocks.cuda().to_path_buf()]).unwrap();
     let context = cuda.retain_primary(0).unwrap();
     let library = CuFile::load(&[mocks.cufile().to_path_buf()]).unwrap();
     let driver = library.open_driver(&context).unwrap();
-    let memory = context.allocate(4 * SLOT).unwrap();
+    let memory = context.allocate(4 * slot).unwrap();
     let arena = DeviceArena::registered(memory, &driver).unwrap();
     Bench {
         engine: CufileEngine::new(&driver, &context, 2, &(Arc::new(|| ()) as _)).unwrap(),
-        pool: StagingPool::over(arena, SLOT).unwrap(),
+        pool: StagingPool::over(arena, slot).unwrap(),
         mocks,
         folder: tempfile::tempdir().unwrap(),
     }
@@ -199,4 +203,35 @@ fn a_call_that_hangs_costs_its_slot_and_no_wait_beyond_the_deadline() {
     bench
         .submit(Operation::Write, &other, buffer, soon())
         .unwrap();
+}
+
+#[test]
+fn a_small_request_does_not_wait_for_large_ones() {
+    let bench = start_with(2 << 20);
+    // Both threads for large requests, one request each.
+    bench
+        .mocks
+        .script_cufile("cuFileWrite nth=1 hang\ncuFileWrite nth=2 hang");
+    let (file, large) = (bench.create("large"), bench.pool.take(soon()).unwrap());
+    let waits_for = |buffer| {
+        let deadline = Instant::now() + Duration::from_millis(300);
+        bench.submit(Operation::Write, &file, buffer, deadline)
+    };
+    let mut slots = vec![large];
+    slots.extend((0..2).map(|_| bench.pool.take(soon()).unwrap()));
+    for buffer in slots {
+        assert_eq!(
+            waits_for(buffer).unwrap_err().kind(),
+            ErrorKind::TimedOut,
+            "no thread is left for large requests"
+        );
+    }
+    let small = bench.pool.take(soon()).unwrap().split_to(SLOT);
+    bench.fill(&small, 3);
+    let other = bench.create("small");
+    bench
+        .submit(Operation::Write, &other, small, soon())
+        .unwrap();
+    let bytes = std::fs::read(bench.folder.path().join("small")).unwrap();
+    assert!(bytes[4096..].iter().all(|byte| *byte == 3));
 }

@@ -3,6 +3,10 @@
 //! Synchronous calls on a few threads rather than cuFile's batch or stream calls: those read their
 //! arguments when the stream runs, report errors late, and hang on some file systems.
 //!
+//! Small requests go before large ones, and have a thread of their own beside: the page table of a
+//! chunk that is read in place is 64 KiB, must be there before anything else of it, and would wait
+//! for tens of milliseconds behind what others read.
+//!
 //! Two kinds of requests: a range of the staging slots, as every engine takes it, and pieces of KV
 //! cache in place ([`PieceRequest`]), for the direct path.
 #![expect(
@@ -15,7 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select_biased};
 use kvrail_cuda::{Context, CuFileDriver, FileHandle, TRANSFER_BYTES_MAX};
 
 use super::pieces::{PieceCompletion, PieceHandle, PieceRequest};
@@ -26,6 +30,9 @@ use crate::memory::{DeviceArena, StagingRange};
 /// Calls of cuFile at the same time: some file systems hang from 256 on, and cuFile's own pools
 /// have 64 buffers by default.
 const THREADS_MAX: usize = 64;
+/// Bytes of a request that counts as small: a page table of 512 MiB of payload, and far below what a
+/// disk moves while a thread takes its next request.
+const SMALL_BYTES: usize = 1 << 20;
 /// Requests that may wait; the VRAM slots bound them far below this.
 const QUEUE_REQUESTS_MAX: usize = 65_536;
 /// Pieces of one vectored call (`IOV_MAX` of Linux).
@@ -48,9 +55,16 @@ const END_LIMIT: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct CufileEngine {
     /// `None` when the engine ends.
-    queue: Option<Sender<Queued>>,
+    queues: Option<Queues>,
     /// Disconnected when all threads have ended.
     ended: Receiver<()>,
+}
+
+/// The two ends that requests go in at.
+#[derive(Debug)]
+struct Queues {
+    small: Sender<Queued>,
+    large: Sender<Queued>,
 }
 
 /// What a thread works with.
@@ -63,9 +77,10 @@ struct Worker {
 }
 
 impl CufileEngine {
-    /// Starts `threads` threads (64 at most); `on_start` runs first on each of them.
+    /// Starts `threads` threads (63 at most), and one for small requests alone; `on_start` runs first
+    /// on each of them.
     ///
-    /// The threads end when the engine is dropped and the queue is empty.
+    /// The threads end when the engine is dropped and the queues are empty.
     ///
     /// # Errors
     /// [`ErrorKind::Io`] when the system gives no thread.
@@ -75,22 +90,25 @@ impl CufileEngine {
         threads: usize,
         on_start: &Arc<dyn Fn() + Send + Sync>,
     ) -> Result<Self> {
-        let (queue, requests) = bounded(QUEUE_REQUESTS_MAX);
+        let (small, small_requests) = bounded(QUEUE_REQUESTS_MAX);
+        let (large, large_requests) = bounded(QUEUE_REQUESTS_MAX);
         let (alive, ended) = bounded::<()>(0);
         let worker = Worker {
             driver: driver.clone(),
             context: context.clone(),
             vectored: Arc::new(AtomicBool::new(driver.has_vectored())),
         };
-        for index in 0..threads.clamp(1, THREADS_MAX) {
-            let requests: Receiver<Queued> = requests.clone();
+        for index in 0..=threads.clamp(1, THREADS_MAX - 1) {
+            let small: Receiver<Queued> = small_requests.clone();
+            // The first one knows of no large ones.
+            let large: Option<Receiver<Queued>> = (index > 0).then(|| large_requests.clone());
             let (worker, alive) = (worker.clone(), alive.clone());
             let on_start = Arc::clone(on_start);
             thread::Builder::new()
                 .name(format!("kvrail-cufile-{index}"))
                 .spawn(move || {
                     on_start();
-                    for queued in requests {
+                    while let Some(queued) = next(&small, large.as_ref()) {
                         match queued {
                             Queued::Range(request, completion) => {
                                 completion.complete(worker.perform(request));
@@ -108,7 +126,7 @@ impl CufileEngine {
                 })?;
         }
         Ok(Self {
-            queue: Some(queue),
+            queues: Some(Queues { small, large }),
             ended,
         })
     }
@@ -119,13 +137,15 @@ impl CufileEngine {
     /// a write. Dropping the handle changes nothing about that: the transfer goes on.
     pub fn submit_pieces(&self, request: PieceRequest) -> PieceHandle {
         let (completion, handle) = PieceHandle::pair();
-        self.send(Queued::Pieces(request, completion));
+        let bytes = request.pieces.iter().map(std::ops::Range::len).sum();
+        self.send(bytes, Queued::Pieces(request, completion));
         handle
     }
 
-    fn send(&self, queued: Queued) {
-        let sent = match &self.queue {
-            Some(queue) => queue.try_send(queued),
+    fn send(&self, bytes: usize, queued: Queued) {
+        let sent = match &self.queues {
+            Some(queues) if bytes <= SMALL_BYTES => queues.small.try_send(queued),
+            Some(queues) => queues.large.try_send(queued),
             None => Err(TrySendError::Disconnected(queued)),
         };
         if let Err(error) = sent {
@@ -136,7 +156,7 @@ impl CufileEngine {
 
 impl Drop for CufileEngine {
     fn drop(&mut self) {
-        self.queue = None;
+        self.queues = None;
         let _ = self.ended.recv_timeout(END_LIMIT);
     }
 }
@@ -148,9 +168,22 @@ impl IoEngine<DeviceArena> for CufileEngine {
 
     fn submit(&self, request: IoRequest<DeviceArena>) -> IoHandle<DeviceArena> {
         let (completion, handle) = IoHandle::pair();
-        self.send(Queued::Range(request, completion));
+        self.send(request.buffer.len(), Queued::Range(request, completion));
         handle
     }
+}
+
+/// Waits for a request, a small one if there is one; `None` when the engine has ended and all are
+/// taken.
+fn next(small: &Receiver<Queued>, large: Option<&Receiver<Queued>>) -> Option<Queued> {
+    let Some(large) = large else {
+        return small.recv().ok();
+    };
+    let queued = select_biased! {
+        recv(small) -> queued => queued.or_else(|_| large.recv()),
+        recv(large) -> queued => queued.or_else(|_| small.recv()),
+    };
+    queued.ok()
 }
 
 /// Completes a request that the queue did not take.
