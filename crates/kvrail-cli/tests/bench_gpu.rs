@@ -189,9 +189,19 @@ fn every_way_and_every_method_is_measured_and_every_byte_compared() {
                 );
                 assert_eq!(found[0]["held_share"].is_null(), operation == "load");
                 let limit = found[0]["limit"].as_str().unwrap();
-                assert_eq!(limit == "bare cuFile", *way != "posix", "{limit}");
+                match *way {
+                    "posix" => assert!(["raw files", "pinned copy"].contains(&limit), "{limit}"),
+                    "cufile" => assert_eq!(limit, "bare cuFile"),
+                    _ => assert_eq!(limit, "bare cuFile, block by block"),
+                }
             }
-            for limit in ["raw files", "pinned copy", "bare cuFile"] {
+            let mut limits = vec!["raw files", "pinned copy", "bare cuFile"];
+            limits.extend((layout == "bl").then_some("bare cuFile, block by block"));
+            assert_eq!(
+                find(&model["limits"], &[("operation", operation)]).len(),
+                limits.len()
+            );
+            for limit in limits {
                 let found = find(
                     &model["limits"],
                     &[("operation", operation), ("limit", limit)],

@@ -131,6 +131,11 @@ impl Copies {
         })
     }
 
+    /// Returns the format of the chunks.
+    pub(crate) fn format(&self) -> &ChunkFormat {
+        &self.format
+    }
+
     /// Returns the bytes that each piece of work moves for a chunk.
     pub(crate) fn payload_bytes(&self) -> usize {
         self.format.payload_bytes()

@@ -32,8 +32,8 @@ use crate::doctor::cufile_candidates;
 use crate::failure::Failure;
 use crate::output::progress_bar;
 
-/// Files of one round that lie there at the same time: three ways, bare calls of both kinds.
-const COPIES_OF_FILES: u64 = 5;
+/// Files of one round that lie there at the same time: three ways, bare calls of three kinds.
+const COPIES_OF_FILES: u64 = 6;
 
 /// Measures and prints.
 pub(super) fn run(arguments: &Arguments, ordinal: usize) -> Result<ExitCode, Failure> {

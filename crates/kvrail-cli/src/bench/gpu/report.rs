@@ -211,7 +211,11 @@ impl Figures<'_> {
                 };
                 (name, slower, POSIX_TARGET)
             }
-            Way::Cufile | Way::Direct => (Side::Cufile, self.seconds(Side::Cufile), CUFILE_TARGET),
+            Way::Cufile => (Side::Cufile, self.seconds(Side::Cufile), CUFILE_TARGET),
+            Way::Direct => {
+                let seconds = self.seconds(Side::CufileBlocks);
+                (Side::CufileBlocks, seconds, CUFILE_TARGET)
+            }
         };
         let held = self.of(Side::Store(way), |found| {
             found.held_milliseconds / 1e3 / found.sample.seconds
@@ -232,7 +236,7 @@ impl Figures<'_> {
     }
 
     fn limits(&self) -> Vec<LimitReport> {
-        [Side::Disk, Side::Pinned, Side::Cufile]
+        [Side::Disk, Side::Pinned, Side::Cufile, Side::CufileBlocks]
             .into_iter()
             .filter(|side| !self.seconds(*side).is_empty())
             .map(|side| LimitReport {
@@ -251,6 +255,7 @@ fn limit_name(side: Side) -> &'static str {
         Side::Disk => "raw files",
         Side::Pinned => "pinned copy",
         Side::Cufile => "bare cuFile",
+        Side::CufileBlocks => "bare cuFile, block by block",
     }
 }
 

@@ -18,7 +18,7 @@ use super::super::page_cache::drop_from_page_cache;
 use super::super::plan::Plan;
 use super::super::raw::Raw;
 use super::super::run::sync_file_system;
-use super::bare_cufile::BareCufile;
+use super::bare_cufile::{BareCufile, calls};
 use super::copies::{Copies, Timing, Work};
 use super::kv_memory::{GpuKvMemory, Outermost};
 use super::path::{StorePath, Way};
@@ -34,8 +34,10 @@ pub(crate) enum Side {
     Disk,
     /// Copies between VRAM and pinned memory.
     Pinned,
-    /// Bare calls of cuFile.
+    /// Bare calls of cuFile, each of them as long as may be.
     Cufile,
+    /// Bare calls of cuFile, one for each block.
+    CufileBlocks,
 }
 
 /// What one side took at one operation of one round.
@@ -89,7 +91,8 @@ struct Bench<'a> {
     paths: Vec<StorePath>,
     pinned: PinnedCopy,
     disk: Raw,
-    bare: Option<BareCufile>,
+    /// Bare calls of cuFile: [`Side::Cufile`] and [`Side::CufileBlocks`].
+    bare: Vec<(Side, BareCufile)>,
     directory: PathBuf,
     verified: u64,
 }
@@ -171,25 +174,36 @@ impl<'a> Bench<'a> {
         let blocks = geometry.blocks_per_chunk();
         let bytes = file_bytes(&paths);
         let disk = Raw::new(vec![directory.join("raw")], bytes, plan.threads, None)?;
-        let uses_cufile = paths.iter().any(|path| path.way().uses_cufile());
-        let bare = || {
-            let folder = directory.join("bare");
-            let libraries = &setting.options.libraries.cufile;
-            BareCufile::new(
-                libraries,
-                gpu,
-                folder,
-                disk.is_direct(),
-                bytes,
-                plan.threads,
-            )
+        let copies = Copies::new(gpu, &memory, blocks)?;
+        let mut bare = Vec::new();
+        let mut add_bare = |side: Side, name: &str, calls| -> Result<(), Failure> {
+            let folder = directory.join(name);
+            let (libraries, direct) = (&setting.options.libraries.cufile, disk.is_direct());
+            let cufile = BareCufile::new(libraries, gpu, folder, direct, calls, plan.threads)?;
+            bare.push((side, cufile));
+            Ok(())
         };
+        if paths.iter().any(|path| path.way().uses_cufile()) {
+            add_bare(Side::Cufile, "bare", calls(0..bytes).collect())?;
+        }
+        if paths.iter().any(|path| path.way() == Way::Direct) {
+            let format = copies.format();
+            let (start, step) = (format.payload_offset(), geometry.payload_bytes() / blocks);
+            let block = |number| start + number * step..start + (number + 1) * step;
+            let whole = (0..blocks).flat_map(|number| calls(block(number)));
+            let rest = calls(format.payload_offset() + geometry.payload_bytes()..bytes);
+            add_bare(
+                Side::CufileBlocks,
+                "bare-blocks",
+                calls(0..start).chain(whole).chain(rest).collect(),
+            )?;
+        }
         let mut bench = Self {
             gpu,
-            copies: Copies::new(gpu, &memory, blocks)?,
+            copies,
             methods: Vec::new(),
             pinned: PinnedCopy::new(gpu, &memory, blocks)?,
-            bare: uses_cufile.then(bare).transpose()?,
+            bare,
             disk,
             memory,
             paths,
@@ -275,7 +289,7 @@ impl<'a> Bench<'a> {
     /// Returns who is measured, in the order of a wave.
     fn sides(&self, turn: usize) -> Vec<Side> {
         let stores = self.paths.iter().map(|path| Side::Store(path.way()));
-        let bare = self.bare.iter().map(|_| Side::Cufile);
+        let bare = self.bare.iter().map(|(side, _)| *side);
         let mut sides: Vec<Side> = stores
             .chain(bare)
             .chain([Side::Disk, Side::Pinned])
@@ -290,28 +304,34 @@ impl<'a> Bench<'a> {
         path.ok_or_else(|| Failure::new(format!("no store goes the way {}", way.name())))
     }
 
+    fn bare(&mut self, side: Side) -> Result<&mut BareCufile, Failure> {
+        let bare = self.bare.iter_mut().find(|(found, _)| *found == side);
+        let (_, bare) = bare.ok_or_else(|| Failure::new(format!("{side:?} is not open")))?;
+        Ok(bare)
+    }
+
     fn store(&mut self, side: Side, wave: &[u64]) -> Result<(Sample, f64), Failure> {
-        let sample = match (side, &mut self.bare) {
-            (Side::Store(way), _) => return self.path(way)?.store(&self.memory, wave),
-            (Side::Cufile, Some(bare)) => bare.store(wave)?,
-            (Side::Pinned, _) => self.pinned.run(Direction::ToHost, wave.len())?,
-            (Side::Disk | Side::Cufile, _) => self.disk.store(wave)?,
+        let sample = match side {
+            Side::Store(way) => return self.path(way)?.store(&self.memory, wave),
+            Side::Cufile | Side::CufileBlocks => self.bare(side)?.store(wave)?,
+            Side::Pinned => self.pinned.run(Direction::ToHost, wave.len())?,
+            Side::Disk => self.disk.store(wave)?,
         };
         Ok((sample, 0.0))
     }
 
     fn load(&mut self, side: Side, wave: &[u64]) -> Result<Sample, Failure> {
-        match (side, &mut self.bare) {
-            (Side::Store(way), _) => {
+        match side {
+            Side::Store(way) => {
                 self.memory.send_poison()?;
                 let sample = self.path(way)?.load(&self.memory, wave)?;
                 self.memory.check(wave)?;
                 self.verified += wave.len() as u64;
                 Ok(sample)
             }
-            (Side::Cufile, Some(bare)) => bare.load(wave),
-            (Side::Pinned, _) => self.pinned.run(Direction::ToGpu, wave.len()),
-            (Side::Disk | Side::Cufile, _) => self.disk.load(wave),
+            Side::Cufile | Side::CufileBlocks => self.bare(side)?.load(wave),
+            Side::Pinned => self.pinned.run(Direction::ToGpu, wave.len()),
+            Side::Disk => self.disk.load(wave),
         }
     }
 
@@ -322,7 +342,7 @@ impl<'a> Bench<'a> {
             files.extend(path.chunk_files()?);
         }
         files.extend(items.iter().map(|item| self.disk.path(*item)));
-        if let Some(bare) = &self.bare {
+        for (_, bare) in &self.bare {
             files.extend(items.iter().map(|item| bare.path(*item)));
         }
         Ok(files)
