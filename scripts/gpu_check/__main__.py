@@ -21,6 +21,7 @@ from typing import Any
 
 import steps
 from steps import Machine, Result
+from udev import RecordError, records
 
 MODELS = ("llama-3.1-8b", "deepseek-v3")
 LAYOUTS = ("lb", "bl")
@@ -50,20 +51,26 @@ def main() -> int:
             deadline=time.monotonic() + arguments.seconds,
         )
         machine.prepare()
-        report = _run(machine, arguments)
+        with records(directories if arguments.udev_records else []) as written:
+            report = _run(machine, arguments, [str(path) for path in written])
+    except RecordError as error:
+        sys.exit(f"error: {error}")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     _print_summary(report, arguments.json)
     return int(any(result["outcome"] == "failed" for result in report["results"]))
 
 
-def _run(machine: Machine, arguments: argparse.Namespace) -> dict[str, Any]:
+def _run(
+    machine: Machine, arguments: argparse.Namespace, udev_records: list[str]
+) -> dict[str, Any]:
     start = time.time()
     results: list[Result] = []
     report: dict[str, Any] = {
         "mock": machine.mock is not None,
         "wheel": machine.wheel.name,
         "seed": machine.seed,
+        "udev_records": udev_records,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
         "python": platform.python_version(),
         "correctness": {},
@@ -169,6 +176,7 @@ def _facts(report: dict[str, Any]) -> list[str]:
     for directory in doctor["directories"]:
         mount = directory.get("mount") or {}
         lines.append(f"{directory['path']}: {mount.get('file_system', 'unknown')}")
+    lines += [f"udev record written for this run: {path}" for path in report["udev_records"]]
     return lines
 
 
@@ -186,6 +194,12 @@ def _arguments() -> argparse.Namespace:
     add("--model", action="append", choices=MODELS, help="of the benchmark only this; repeatable")
     add("--layout", action="append", choices=LAYOUTS, help="likewise")
     add("--seconds", type=float, default=float("inf"), help="for all; what is left is skipped")
+    add(
+        "--udev-records",
+        action="store_true",
+        help="write the udev records that the machine lacks and cuFile needs, for the time of this "
+        "run; as root, where no udev runs",
+    )
     add("--mock", type=Path, metavar="DIR", help="use the mock libraries in DIR, no GPU")
     arguments = parser.parse_args()
     arguments.steps = arguments.steps or list(STEPS)

@@ -30,6 +30,9 @@ def main() -> int:
     parser.add_argument("--mock", type=Path, help="the folder of the mock libraries")
     parser.add_argument("--system-root", type=Path, help="the machine that goes with them")
     parser.add_argument("--few", action="store_true", help="small KV caches of two layouts")
+    parser.add_argument(
+        "--case", action="append", help="only the KV cache of this name; repeatable"
+    )
     arguments = parser.parse_args()
     gpu: Gpu
     if arguments.mock is not None:
@@ -39,6 +42,11 @@ def main() -> int:
     some_cases = cases(small=arguments.few or arguments.mock is not None)
     if arguments.few:
         some_cases = [case for case in some_cases if case.layout in ("LBNHC", "BLHNC")]
+    for name in arguments.case or []:
+        if name not in [case.name for case in some_cases]:
+            parser.error(f"--case {name}: not among {[case.name for case in some_cases]}")
+    if arguments.case:
+        some_cases = [case for case in some_cases if case.name in arguments.case]
     outcomes: list[Outcome] = []
     folder = Path(tempfile.mkdtemp(prefix=".kvrail-gpu-check-", dir=arguments.directory))
     try:

@@ -74,7 +74,7 @@ def test_a_wrong_byte_fails_a_check(tmp_path: Path, mocks: Path) -> None:
     steps.make_machine(tmp_path / "machine")
     command += ["--json", str(report), "--mock", str(mocks), "--few"]
     command += ["--system-root", str(tmp_path / "machine")]
-    # Two launches check the kernels when a store opens; a flip there only makes them unused.
+    # Six launches check the kernels when a store opens; a flip there only makes them unused.
     fault = "cuLaunchKernel every=7 flip"
     done = run(
         command,
@@ -176,6 +176,29 @@ def test_without_a_gpu_it_fails_and_says_so(tmp_path: Path) -> None:
     failed = {found["step"]: found["detail"] for found in results if found["outcome"] == "failed"}
     assert "sees no CUDA device" in failed["correctness"]
     assert "hint:" in failed["bench"]
+
+
+def test_what_the_sanitizer_looks_at_is_a_part_of_the_checks(tmp_path: Path, mocks: Path) -> None:
+    few = [case.name for case in cases(small=True) if case.layout in ("LBNHC", "BLHNC")]
+    assert set(steps.SANITIZER_CASES) < set(few)
+    command = [sys.executable, str(CORRECTNESS), "--directory", str(tmp_path), "--seed", "1"]
+    command += ["--json", str(tmp_path / "outcomes.json"), "--mock", str(mocks), "--few"]
+    done = run([*command, "--case", "LBNHC int4"], tmp_path)
+    assert done.returncode == 2
+    assert "--case LBNHC int4: not among" in done.stderr
+    steps.make_machine(tmp_path / "machine")
+    command += ["--system-root", str(tmp_path / "machine")]
+    for case in steps.SANITIZER_CASES:
+        command += ["--case", case]
+    done = run(command, tmp_path, KVRAIL_MOCK_MEMORY_MIB="4096")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "outcomes.json").read_text())
+    names = {result["name"].partition(":")[0] for result in found}
+    [layers, blocks] = steps.SANITIZER_CASES
+    assert names == {
+        *(f"{layers}, {way}" for way in ("posix", "staged")),
+        *(f"{blocks}, {way}" for way in ("posix", "staged", "direct")),
+    }
 
 
 class HostStream:
