@@ -40,7 +40,7 @@ fn start() -> Bench {
         .unwrap();
     Bench {
         driver: library.open_driver(&context).unwrap(),
-        memory: context.allocate(2 * BYTES).unwrap(),
+        memory: context.allocate_at_page(2 * BYTES).unwrap(),
         context,
         mocks,
         file,

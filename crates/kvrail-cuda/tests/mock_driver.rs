@@ -47,6 +47,29 @@ fn fetch(context: &Context, address: u64, bytes: usize) -> Vec<u8> {
 }
 
 #[test]
+fn memory_begins_at_a_page_where_that_is_asked_for() {
+    let (mocks, cuda) = start();
+    let context = cuda.retain_primary(0).unwrap();
+    for bytes in [64, 70_000, 3 << 20] {
+        let memory = context.allocate_at_page(bytes).unwrap();
+        assert_eq!(memory.address() % (64 << 10), 0, "{bytes}");
+        assert_eq!(memory.bytes(), bytes);
+        // All of it is there.
+        mocks.translate(memory.address(), bytes);
+    }
+    let small = context.allocate(64).unwrap();
+    assert_ne!(
+        small.address() % 4096,
+        0,
+        "as the driver gives small memory"
+    );
+    drop(small);
+    mocks.script_cuda("cuMemAlloc nth=2 error=2");
+    let error = context.allocate_at_page(64).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::OutOfMemory, "{error}");
+}
+
+#[test]
 fn bytes_go_there_and_back_and_everything_is_given_back() {
     let (mocks, cuda) = start();
     assert_eq!((cuda.device_count(), cuda.driver_version()), (2, (12, 8)));

@@ -145,7 +145,10 @@ fn transfers() {
 
 /// The largest transfer and others, at offsets, to the end of a file and beyond it.
 fn one_by_one(bench: &Bench, driver: &CuFileDriver) {
-    let memory = bench.context.allocate(2 * TRANSFER_BYTES_MAX).unwrap();
+    let memory = bench
+        .context
+        .allocate_at_page(2 * TRANSFER_BYTES_MAX)
+        .unwrap();
     let source = noise(1, 2 * TRANSFER_BYTES_MAX);
     fill(&memory, &source);
     let base = memory.address();
@@ -184,7 +187,7 @@ fn one_by_one(bench: &Bench, driver: &CuFileDriver) {
 /// One call that moves many pieces, where the library has it.
 fn vectored(bench: &Bench, driver: &CuFileDriver) {
     const PIECES: usize = 16;
-    let memory = bench.context.allocate(2 * BYTES).unwrap();
+    let memory = bench.context.allocate_at_page(2 * BYTES).unwrap();
     let source = noise(2, 2 * BYTES);
     fill(&memory, &source);
     let base = memory.address();
@@ -223,7 +226,7 @@ fn from_many_threads(bench: &Bench, driver: &CuFileDriver) {
         for index in 0..8 {
             let context = cuda.retain_primary(index % 2).unwrap();
             scope.spawn(move || {
-                let memory = context.allocate(2 * BYTES).unwrap();
+                let memory = context.allocate_at_page(2 * BYTES).unwrap();
                 let address = memory.address();
                 let source = noise(10 + index, 2 * BYTES);
                 fill(&memory, &source);
@@ -320,7 +323,7 @@ fn answers_of(
     path: &Path,
 ) -> Vec<(&'static str, Result<usize, Option<i32>>)> {
     type Register = unsafe extern "C" fn(*const c_void, usize, c_int) -> Status;
-    let memory = context.allocate(2 * BYTES).unwrap();
+    let memory = context.allocate_at_page(2 * BYTES).unwrap();
     fill(&memory, &noise(3, 2 * BYTES));
     let base = memory.address();
     let mut answers = Vec::new();

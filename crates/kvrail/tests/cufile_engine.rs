@@ -34,7 +34,7 @@ fn start_with(slot: usize) -> Bench {
     let context = cuda.retain_primary(0).unwrap();
     let library = CuFile::load(&[mocks.cufile().to_path_buf()]).unwrap();
     let driver = library.open_driver(&context).unwrap();
-    let memory = context.allocate(4 * slot).unwrap();
+    let memory = context.allocate_at_page(4 * slot).unwrap();
     let arena = DeviceArena::registered(memory, &driver).unwrap();
     Bench {
         engine: CufileEngine::new(&driver, &context, 2, &(Arc::new(|| ()) as _)).unwrap(),

@@ -5,14 +5,20 @@ use std::ffi::c_void;
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Alignment of what `cuMemAlloc` gives (CUDA programming guide: at least 256 bytes); whole pages
-/// here, since each allocation is a mapping.
-const ALIGNMENT: usize = 4096;
+/// Each allocation is a mapping, so it has whole pages.
+const PAGE: usize = 4096;
+/// The driver cuts memory below this from what it has, so that it begins in the middle of a page (seen
+/// on an H200, driver 580; the CUDA programming guide promises 256 bytes).
+const LARGE: usize = 1 << 20;
+/// Where in its page it begins.
+const SMALL_AT: usize = 1024;
 
 #[derive(Debug)]
 struct Block {
     bytes: usize,
     mapped: usize,
+    /// Bytes of the mappings before the allocation.
+    before: usize,
     alias: usize,
     device: usize,
     id: u64,
@@ -60,7 +66,8 @@ impl Memory {
         if bytes == 0 || self.used(device).checked_add(bytes)? > device_limit() {
             return None;
         }
-        let mapped = bytes.next_multiple_of(ALIGNMENT);
+        let before = if bytes < LARGE { SMALL_AT } else { 0 };
+        let mapped = (before + bytes).next_multiple_of(PAGE);
         // SAFETY: plain system calls on a descriptor of our own.
         let file = unsafe { libc::memfd_create(c"mock-device".as_ptr(), libc::MFD_CLOEXEC) };
         // SAFETY: as above.
@@ -88,10 +95,12 @@ impl Memory {
             return None;
         }
         self.allocated += 1;
-        let (address, alias) = (address.expose_provenance(), alias.expose_provenance());
+        let address = address.expose_provenance() + before;
+        let alias = alias.expose_provenance() + before;
         let block = Block {
             bytes,
             mapped,
+            before,
             alias,
             device,
             id: self.allocated,
@@ -106,7 +115,7 @@ impl Memory {
             return false;
         };
         for start in [address as usize, block.alias] {
-            let start = ptr::with_exposed_provenance_mut(start);
+            let start = ptr::with_exposed_provenance_mut(start - block.before);
             // SAFETY: a mapping of ours that nobody knows any more.
             unsafe { libc::munmap(start, block.mapped) };
         }
@@ -123,7 +132,7 @@ impl Memory {
 
     /// Allocates pinned host memory.
     pub(crate) fn allocate_host(&mut self, bytes: usize) -> Option<*mut c_void> {
-        let mapped = bytes.next_multiple_of(ALIGNMENT);
+        let mapped = bytes.next_multiple_of(PAGE);
         // SAFETY: a new private mapping at an address of the kernel's choice.
         let start = unsafe {
             libc::mmap(
@@ -179,6 +188,7 @@ impl Memory {
     /// Returns whether an address lies in device memory, however long the range.
     pub(crate) fn is_device(&self, address: u64) -> bool {
         let before = self.blocks.range(..=address as usize).next_back();
-        before.is_some_and(|(start, block)| (address as usize) < start + block.mapped)
+        before
+            .is_some_and(|(start, block)| (address as usize) < start + block.mapped - block.before)
     }
 }

@@ -146,6 +146,14 @@ impl Context {
         DeviceMemory::new(self.clone(), bytes)
     }
 
+    /// As [`Context::allocate`], beginning at a page of the GPU's memory: cuFile copies what does not.
+    ///
+    /// # Errors
+    /// As [`Context::allocate`].
+    pub fn allocate_at_page(&self, bytes: usize) -> Result<DeviceMemory> {
+        DeviceMemory::at_page(self.clone(), bytes)
+    }
+
     /// Pins host memory for all devices, until the value is dropped.
     ///
     /// # Safety

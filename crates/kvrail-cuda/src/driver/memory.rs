@@ -8,15 +8,42 @@ use crate::error::{Error, ErrorKind, Result, check};
 /// An address in device memory, `CUdeviceptr`.
 pub type DevicePointer = u64;
 
+/// Bytes of a page of a GPU's memory, as other devices reach it (`GPU_PAGE_SIZE` of NVIDIA's
+/// GPUDirect RDMA documentation).
+const GPU_PAGE_BYTES: usize = 64 << 10;
+
 /// Device memory of our own, freed when dropped.
 #[derive(Debug)]
 pub struct DeviceMemory {
     context: Context,
-    address: Pointer,
+    /// What was allocated.
+    allocation: Pointer,
+    /// Bytes of it before the memory.
+    before: usize,
     bytes: usize,
 }
 
 impl DeviceMemory {
+    /// Allocates memory that begins at a page of the GPU's. The driver gives large memory so, and
+    /// cuts small memory from what it has, at 512 bytes or so: then a page more is allocated.
+    pub(super) fn at_page(context: Context, bytes: usize) -> Result<Self> {
+        let plain = Self::new(context.clone(), bytes)?;
+        if plain.before_page() == 0 {
+            return Ok(plain);
+        }
+        drop(plain);
+        let mut longer = Self::new(context, bytes + GPU_PAGE_BYTES)?;
+        longer.before = longer.before_page();
+        longer.bytes = bytes;
+        Ok(longer)
+    }
+
+    /// Bytes from the memory's start to the next page.
+    fn before_page(&self) -> usize {
+        let page = GPU_PAGE_BYTES as u64;
+        (self.address().next_multiple_of(page) - self.address()) as usize
+    }
+
     pub(super) fn new(context: Context, bytes: usize) -> Result<Self> {
         let mut address = 0;
         // SAFETY: the pointer is to a live integer.
@@ -26,7 +53,8 @@ impl DeviceMemory {
         match allocated {
             Ok(()) => Ok(Self {
                 context,
-                address,
+                allocation: address,
+                before: 0,
                 bytes,
             }),
             Err(error) if error.kind() == ErrorKind::OutOfMemory => {
@@ -40,7 +68,7 @@ impl DeviceMemory {
 
     /// Returns the address of the first byte.
     pub fn address(&self) -> DevicePointer {
-        self.address
+        self.allocation + self.before as u64
     }
 
     /// Returns the length in bytes.
@@ -59,7 +87,7 @@ impl Drop for DeviceMemory {
         // SAFETY: the memory is ours; freeing waits for what the device still does with it.
         let _ = self
             .context
-            .call("cuMemFree", |api| unsafe { (api.free)(self.address) });
+            .call("cuMemFree", |api| unsafe { (api.free)(self.allocation) });
     }
 }
 

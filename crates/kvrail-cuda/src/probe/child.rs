@@ -71,7 +71,7 @@ impl Bench {
         say("step cuInit");
         let cuda = Cuda::load(&request.libraries.cuda).map_err(told)?;
         let context = cuda.retain_primary(request.ordinal).map_err(told)?;
-        let memory = context.allocate(2 * request.bytes).map_err(told)?;
+        let memory = context.allocate_at_page(2 * request.bytes).map_err(told)?;
         let cufile = CuFile::load(&request.libraries.cufile).map_err(told)?;
         say("step cuFileDriverOpen");
         let driver = cufile

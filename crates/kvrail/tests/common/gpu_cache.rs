@@ -193,7 +193,7 @@ impl Cache {
         let (layout, bytes) = layout(kind);
         let cuda = Cuda::load(&[bench.mocks.cuda().to_path_buf()]).unwrap();
         let context = cuda.retain_primary(ordinal).unwrap();
-        let memory = Arc::new(context.allocate(bytes).unwrap());
+        let memory = Arc::new(context.allocate_at_page(bytes).unwrap());
         // SAFETY: the allocation has these bytes and lives as long as the region's owner.
         let region = unsafe {
             Region::from_raw(

@@ -52,7 +52,8 @@ impl BareCufile {
             .map_err(|error| Failure::io("create", &directory, &error))?;
         let open = || -> kvrail_cuda::Result<_> {
             let driver = CuFile::load(candidates)?.open_driver(gpu.context())?;
-            let memory = |_| RegisteredMemory::new(&driver, gpu.context().allocate(file_bytes)?);
+            let memory =
+                |_| RegisteredMemory::new(&driver, gpu.context().allocate_at_page(file_bytes)?);
             let memories = (0..threads)
                 .map(memory)
                 .collect::<kvrail_cuda::Result<_>>()?;

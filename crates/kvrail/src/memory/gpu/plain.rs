@@ -25,13 +25,13 @@ impl Gpu {
         Ok(self.forced(method))
     }
 
-    /// Allocates a region in the memory of this GPU; it holds whatever was there before.
+    /// Allocates a region in the memory of this GPU, from a page on; it holds whatever was there before.
     ///
     /// # Errors
     /// [`ErrorKind::Gpu`] when there is not so much free memory.
     pub fn allocate(&self, bytes: usize) -> Result<Region> {
         let failed = |error| Error::gpu(format!("{bytes} bytes on {}", self.device()), error);
-        let memory = self.context().allocate(bytes).map_err(failed)?;
+        let memory = self.context().allocate_at_page(bytes).map_err(failed)?;
         let address = usize::try_from(memory.address())
             .map_err(|_| Error::new(ErrorKind::Gpu, "a device address beyond 64 bits"))?;
         // SAFETY: the allocation is as long and lives as long as its owner, the region.

@@ -148,7 +148,11 @@ impl GpuSlots {
         cufile: Option<&CuFileDriver>,
     ) -> Result<Self> {
         let bytes = count * shape.device_bytes();
-        let memory = gpu.context().allocate(bytes).map_err(|error| {
+        let memory = match cufile {
+            None => gpu.context().allocate(bytes),
+            Some(_) => gpu.context().allocate_at_page(bytes),
+        };
+        let memory = memory.map_err(|error| {
             let free = gpu.context().memory_info().map_or(0, |(free, _)| free);
             let message = format!(
                 "{} MiB of staging memory (`cufile_buffer_size`) on cuda:{}: {} MiB are free; lower \
