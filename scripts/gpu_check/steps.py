@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,11 +179,12 @@ def sanitizer(machine: Machine, directory: Path) -> Result:
     for case in SANITIZER_CASES:
         command += ["--case", case]
     status, output, error = machine.run(command, SANITIZER_LIMIT_SECONDS)
-    checks = len(_read_json(outcomes) or [])
+    counts = Counter(check["outcome"] for check in _read_json(outcomes) or [])
+    checks = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "none"
     if status == TIMED_OUT and machine.left() <= 0:
-        return out_of_time("sanitizer", f"{name}, after {checks} checks")
-    if status == 0 and checks > 0:
-        return Result("sanitizer", name, "passed", f"{checks} checks without an error")
+        return out_of_time("sanitizer", f"{name}, checks: {checks}")
+    if status == 0 and counts["passed"] > 0:
+        return Result("sanitizer", name, "passed", f"no error; checks: {checks}")
     return Result("sanitizer", name, "failed", f"{ended(status)}: {tail(output + error)}")
 
 
