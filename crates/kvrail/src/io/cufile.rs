@@ -3,9 +3,8 @@
 //! Synchronous calls on a few threads rather than cuFile's batch or stream calls: those read their
 //! arguments when the stream runs, report errors late, and hang on some file systems.
 //!
-//! Small requests go before large ones, and have a thread of their own beside: the page table of a
-//! chunk that is read in place is 64 KiB, must be there before anything else of it, and would wait
-//! for tens of milliseconds behind what others read.
+//! Small requests go before large ones, and have a thread of their own beside: head and page table
+//! of a chunk that is read in place would wait for tens of milliseconds behind what others read.
 //!
 //! Two kinds of requests: a range of the staging slots, as every engine takes it, and pieces of KV
 //! cache in place ([`PieceRequest`]), for the direct path.

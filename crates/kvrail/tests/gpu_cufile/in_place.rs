@@ -46,6 +46,57 @@ fn blocks_that_cufile_has_not_let_go_of_are_not_given_back() {
 }
 
 #[test]
+fn blocks_are_read_in_place_while_their_head_is() {
+    let bench = Bench::start();
+    let folder = bench.folder();
+    let store = bench.open(folder.path());
+    let kind = Kind::BlocksOutermost;
+    let cache = Cache::attach(&bench, &store, 0, kind).unwrap();
+    let content = noise(5, cache.bytes());
+    cache.write(&content);
+    assert_eq!(cache.store(1, [0, 1]).stored, 1);
+    let delay = Duration::from_secs(3);
+    bench
+        .mocks
+        .script_cufile("cuFileRead every=1 delay_ms=3000");
+    let calls = bench.mocks.cufile_calls("cuFileReadv");
+    let began = Instant::now();
+    let ticket = cache.start_load(1, 0, &[4, 5]);
+    wait_until("a read in place", || {
+        bench.mocks.cufile_calls("cuFileReadv") > calls
+    });
+    assert!(began.elapsed() < delay, "only when the head was there");
+    assert_eq!(ticket.wait(LIMIT).unwrap().loaded, 1);
+    assert!(began.elapsed() >= delay, "before the head was there");
+    let found = cache.read();
+    assert!(block(kind, &found, 4) == block(kind, &content, 0));
+    assert!(block(kind, &found, 5) == block(kind, &content, 1));
+}
+
+#[test]
+fn a_load_with_a_bad_head_ends_after_cufile_has_let_go_of_its_blocks() {
+    let bench = Bench::start();
+    let folder = bench.folder();
+    let store = bench.open(folder.path());
+    let cache = Cache::attach(&bench, &store, 0, Kind::BlocksOutermost).unwrap();
+    cache.write(&noise(5, cache.bytes()));
+    assert_eq!(cache.store(1, [0, 1]).stored, 1);
+    let path = chunk_path(folder.path(), 0, 1);
+    let mut file = std::fs::read(&path).unwrap();
+    file[40] ^= 1;
+    std::fs::write(&path, file).unwrap();
+    // Head and page table are read by `cuFileRead`, and are there long before.
+    let delay = Duration::from_millis(700);
+    bench.mocks.script_cufile("cuFileReadv nth=1 delay_ms=700");
+    let began = Instant::now();
+    let report = cache.load(1, 0, &[4, 5]);
+    assert_eq!((report.loaded, report.failed), (0, vec![0]));
+    assert!(began.elapsed() >= delay, "{:?}", began.elapsed());
+    assert_eq!(bench.mocks.cufile_calls("cuFileReadv"), 1);
+    assert!(!path.exists(), "a bad chunk goes to quarantine");
+}
+
+#[test]
 fn blocks_that_change_while_they_are_written_in_place_are_not_published() {
     let bench = Bench::start();
     let folder = bench.folder();

@@ -9,7 +9,7 @@
 //! written is what was hashed. Were the bytes different only in between, the chunk's own checksums
 //! would tell at its first load.
 //!
-//! A load writes to blocks before they are verified. They are the load's alone, and blocks of a
+//! A load writes to blocks before they, or even head and page table, are verified. They are the load's alone, and blocks of a
 //! load that failed are computed anew. But it must not end before cuFile has let go of them, even
 //! if that never happens: a late write would hit whoever has the blocks then.
 
@@ -238,24 +238,26 @@ impl GpuSide {
         let (cufile, in_place) = (self.cufile()?, self.in_place()?);
         let stream = self.gpu.load_stream();
         let format = &job.cache.format;
-        // Head and table first: what is wrong with them is known before any block is touched.
         let table = PAGE_BYTES..PAGE_BYTES + format.table_bytes();
-        let mut handles = cufile.submit(Operation::Read, file, 0, slot.share(0..PAGE_BYTES)?);
+        let mut frame = cufile.submit(Operation::Read, file, 0, slot.share(0..PAGE_BYTES)?);
         let table_at = format.table_offset();
-        handles.extend(cufile.submit(Operation::Read, file, table_at, slot.share(table)?));
-        wait_all(handles, deadline)?;
-        slot.fetch_frame(stream, PAGE_BYTES)?;
-        slot.mark(stream)?;
-        slot.wait(deadline)?;
-        let (head, table) = slot.frame()?;
-        verify_frame(job, head, table)?;
+        frame.extend(cufile.submit(Operation::Read, file, table_at, slot.share(table)?));
         // cuFile knows no streams: what still uses the blocks must be over.
         job.wait_before(deadline)?;
         let plan =
             TransferPlan::new(&job.cache.layout, &job.blocks).map_err(InPlaceFailure::Over)?;
         let offset = format.payload_offset() + job.payload.start;
-        let handles = in_place.submit(cufile, Operation::Read, file, &plan, offset)?;
-        wait_pieces(handles, deadline)?;
+        // At the same time as head and table: one way to the disk and back less.
+        let payload = in_place.submit(cufile, Operation::Read, file, &plan, offset)?;
+        let frame = wait_all(frame, deadline)
+            .and_then(|()| slot.fetch_frame(stream, PAGE_BYTES))
+            .and_then(|()| slot.mark(stream))
+            .and_then(|()| slot.wait(deadline))
+            .and_then(|()| slot.frame())
+            .and_then(|(head, table)| verify_frame(job, head, table));
+        // Also if the frame is bad: the blocks are cuFile's until it has let go of them.
+        wait_pieces(payload, deadline)?;
+        frame?;
         let pages = job.payload.start / PAGE_BYTES..job.payload.end / PAGE_BYTES;
         slot.hash_in_place(stream, &plan, &job.cache.regions, None)?;
         slot.fetch_hashes(stream, pages.len())?;
