@@ -417,9 +417,9 @@ __device__ void store_granules(const PieceGrid &grid, u64 page, u32 lane, const 
     }
 }
 
-// As kvrail_gather_hashed, of a grid of pieces and zeros behind it. The grid comes with the launch:
-// descriptors that are copied to the device first take as long as half a chunk. The first page is
-// on its way before anything else is read.
+// As kvrail_gather_hashed, of a grid of pieces and zeros behind it. The grid comes with the launch,
+// which need not wait for a copy to the device. The first page is on its way before anything else
+// is read.
 extern "C" __global__ void __launch_bounds__(128)
     kvrail_gather_grid(const __grid_constant__ PieceGrid grid, u64 image, u64 pages, u64 *hashes,
                        u64 entries) {

@@ -191,8 +191,8 @@ impl GpuSlot {
 
     /// Says that no page was found bad, in pinned memory beside the slot, and returns the address of
     /// the word, where a kernel says otherwise. A kernel writes there over PCIe, but never for a
-    /// chunk that is as it should be; a copy of the word in each direction would take as long as a
-    /// quarter of the chunk.
+    /// chunk that is as it should be; a copy of the word in each direction would be in the way of
+    /// every chunk.
     fn expect_no_bad_page(&mut self) -> Result<DevicePointer> {
         let hashes = &mut self.parts_mut()?.host.hashes;
         let address = hashes.device_address();

@@ -25,7 +25,8 @@ impl Gpu {
         Ok(self.forced(method))
     }
 
-    /// Allocates a region in the memory of this GPU, from a page on; it holds whatever was there before.
+    /// Allocates a region in the memory of this GPU, from a page on; it holds whatever was there
+    /// before.
     ///
     /// # Errors
     /// [`ErrorKind::Gpu`] when there is not so much free memory.

@@ -9,9 +9,10 @@
 //! written is what was hashed. Were the bytes different only in between, the chunk's own checksums
 //! would tell at its first load.
 //!
-//! A load writes to blocks before they, or even head and page table, are verified. They are the load's alone, and blocks of a
-//! load that failed are computed anew. But it must not end before cuFile has let go of them, even
-//! if that never happens: a late write would hit whoever has the blocks then.
+//! A load writes to blocks before they, or even head and page table, are verified. They are the
+//! load's alone, and blocks of a load that failed are computed anew. But it must not end before
+//! cuFile has let go of them, even if that never happens: a late write would hit whoever has the
+//! blocks then.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
