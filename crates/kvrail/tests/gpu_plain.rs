@@ -83,7 +83,7 @@ fn every_way_of_copying_pieces_brings_the_same_bytes() {
     let layout = layout();
     let format = ChunkFormat::new(layout.payload_shape(2)).unwrap();
     let shape = SlotShape::new(&layout, &format, 2);
-    let slots = GpuSlots::new(&gpu, shape, 2, None).unwrap();
+    let slots = GpuSlots::new(&gpu, shape, 2, 2, None).unwrap();
     let region = gpu.allocate(LAYERS * BLOCKS * BLOCK_BYTES).unwrap();
     let memory = noise(2, region.bytes());
     gpu.write(&region, 0, &memory).unwrap();
@@ -167,7 +167,7 @@ fn every_way_makes_the_same_image_and_brings_it_back() {
 fn goes_every_way(gpu: &Gpu, block_bytes: usize, layout: &KvLayout) {
     let format = ChunkFormat::new(layout.payload_shape(2)).unwrap();
     let shape = SlotShape::new(layout, &format, 2);
-    let slots = GpuSlots::new(gpu, shape, 1, None).unwrap();
+    let slots = GpuSlots::new(gpu, shape, 1, 1, None).unwrap();
     let region = gpu.allocate(LAYERS * BLOCKS * block_bytes).unwrap();
     let memory = noise(2, region.bytes());
     let regions = [region];

@@ -52,6 +52,7 @@ COUNTERS: dict[str, str] = {
     "store_seconds": "Time spent in stores, in seconds, summed over chunks.",
     "chunks_already_present": "Chunks that were not written because they were there.",
     "stores_dropped_no_buffer": "Stores dropped because the staging memory was in use.",
+    "stores_waited_for_slot": "Stores for whose VRAM slot the GPU's compute stream had to wait.",
     "stores_dropped_no_space": "Stores dropped because the file system was full.",
     "stores_dropped_path_unwell": "Stores dropped because their path fails or is read-only.",
     "stores_failed": "Stores that failed for another reason.",

@@ -217,6 +217,7 @@ impl KvCache {
         deadline: Option<Instant>,
     ) -> Result<Option<Staged>> {
         let cache = &*self.shared;
+        let metrics = &self.running.shared.metrics;
         let file_bytes = cache.format.file_bytes();
         let gpu = match (&cache.gpu, route) {
             (Some(gpu), Route::Slot | Route::InPlace) => gpu,
@@ -226,7 +227,7 @@ impl KvCache {
                 };
                 let mut image = image.split_to(file_bytes);
                 let staged = match gpu {
-                    Some(gpu) => gpu.stage(cache, blocks, image, stream)?,
+                    Some(gpu) => gpu.stage(cache, blocks, image, stream, metrics)?,
                     None => {
                         self.fill(blocks, &mut image)?;
                         Some(StagedImage::complete(image))

@@ -75,6 +75,8 @@ metrics! {
         chunks_already_present,
         /// Stores given up because no staging buffer was free.
         stores_dropped_no_buffer,
+        /// Stores behind which the GPU's compute stream waits until a VRAM slot is free.
+        stores_waited_for_slot,
         /// Stores given up because the file system has too little space left.
         stores_dropped_no_space,
         /// Stores given up while a path that failed is left alone, or is read-only.

@@ -185,7 +185,7 @@ fn what_cannot_work_is_an_error_when_the_cache_is_attached() {
     assert!(error.to_string().contains("out of memory") || error.to_string().contains("are free"));
     drop(hog);
     // The KV cache of the test, twelve for the check of the kernels, two each for the two other ways
-    // of copying; then 16, 8, 4, 2 slots and one.
+    // of copying; then 25, 12, 6, 3 slots and one.
     let refused = |nth| format!("cuMemAlloc nth={nth} error=2");
     mocks.script_cuda(&(18..=22).map(refused).collect::<Vec<_>>().join("\n"));
     let error = Cache::attach(&mocks, &store, 0).err().unwrap().to_string();

@@ -6,6 +6,7 @@
     reason = "a test that meets an error has failed"
 )]
 
+mod bursts;
 #[path = "../common/mod.rs"]
 mod common;
 mod failures;

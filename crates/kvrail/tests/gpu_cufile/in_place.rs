@@ -74,6 +74,34 @@ fn blocks_are_read_in_place_while_their_head_is() {
 }
 
 #[test]
+fn as_many_stores_are_on_their_way_in_place_as_the_buffer_size_says() {
+    const CHUNKS: u64 = 90;
+    let mut bench = Bench::start();
+    // 149 chunk files of 55 KiB each, of which a quarter is left to loads.
+    bench.config.buffer_mib = 8;
+    let folder = bench.folder();
+    let store = bench.open(folder.path());
+    let cache = Cache::attach(&bench, &store, 0, Kind::BlocksOutermost).unwrap();
+    cache.write(&noise(5, cache.bytes()));
+    let chunks: Vec<StoreChunk> = (0..CHUNKS)
+        .map(|name| StoreChunk {
+            chunk: chunk(name),
+            blocks: vec![
+                name as usize % gpu_cache::BLOCKS,
+                (name as usize + 1) % gpu_cache::BLOCKS,
+            ],
+        })
+        .collect();
+    // The GPU is through with nothing while they are submitted.
+    bench.mocks.script_cuda("cuEventQuery error=600");
+    let ticket = cache.kv_cache.store(&chunks).unwrap();
+    bench.mocks.script_cuda("");
+    let report = ticket.wait(LIMIT).unwrap();
+    assert_eq!(report.stored, CHUNKS as usize, "{report:?}");
+    assert_eq!(store.metrics().cufile_chunks_stored, CHUNKS);
+}
+
+#[test]
 fn a_load_with_a_bad_head_ends_after_cufile_has_let_go_of_its_blocks() {
     let bench = Bench::start();
     let folder = bench.folder();

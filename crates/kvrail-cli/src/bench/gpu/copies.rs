@@ -118,7 +118,7 @@ impl Copies {
         Ok(Self {
             gpu: gpu.clone(),
             // One more for the copies that keep the stream busy.
-            slots: GpuSlots::new(gpu, shape, CHUNKS + 1, None)?,
+            slots: GpuSlots::new(gpu, shape, CHUNKS + 1, CHUNKS + 1, None)?,
             host: StagingPool::over(arena, format.file_bytes())?,
             regions: vec![memory.region()],
             gathers: slots()

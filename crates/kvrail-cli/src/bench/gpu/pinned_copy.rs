@@ -46,7 +46,7 @@ impl PinnedCopy {
         let arena = HostArena::pinned(DEPTH * file_bytes, gpu.context())?;
         Ok(Self {
             gpu: gpu.clone(),
-            slots: GpuSlots::new(gpu, shape, DEPTH, None)?,
+            slots: GpuSlots::new(gpu, shape, DEPTH, DEPTH, None)?,
             buffers: StagingPool::over(arena, file_bytes)?,
             file_bytes,
         })

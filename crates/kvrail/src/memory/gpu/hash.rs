@@ -69,7 +69,9 @@ impl GpuSlot {
         let pages: usize = runs.iter().map(|(_, pages)| pages).sum();
         let hashes = match into {
             Some(into) => self.image_span(into..into + pages * 8)?,
-            None if pages * 8 <= self.parts()?.hashes.len() => self.parts()?.hashes.address(),
+            None if pages * 8 <= self.parts()?.device.hashes.len() => {
+                self.parts()?.device.hashes.address()
+            }
             None => return Err(outside("hashes", pages * 8)),
         };
         let gpu = self.gpu.clone();
@@ -80,7 +82,7 @@ impl GpuSlot {
         let parts = self.parts_mut()?;
         // The last places are kept for these: those of a gather may still be in use.
         let bytes = runs.len() * DESCRIPTOR_BYTES;
-        let end = parts.descriptors.len();
+        let end = parts.device.descriptors.len();
         let start = end
             .checked_sub(bytes)
             .ok_or_else(|| outside("descriptors", bytes))?;
@@ -104,7 +106,7 @@ impl GpuSlot {
     /// As [`GpuSlot::fetch`].
     pub fn fetch_hashes(&mut self, stream: &Stream, pages: usize) -> Result<()> {
         let parts = self.parts_mut()?;
-        let source = parts.hashes.address();
+        let source = parts.device.hashes.address();
         to_host(
             stream,
             sized(parts.host.hashes.as_mut_slice(), pages * 8)?,

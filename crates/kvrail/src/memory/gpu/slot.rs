@@ -1,10 +1,10 @@
 //! The ring of VRAM slots: one holds the image of a chunk file, and what the GPU needs beside it.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvrail_cuda::{COPY_PIECE_BYTES, CopyDescriptor, CuFileDriver, Event, HashDescriptor};
+use kvrail_cuda::{COPY_PIECE_BYTES, CopyDescriptor, CuFileDriver, Event, HashDescriptor, Stream};
 
 use super::Gpu;
 use crate::chunk::{ChunkFormat, PAGE_BYTES};
@@ -90,20 +90,34 @@ pub struct GpuSlots {
 
 #[derive(Debug)]
 struct Shared {
-    /// Slots that were given back while the GPU still worked on them.
-    draining: Mutex<Vec<(Option<Arc<Event>>, Parts)>>,
+    draining: Mutex<Draining>,
     slots: StagingPool<DeviceArena>,
     scratch: StagingPool<HostArena>,
     shape: SlotShape,
 }
 
+/// What was given back while the GPU still worked on it.
+#[derive(Debug, Default)]
+struct Draining {
+    /// Slots, the first that was given back first.
+    slots: Vec<(Option<Arc<Event>>, Parts)>,
+    /// The pinned memory of slots whose memory in VRAM is used again already.
+    scratch: Vec<(Arc<Event>, HostParts)>,
+}
+
 /// The memory of a slot.
 #[derive(Debug)]
 pub(super) struct Parts {
+    pub(super) device: DeviceParts,
+    pub(super) host: HostParts,
+}
+
+/// The memory of a slot in VRAM.
+#[derive(Debug)]
+pub(super) struct DeviceParts {
     pub(super) image: StagingRange<DeviceArena>,
     pub(super) hashes: StagingRange<DeviceArena>,
     pub(super) descriptors: StagingRange<DeviceArena>,
-    pub(super) host: HostParts,
 }
 
 /// The pinned memory beside a slot.
@@ -135,7 +149,9 @@ pub struct GpuSlot {
 }
 
 impl GpuSlots {
-    /// Allocates `count` slots in VRAM, and registers them with cuFile if its driver is given.
+    /// Allocates `count` slots in VRAM, and registers them with cuFile if its driver is given. The
+    /// pinned memory beside a slot is there `uses` times, at least once for each: that many stores
+    /// may be on their way at the same time (see [`GpuSlots::take_behind`]).
     ///
     /// # Errors
     /// [`ErrorKind::Gpu`] when there is not so much VRAM, naming how much was asked, how much is
@@ -145,6 +161,7 @@ impl GpuSlots {
         gpu: &Gpu,
         shape: SlotShape,
         count: usize,
+        uses: usize,
         cufile: Option<&CuFileDriver>,
     ) -> Result<Self> {
         let bytes = count * shape.device_bytes();
@@ -168,7 +185,8 @@ impl GpuSlots {
             Some(driver) => DeviceArena::registered(memory, driver)?,
         };
         let slots = StagingPool::over(arena, shape.device_bytes())?;
-        let pinned = HostArena::pinned(count * shape.scratch_bytes(), gpu.context())?;
+        let scratches = count.max(uses);
+        let pinned = HostArena::pinned(scratches * shape.scratch_bytes(), gpu.context())?;
         let scratch = StagingPool::over(pinned, shape.scratch_bytes())?;
         Ok(Self {
             shared: Arc::new(Shared {
@@ -200,7 +218,40 @@ impl GpuSlots {
         self.drain();
         let device = self.shared.slots.try_take(reserve)?;
         let host = self.shared.scratch.try_take(0)?;
-        Some(self.slot(gpu, device, host))
+        let device = self.cut_device(device);
+        Some(self.slot(gpu, device, self.cut_host(host), None))
+    }
+
+    /// Takes a slot at once: where none is free, the one that was given back first of those that the
+    /// GPU still works on. What is put on `stream` from now on waits for that work to be over, so
+    /// the slot is for this stream, and for what is ordered behind it.
+    ///
+    /// `None` when every slot is somebody's, or the pinned memory beside them is all in use.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Gpu`].
+    pub fn take_behind(&self, gpu: &Gpu, stream: &Stream) -> Result<Option<GpuSlot>> {
+        if let Some(slot) = self.try_take(gpu, 0) {
+            return Ok(Some(slot));
+        }
+        let Some(host) = self.shared.scratch.try_take(0) else {
+            return Ok(None);
+        };
+        let mut draining = self.draining();
+        let is_healthy = |event: &Arc<Event>| event.is_done().is_ok();
+        let found = draining
+            .slots
+            .iter()
+            .position(|(event, _)| event.as_ref().is_some_and(is_healthy));
+        let Some((Some(event), parts)) = found.map(|index| draining.slots.remove(index)) else {
+            return Ok(None);
+        };
+        draining.scratch.push((Arc::clone(&event), parts.host));
+        drop(draining);
+        // From here on a slot like any other that the GPU works on, whatever fails.
+        let slot = self.slot(gpu, parts.device, self.cut_host(host), Some(event));
+        slot.order_after_mark(stream)?;
+        Ok(Some(slot))
     }
 
     /// Takes a slot, waiting for one until `deadline`.
@@ -220,47 +271,61 @@ impl GpuSlots {
         }
     }
 
-    /// Gives back the slots that the GPU is done with.
+    /// Gives back what the GPU is done with.
     fn drain(&self) {
-        let mut draining = self
-            .shared
-            .draining
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
         // What cannot be asked belongs to a device in trouble: its memory is not used again.
-        draining.retain(|(event, _)| {
-            !event
-                .as_ref()
-                .is_some_and(|event| matches!(event.is_done(), Ok(true)))
-        });
+        let is_busy = |event: &Event| !matches!(event.is_done(), Ok(true));
+        let mut draining = self.draining();
+        draining
+            .slots
+            .retain(|(event, _)| event.as_ref().is_none_or(|event| is_busy(event)));
+        draining.scratch.retain(|(event, _)| is_busy(event));
+    }
+
+    fn draining(&self) -> MutexGuard<'_, Draining> {
+        self.shared.draining()
+    }
+
+    fn cut_device(&self, mut device: StagingRange<DeviceArena>) -> DeviceParts {
+        let shape = &self.shared.shape;
+        DeviceParts {
+            image: device.split_to(shape.image),
+            hashes: device.split_to(shape.hashes),
+            descriptors: device,
+        }
+    }
+
+    fn cut_host(&self, mut host: StagingRange) -> HostParts {
+        let shape = &self.shared.shape;
+        HostParts {
+            zeros: host.split_to(PAGE_BYTES),
+            head: host.split_to(PAGE_BYTES),
+            table: host.split_to(shape.table),
+            hashes: host.split_to(shape.hashes),
+            descriptors: host,
+        }
     }
 
     fn slot(
         &self,
         gpu: &Gpu,
-        mut device: StagingRange<DeviceArena>,
-        mut host: StagingRange,
+        device: DeviceParts,
+        host: HostParts,
+        busy: Option<Arc<Event>>,
     ) -> GpuSlot {
-        let shape = &self.shared.shape;
-        let parts = Parts {
-            image: device.split_to(shape.image),
-            hashes: device.split_to(shape.hashes),
-            descriptors: device,
-            host: HostParts {
-                zeros: host.split_to(PAGE_BYTES),
-                head: host.split_to(PAGE_BYTES),
-                table: host.split_to(shape.table),
-                hashes: host.split_to(shape.hashes),
-                descriptors: host,
-            },
-        };
         GpuSlot {
             gpu: gpu.clone(),
-            parts: Some(parts),
-            busy: None,
+            parts: Some(Parts { device, host }),
+            busy,
             unmarked: false,
             home: Arc::clone(&self.shared),
         }
+    }
+}
+
+impl Shared {
+    fn draining(&self) -> MutexGuard<'_, Draining> {
+        self.draining.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -271,7 +336,7 @@ impl GpuSlot {
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] for a range outside the image.
     pub fn share(&self, range: Range<usize>) -> Result<StagingRange<DeviceArena>> {
-        let image = &self.parts()?.image;
+        let image = &self.parts()?.device.image;
         if range.start > range.end || range.end > image.len() {
             let message = format!("range {range:?} of an image of {} bytes", image.len());
             return Err(Error::new(ErrorKind::InvalidArgument, message));
@@ -279,6 +344,11 @@ impl GpuSlot {
         let mut rest = image.share();
         drop(rest.split_to(range.start));
         Ok(rest.split_to(range.len()))
+    }
+
+    /// Returns whether the GPU may still work on the slot, as far as was asked.
+    pub fn is_busy(&self) -> bool {
+        self.busy.is_some()
     }
 
     /// Returns the last mark: the event is done when the GPU is done with the slot.
@@ -307,12 +377,7 @@ impl Drop for GpuSlot {
         };
         if self.unmarked || !is_idle {
             let event = event.filter(|_| !self.unmarked);
-            let mut draining = self
-                .home
-                .draining
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            draining.push((event, parts));
+            self.home.draining().slots.push((event, parts));
         }
     }
 }

@@ -201,7 +201,7 @@ impl GpuSlot {
 
     /// Returns the address of a range of the image.
     pub(super) fn image_span(&self, range: Range<usize>) -> Result<DevicePointer> {
-        let image = &self.parts()?.image;
+        let image = &self.parts()?.device.image;
         if range.start <= range.end && range.end <= image.len() {
             return Ok(image.address() + range.start as u64);
         }
@@ -211,12 +211,12 @@ impl GpuSlot {
     /// Returns the address of `bytes` zero bytes in VRAM (less than a page), in stream order.
     fn clear_page(&mut self, stream: &Stream, bytes: usize) -> Result<DevicePointer> {
         let parts = self.parts_mut()?;
-        if bytes > PAGE_BYTES || bytes > parts.hashes.len() {
+        if bytes > PAGE_BYTES || bytes > parts.device.hashes.len() {
             return Err(outside("zero page", bytes));
         }
         let page = parts.host.zeros.as_mut_slice();
         // The hashes' memory is free until a load hashes its pages.
-        let target = parts.hashes.address();
+        let target = parts.device.hashes.address();
         to_device(stream, target, sized(page, bytes)?)?;
         Ok(target)
     }
@@ -312,7 +312,7 @@ pub(super) fn send_descriptors(
     parts: &Parts,
     range: Range<usize>,
 ) -> Result<DevicePointer> {
-    let target = parts.descriptors.address() + range.start as u64;
+    let target = parts.device.descriptors.address() + range.start as u64;
     let source = parts.host.descriptors.as_slice().get(range);
     to_device(
         stream,

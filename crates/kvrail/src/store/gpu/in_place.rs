@@ -14,6 +14,7 @@
 //! cuFile has let go of them, even if that never happens: a late write would hit whoever has the
 //! blocks then.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -34,8 +35,10 @@ use crate::store::shared::StoreShared;
 use crate::store::staged::StagedImage;
 use crate::store::verify::{verify, verify_frame};
 
-/// Chunks on their way at most: as many as cuFile may have calls.
-const FRAMES: usize = 64;
+/// Chunks on their way: as many as staging buffers of `cufile_buffer_size` would hold, though none
+/// are needed, at least as many as cuFile may have calls, and no more than this. Each has a slot for
+/// head and page table, some hundred KiB.
+const FRAMES: RangeInclusive<usize> = 64..=1024;
 /// The longest that the registration of a KV cache may take: tens of gigabytes are pinned.
 const REGISTER_LIMIT: Duration = Duration::from_secs(60);
 
@@ -93,9 +96,11 @@ impl InPlace {
         let registered = registered.and_then(|regions| regions);
         let regions = registered.map_err(|error| error.to_string())?;
         let frame = SlotShape::frame(shape.format, shape.blocks);
+        let frames = (store.buffer_mib << 20) / shape.format.file_bytes();
+        let frames = frames.clamp(*FRAMES.start(), *FRAMES.end());
         let (driver, device) = (cufile.driver.clone(), gpu.clone());
         let slots = within(REGISTER_LIMIT, "cuFileBufRegister", move || {
-            GpuSlots::new(&device, frame, FRAMES, Some(&driver))
+            GpuSlots::new(&device, frame, frames, frames, Some(&driver))
         });
         let slots = slots.and_then(|slots| slots);
         Ok(Self {

@@ -18,6 +18,7 @@ use crate::memory::{ComputeStream, GpuSlot, StagingRange};
 use crate::store::cache_shared::CacheShared;
 use crate::store::image::{self, Extents};
 use crate::store::load_job::LoadJob;
+use crate::store::metrics::Metrics;
 use crate::store::staged::StagedImage;
 use crate::store::verify::{verify, verify_frame};
 
@@ -25,7 +26,11 @@ use crate::store::verify::{verify, verify_frame};
 const REFUSALS_MAX: usize = 3;
 
 impl GpuSide {
-    /// Puts the way of a chunk from its blocks to `image` on the GPU; `None` without a free slot.
+    /// Puts the way of a chunk from its blocks to `image` on the GPU; `None` when all slots are in
+    /// the hands of others.
+    ///
+    /// Where all of them are still being copied to pinned memory, what `compute` does from now on
+    /// waits for one of these copies: a millisecond for 50 MB, where the chunk would be computed anew.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] for blocks outside the KV cache, [`ErrorKind::Gpu`].
@@ -35,13 +40,17 @@ impl GpuSide {
         blocks: &[usize],
         image: StagingRange,
         compute: ComputeStream,
+        metrics: &Metrics,
     ) -> Result<Option<StagedImage>> {
         let plan = TransferPlan::new(&cache.layout, blocks)?;
-        let Some(mut slot) = self.slots.try_take(&self.gpu, 0) else {
-            return Ok(None);
-        };
         let compute = self.gpu.compute_stream(compute);
         let own = self.gpu.store_stream();
+        let Some(mut slot) = self.slots.take_behind(&self.gpu, &compute)? else {
+            return Ok(None);
+        };
+        metrics
+            .stores_waited_for_slot
+            .add(u64::from(slot.is_busy()));
         let gathered = slot.gather_chunk(&cache.format, &plan, &cache.regions, &compute, own);
         match gathered {
             Ok(()) => self.fetch_image(own, slot, image, self.hashes()).map(Some),

@@ -18,9 +18,12 @@ use crate::store::mount::Mount;
 use crate::store::notice::Topic;
 use crate::store::shared::StoreShared;
 
-/// VRAM slots of a KV cache at most where they only lie on the way to pinned memory: a few hide the
-/// latency of each other's copies, more only take memory from the KV cache.
-const PINNED_SLOTS_MAX: usize = 16;
+/// VRAM of slots at most where they only lie on the way to pinned memory, if that is not less than
+/// [`PINNED_SLOTS_MIN`]: a few hide the latency of each other's copies, more keep the stores of one
+/// step from waiting for each other, and take memory from the KV cache.
+const PINNED_SLOTS_BYTES: usize = 512 << 20;
+/// Slots at least of those: as many chunks are in flight.
+const PINNED_SLOTS_MIN: usize = 4;
 /// VRAM slots beside a KV cache that is read and written in place: for what falls back to POSIX.
 const FALLBACK_SLOTS: usize = 4;
 /// Pinned staging buffers beside VRAM slots that cuFile uses: for what falls back to POSIX, four
@@ -82,7 +85,7 @@ impl GpuSide {
     /// Allocates the VRAM slots, registers what cuFile shall use, and checks it on each path.
     ///
     /// Slots: with cuFile as many as `cufile_buffer_size` holds, else as many as there are staging
-    /// buffers, 16 at most; fewer where the GPU has not so much memory left.
+    /// buffers, half a GiB at most; fewer where the GPU has not so much memory left.
     ///
     /// # Errors
     /// [`ErrorKind::Gpu`] when there is no VRAM for a single slot.
@@ -104,9 +107,9 @@ impl GpuSide {
         let wanted = match (&cufile, &in_place) {
             (Some(_), Some(_)) => FALLBACK_SLOTS,
             (Some(_), None) => (store.buffer_mib << 20) / slot_shape.device_bytes(),
-            (None, _) => buffers.min(PINNED_SLOTS_MAX),
+            (None, _) => pinned_slots(slot_shape, buffers),
         };
-        let (slots, cufile) = allocate(store, &gpu, slot_shape, wanted.max(1), cufile)?;
+        let (slots, cufile) = allocate(store, &gpu, slot_shape, wanted.max(1), buffers, cufile)?;
         let in_place = in_place.filter(|_| cufile.is_some());
         let (gpu, timings) = match store.copy_method {
             Some(method) => (gpu.with_method(method)?, Vec::new()),
@@ -252,12 +255,19 @@ fn list(timings: &[Timing]) -> String {
     format!("{} ({})", best.unwrap_or_default(), times.join(", "))
 }
 
+/// Returns how many slots shall lie before `buffers` staging buffers.
+fn pinned_slots(shape: SlotShape, buffers: usize) -> usize {
+    let most = (PINNED_SLOTS_BYTES / shape.device_bytes()).max(PINNED_SLOTS_MIN);
+    buffers.min(most)
+}
+
 /// Allocates slots, registered with cuFile where that is in use; without it if they cannot be.
 fn allocate(
     store: &StoreShared,
     gpu: &Gpu,
     shape: SlotShape,
     wanted: usize,
+    buffers: usize,
     cufile: Option<Arc<Cufile>>,
 ) -> Result<(GpuSlots, Option<Arc<Cufile>>)> {
     if let Some(cufile) = cufile {
@@ -265,7 +275,7 @@ fn allocate(
         let (driver, device) = (cufile.driver.clone(), gpu.clone());
         let registered = within(limit, "cuFileBufRegister", move || {
             fewer(wanted, |count| {
-                GpuSlots::new(&device, shape, count, Some(&driver))
+                GpuSlots::new(&device, shape, count, buffers, Some(&driver))
             })
         });
         match registered.and_then(|slots| slots) {
@@ -277,8 +287,10 @@ fn allocate(
             }
         }
     }
-    let count = wanted.min(PINNED_SLOTS_MAX);
-    let slots = fewer(count, |count| GpuSlots::new(gpu, shape, count, None))?;
+    let count = wanted.min(pinned_slots(shape, buffers));
+    let slots = fewer(count, |count| {
+        GpuSlots::new(gpu, shape, count, buffers, None)
+    })?;
     Ok((slots, None))
 }
 
