@@ -134,6 +134,7 @@ fn structures() -> Vec<(&'static str, Vec<(String, usize)>)> {
 fn constants() -> Vec<(&'static str, i64)> {
     vec![
         ("CU_EVENT_DEFAULT", driver::EVENT_DEFAULT.into()),
+        ("CU_EVENT_DISABLE_TIMING", driver::EVENT_UNTIMED.into()),
         ("CU_STREAM_NON_BLOCKING", driver::STREAM_NON_BLOCKING.into()),
         (
             "CU_STREAM_CAPTURE_MODE_RELAXED",

@@ -215,6 +215,17 @@ fn streams_run_when_they_are_waited_for_and_in_the_order_of_events() {
     assert_eq!(target, [0; 16], "nobody waited yet");
     second.synchronize().unwrap();
     assert_eq!(target, source, "the second stream waited for the first");
+    let (start, end) = (
+        context.timed_event().unwrap(),
+        context.timed_event().unwrap(),
+    );
+    for timed in [&start, &end] {
+        second.record(timed).unwrap();
+    }
+    second.synchronize().unwrap();
+    assert!(end.milliseconds_since(&start).unwrap() >= 0.0);
+    assert!(end.milliseconds_since(&event).is_err(), "it only orders");
+    drop((start, end));
     drop((event, first, second, memory, context));
     assert_eq!(mocks.balance().0, 0);
 }

@@ -112,8 +112,8 @@ fn every_way_of_copying_pieces_brings_the_same_bytes() {
             slots.try_take(&gpu, 0).unwrap(),
         );
         let (start, end) = (
-            gpu.context().event().unwrap(),
-            gpu.context().event().unwrap(),
+            gpu.context().timed_event().unwrap(),
+            gpu.context().timed_event().unwrap(),
         );
         let stream = gpu.store_stream();
         let before = calls();

@@ -24,6 +24,7 @@ pub(crate) const NO_CONTEXT: c_int = 201;
 /// `CUDA_ERROR_INVALID_HANDLE`: of another context, or of nothing that is alive.
 pub(crate) const INVALID_HANDLE: c_int = 400;
 const NOT_READY: c_int = 600;
+const EVENT_DISABLE_TIMING: c_uint = 2;
 /// `CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED`.
 pub(crate) const CAPTURE_UNSUPPORTED: c_int = 900;
 
@@ -409,11 +410,12 @@ pub extern "C" fn cuStreamWaitEvent(stream: Handle, event: Handle, _flags: c_uin
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventCreate(event: *mut Handle, _flags: c_uint) -> c_int {
+pub unsafe extern "C" fn cuEventCreate(event: *mut Handle, flags: c_uint) -> c_int {
     begin!("cuEventCreate", device);
     count(1);
+    let created = streams().event(device, flags & EVENT_DISABLE_TIMING == 0);
     // SAFETY: passed on.
-    unsafe { put(event, handle(streams().handle(device))) }
+    unsafe { put(event, handle(created)) }
 }
 
 #[unsafe(no_mangle)]
@@ -442,6 +444,9 @@ pub extern "C" fn cuEventQuery(event: Handle) -> c_int {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuEventElapsedTime(time: *mut f32, from: Handle, to: Handle) -> c_int {
     begin!("cuEventElapsedTime", _device);
+    if ![from, to].iter().all(|one| streams().is_timed(one.addr())) {
+        return INVALID_HANDLE;
+    }
     match streams().elapsed(from.addr(), to.addr()) {
         // SAFETY: passed on.
         Some(milliseconds) => unsafe { put(time, milliseconds) },

@@ -1,6 +1,6 @@
 //! Streams and events, which order streams as in CUDA. When work runs is a matter of `pace`.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::c_int;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -76,6 +76,8 @@ pub(crate) struct Streams {
     events: BTreeMap<usize, Event>,
     /// The device of each stream and event that is alive, by handle.
     owners: BTreeMap<usize, usize>,
+    /// The events that know when they were passed.
+    timed: BTreeSet<usize>,
     next: usize,
     /// The first error of work that ran; as in CUDA, whoever waits next learns of it.
     error: c_int,
@@ -85,6 +87,7 @@ static STREAMS: Mutex<Streams> = Mutex::new(Streams {
     queues: BTreeMap::new(),
     events: BTreeMap::new(),
     owners: BTreeMap::new(),
+    timed: BTreeSet::new(),
     next: 16,
     error: 0,
 });
@@ -101,8 +104,23 @@ impl Streams {
         self.next
     }
 
+    /// Returns the handle of a new event.
+    pub(crate) fn event(&mut self, device: usize, timed: bool) -> usize {
+        let event = self.handle(device);
+        if timed {
+            self.timed.insert(event);
+        }
+        event
+    }
+
+    /// Returns whether an event knows when it was passed.
+    pub(crate) fn is_timed(&self, event: usize) -> bool {
+        self.timed.contains(&event)
+    }
+
     /// Forgets a handle; returns whether there was such a thing.
     pub(crate) fn forget(&mut self, handle: usize) -> bool {
+        self.timed.remove(&handle);
         self.owners.remove(&handle).is_some()
     }
 

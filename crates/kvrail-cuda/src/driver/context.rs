@@ -130,12 +130,20 @@ impl Context {
         Stream::external(self.clone(), handle)
     }
 
-    /// Makes an event.
+    /// Makes an event, for the order of things.
     ///
     /// # Errors
     /// What the driver said.
     pub fn event(&self) -> Result<Event> {
-        Event::new(self.clone())
+        Event::new(self.clone(), false)
+    }
+
+    /// Makes an event that knows when it was passed, which costs the device and the driver more.
+    ///
+    /// # Errors
+    /// What the driver said.
+    pub fn timed_event(&self) -> Result<Event> {
+        Event::new(self.clone(), true)
     }
 
     /// Allocates device memory; it is not cleared.

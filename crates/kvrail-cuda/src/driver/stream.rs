@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use super::context::{Context, Priority};
 use super::memory::DevicePointer;
 use super::sys::{
-    CopyAttributes, EVENT_DEFAULT, Handle, NOT_READY, ORDER_STREAM, STREAM_NON_BLOCKING,
+    CopyAttributes, EVENT_DEFAULT, EVENT_UNTIMED, Handle, NOT_READY, ORDER_STREAM,
+    STREAM_NON_BLOCKING,
 };
 use crate::error::{Error, ErrorKind, Result, check};
 
@@ -270,11 +271,12 @@ unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
 
 impl Event {
-    pub(super) fn new(context: Context) -> Result<Self> {
+    pub(super) fn new(context: Context, timed: bool) -> Result<Self> {
+        let flags = if timed { EVENT_DEFAULT } else { EVENT_UNTIMED };
         let mut handle = ptr::null_mut();
         // SAFETY: the pointer is to a live handle.
         context.call("cuEventCreate", |api| unsafe {
-            (api.event_create)(&raw mut handle, EVENT_DEFAULT)
+            (api.event_create)(&raw mut handle, flags)
         })?;
         Ok(Self { context, handle })
     }
@@ -315,7 +317,7 @@ impl Event {
     /// Returns the milliseconds of device time between `start` and this event.
     ///
     /// # Errors
-    /// What the driver said; both events must have been recorded and be done.
+    /// What the driver said; both events must be timed, have been recorded and be done.
     pub fn milliseconds_since(&self, start: &Self) -> Result<f32> {
         let mut milliseconds = 0.0;
         // SAFETY: the handles are live, the pointer is to a live number.

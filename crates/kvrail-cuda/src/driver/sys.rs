@@ -14,6 +14,8 @@ pub(crate) type Device = c_int;
 
 /// `CU_EVENT_DEFAULT`: with timing.
 pub(crate) const EVENT_DEFAULT: c_uint = 0;
+/// `CU_EVENT_DISABLE_TIMING`: what the driver's documentation recommends where events only order.
+pub(crate) const EVENT_UNTIMED: c_uint = 2;
 /// `CU_STREAM_NON_BLOCKING`: not ordered with the legacy default stream.
 pub(crate) const STREAM_NON_BLOCKING: c_uint = 1;
 /// `CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP`.

@@ -197,7 +197,7 @@ impl Copies {
         taken: &mut Taken,
         deadline: Instant,
     ) -> Result<(Event, Event, bool), Failure> {
-        let event = || stream.context().event().map_err(gpu_failure);
+        let event = || stream.context().timed_event().map_err(gpu_failure);
         let (start, end) = (event()?, event()?);
         let whole = 0..self.format.file_bytes();
         if work == Work::ScatterVerify {

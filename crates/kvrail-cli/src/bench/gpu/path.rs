@@ -161,7 +161,7 @@ impl StorePath {
         let stream = self.gpu.compute_stream(ComputeStream::default());
         let marks: Mutex<Vec<(Event, Event)>> = Mutex::default();
         let mark = || -> kvrail_cuda::Result<Event> {
-            let event = self.gpu.context().event()?;
+            let event = self.gpu.context().timed_event()?;
             stream.record(&event)?;
             Ok(event)
         };

@@ -81,17 +81,20 @@ impl Gpu {
         let deadline = Instant::now() + LIMIT;
         let mut slot = slots.take(self, deadline)?;
         let stream = self.store_stream();
-        let start = self.mark(stream)?;
+        let failed = |error| Error::gpu("time a copy", error);
+        let event = || self.context().timed_event().map_err(failed);
+        let (start, end) = (event()?, event()?);
+        let record = |event| stream.record(event).map_err(failed);
+        record(&start)?;
         let gathered = slot
             .gather_chunk(format, plan, regions, stream, stream)
+            .and_then(|()| record(&end))
             .and_then(|()| slot.mark(stream));
         if let Err(error) = gathered {
             drop(slot.settle(stream, deadline));
             return Err(error);
         }
-        let end = slot.release_marked()?;
         slot.wait(deadline)?;
-        let failed = |error| Error::gpu("time a copy", error);
         match end.wait(deadline).map_err(failed)? {
             true => end.milliseconds_since(&start).map_err(failed),
             false => Err(Error::new(ErrorKind::TimedOut, "time a copy")),
