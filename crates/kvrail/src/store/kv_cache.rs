@@ -221,6 +221,7 @@ impl KvCache {
         let file_bytes = cache.format.file_bytes();
         let gpu = match (&cache.gpu, route) {
             (Some(gpu), Route::Slot | Route::InPlace) => gpu,
+            (Some(gpu), Route::Posix) if gpu.stages_in_slots() => gpu,
             (gpu, _) => {
                 let Some(mut image) = self.take_store_buffer(deadline) else {
                     return Ok(None);
@@ -239,7 +240,7 @@ impl KvCache {
         let Some(reserve) = self.reserve(gpu.slots(route).slot_count()) else {
             return Ok(None);
         };
-        if route == Route::Slot {
+        if route != Route::InPlace {
             let staged = gpu.stage_slot(cache, blocks, reserve, stream)?;
             return Ok(staged.map(Staged::Slot));
         }

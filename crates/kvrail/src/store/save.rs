@@ -142,6 +142,8 @@ fn store_chunk(
     };
     let stored = match image {
         Staged::Host(image) => save.by_posix(image),
+        // Nothing failed: the path was left to POSIX before, or from the start.
+        image @ Staged::Slot(_) if !mount.cufile.is_on() => save.through_host(image),
         image => save.by_cufile(image),
     };
     // Before the claim is given back: a temp file that could not be removed takes its room.
@@ -211,8 +213,19 @@ impl Save<'_> {
             Ok(stored) => return Ok(stored),
             Err(error) => error,
         };
-        let store = self.store;
-        let deadline = Instant::now() + store.wait_limit;
+        let stored = self.through_host(image)?;
+        if !matches!(stored, Stored::BlocksReused) {
+            let store = self.store;
+            store.metrics.cufile_fallbacks.add(1);
+            let hangs = error.kind() == ErrorKind::TimedOut;
+            store.cufile_failed(self.mount, &error, hangs);
+        }
+        Ok(stored)
+    }
+
+    /// Writes an image in the memory of a GPU by POSIX, from a staging buffer.
+    fn through_host(self, image: Staged) -> Result<Stored> {
+        let deadline = Instant::now() + self.store.wait_limit;
         let buffer = self.cache.pool.take(deadline);
         let buffer = buffer.map(|mut buffer| buffer.split_to(self.cache.format.file_bytes()));
         let gpu = self.cache.gpu.as_ref().ok_or_else(no_gpu)?;
@@ -223,14 +236,7 @@ impl Save<'_> {
                 image.into_host(gpu, self.cache, buffer, deadline)?
             }
         };
-        let Some(staged) = staged else {
-            return Ok(Stored::BlocksReused);
-        };
-        let stored = self.by_posix(staged)?;
-        store.metrics.cufile_fallbacks.add(1);
-        let hangs = error.kind() == ErrorKind::TimedOut;
-        store.cufile_failed(self.mount, &error, hangs);
-        Ok(stored)
+        staged.map_or(Ok(Stored::BlocksReused), |staged| self.by_posix(staged))
     }
 
     fn try_cufile(self, image: &mut Staged) -> Result<Stored> {

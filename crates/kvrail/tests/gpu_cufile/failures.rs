@@ -89,6 +89,54 @@ fn any_call_of_cufile_may_fail_at_any_time_and_the_bytes_are_right() {
 }
 
 #[test]
+fn a_path_that_is_left_to_posix_takes_as_many_stores_of_a_step_as_before() {
+    // More than the staging buffers for what falls back, fewer than the VRAM slots.
+    const CHUNKS: usize = 14;
+    let bench = Bench::start();
+    let folder = bench.folder();
+    let store = bench.open(folder.path());
+    let kind = Kind::LayersOutermost;
+    let cache = Cache::attach(&bench, &store, 0, kind).unwrap();
+    let content = noise(5, cache.bytes());
+    cache.write(&content);
+    let store_step = |first: usize| {
+        let chunks: Vec<StoreChunk> = (0..CHUNKS)
+            .map(|number| StoreChunk {
+                chunk: chunk((first + number) as u64),
+                blocks: vec![number, number + 1],
+            })
+            .collect();
+        // The GPU is through with nothing while they are submitted.
+        bench.mocks.script_cuda("cuEventQuery error=600");
+        let ticket = cache.kv_cache.store(&chunks).unwrap();
+        bench.mocks.script_cuda("");
+        ticket.wait(LIMIT).unwrap().stored
+    };
+    assert_eq!(store_step(100), CHUNKS, "by cuFile");
+    bench.mocks.script_cufile("cuFileHandleRegister error=5030");
+    for name in 1..=3 {
+        assert_eq!(cache.store(name, [0, 1]).stored, 1);
+    }
+    let downgraded = store.metrics();
+    assert_eq!(downgraded.cufile_mounts_downgraded, 1);
+    assert_eq!(store_step(200), CHUNKS, "by POSIX");
+    let metrics = store.metrics();
+    assert_eq!(
+        (metrics.cufile_chunks_stored, metrics.cufile_fallbacks),
+        (CHUNKS as u64, downgraded.cufile_fallbacks),
+        "nothing failed any more"
+    );
+    for number in [0, CHUNKS - 1] {
+        let name = (200 + number) as u64;
+        assert_eq!(cache.load(name, 0, &[14, 15]).loaded, 1);
+        let found = cache.read();
+        assert!(block(kind, &found, 14) == block(kind, &content, number));
+        assert!(block(kind, &found, 15) == block(kind, &content, number + 1));
+        cache.write(&content);
+    }
+}
+
+#[test]
 fn repeated_failures_leave_the_path_to_posix_and_everybody_can_see_it() {
     for kind in KINDS {
         let bench = Bench::start();

@@ -135,6 +135,12 @@ impl GpuSide {
         }
     }
 
+    /// Returns whether stores that POSIX writes wait in VRAM slots, of which there are then more than
+    /// staging buffers: those were made for what falls back only.
+    pub(in crate::store) fn stages_in_slots(&self) -> bool {
+        self.cufile.is_some() && self.in_place.is_none()
+    }
+
     /// Returns whether the GPU hashes pages.
     pub(in crate::store) fn hashes(&self) -> bool {
         self.gpu.kernels().is_some()
