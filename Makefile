@@ -16,10 +16,6 @@ SOAK_SECONDS ?= 3600
 SOAK_PROCESSES ?= 8
 # A test that hangs is ended with a stack trace after its timeout.
 PYTEST := python -m pytest -ra --durations=5 --timeout=600
-# Many Rust tests wait, for deadlines or disks: four at once even on fewer cores.
-RUST_TESTS := $(shell cores=$$(nproc); echo $$((cores > 4 ? cores : 4)))
-# Python tests at once, by files, of which a part shares what is costly to set up.
-PYTHON_TESTS := 2
 
 .PHONY: help environment model build demo test bench bench-loops bench-overhead bench-step bench-ttft bench-layerwise bench-lmcache bench-lmcache-adapters bench-heads soak fmt clean clean-cache requirements \
   tools kernels-check headers-check fmt-check clippy rust-test doc-test doc python-lint type-check stub-test python-test e2e-test \
@@ -63,8 +59,7 @@ clippy: tools ## Lint the Rust code.
 
 rust-test: tools ## Run the Rust tests.
 	@$(STEP) 'rust-test: cargo nextest' $(TIDY) env PATH="$$(scripts/rust_tools):$$PATH" \
-	  KVRAIL_CUFILE_LIBRARIES="$$(scripts/cufile_libraries)" $(WITHIN) cargo nextest run --workspace --locked --no-fail-fast \
-	  --test-threads $(RUST_TESTS)
+	  KVRAIL_CUFILE_LIBRARIES="$$(scripts/cufile_libraries)" $(WITHIN) cargo nextest run --workspace --locked --no-fail-fast
 
 # The models print a schedule that fails; the feature is for them alone.
 concurrency-test: tools ## Run the store's code through interleavings that shuttle chooses.
@@ -114,8 +109,7 @@ stub-test: build ## Check the type stubs of kvrail._core against the built modul
 
 python-test: build ## Run the Python tests that start no vLLM engine.
 	@$(STEP) 'python-test: unit, store, gpu-check on the mock, beside and inside LMCache' \
-	  $(TIDY) env KVRAIL_CUFILE_LIBRARIES="$$(scripts/cufile_libraries)" $(WITHIN) \
-	  $(PYTEST) --numprocesses $(PYTHON_TESTS) --dist loadfile python/tests/unit python/tests/store python/tests/gpu_check python/tests/lmcache_inside python/tests/lmcache_directory
+	  $(TIDY) env KVRAIL_CUFILE_LIBRARIES="$$(scripts/cufile_libraries)" $(WITHIN) $(PYTEST) python/tests/unit python/tests/store python/tests/gpu_check python/tests/lmcache_inside python/tests/lmcache_directory
 
 e2e-test: build model ## Run the end-to-end tests with real vLLM processes.
 	@$(STEP) 'e2e-test: real vLLM processes' $(TIDY) $(WITHIN) $(PYTEST) python/tests/e2e
