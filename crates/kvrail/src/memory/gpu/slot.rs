@@ -271,15 +271,17 @@ impl GpuSlots {
         }
     }
 
-    /// Gives back what the GPU is done with.
+    /// Gives back what the GPU is done with, up to the first that it is not: what was given back
+    /// later ends later, or not much sooner, and to ask for each of hundreds takes a store's time.
     fn drain(&self) {
-        // What cannot be asked belongs to a device in trouble: its memory is not used again.
-        let is_busy = |event: &Event| !matches!(event.is_done(), Ok(true));
         let mut draining = self.draining();
-        draining
-            .slots
-            .retain(|(event, _)| event.as_ref().is_none_or(|event| is_busy(event)));
-        draining.scratch.retain(|(event, _)| is_busy(event));
+        let mut ended = Ended::default();
+        draining.slots.retain(|(event, _)| {
+            // Work that cannot be told to be over is never taken to be.
+            !event.as_ref().is_some_and(|event| ended.is_next(event))
+        });
+        let mut ended = Ended::default();
+        draining.scratch.retain(|(event, _)| !ended.is_next(event));
     }
 
     fn draining(&self) -> MutexGuard<'_, Draining> {
@@ -320,6 +322,25 @@ impl GpuSlots {
             unmarked: false,
             home: Arc::clone(&self.shared),
         }
+    }
+}
+
+/// Asks one event after the other whether it is over, until one is not.
+#[derive(Debug, Default)]
+struct Ended {
+    met_busy: bool,
+}
+
+impl Ended {
+    /// Returns whether the next event is known to be over. One that cannot be asked belongs to a
+    /// device in trouble: its memory is not used again, and does not keep others waiting.
+    fn is_next(&mut self, event: &Event) -> bool {
+        if self.met_busy {
+            return false;
+        }
+        let done = event.is_done();
+        self.met_busy = matches!(done, Ok(false));
+        matches!(done, Ok(true))
     }
 }
 
