@@ -126,6 +126,8 @@ def _bench_options(machine: Machine, arguments: argparse.Namespace) -> list[list
     if machine.mock is not None:
         return [[*MOCK_BENCH, "--layout", layout] for layout in LAYOUTS]
     rounds = ["--rounds", str(arguments.rounds), "--chunks", str(arguments.chunks)]
+    # Half of it for the chunks of one wave: the longer a wave, the less a disk's moods matter.
+    rounds += ["--memory-mib", str(arguments.memory_mib)]
     return [
         ["--model", model, "--layout", layout, *rounds]
         for model in arguments.model or MODELS
@@ -190,6 +192,12 @@ def _arguments() -> argparse.Namespace:
     add("--seed", type=int, default=random.randrange(1 << 32), help="default: another each time")
     add("--rounds", type=int, default=5, help="of each benchmark; default: 5")
     add("--chunks", type=int, default=32, help="of each round; default: 32")
+    add(
+        "--memory-mib",
+        type=int,
+        default=4096,
+        help="KV cache of the benchmark; a wave moves half of it at most; default: %(default)s",
+    )
     add("--only", dest="steps", action="append", choices=STEPS, help="only this step; repeatable")
     add("--model", action="append", choices=MODELS, help="of the benchmark only this; repeatable")
     add("--layout", action="append", choices=LAYOUTS, help="likewise")
