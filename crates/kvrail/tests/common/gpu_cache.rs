@@ -268,6 +268,24 @@ impl Cache {
         self.kv_cache.store(&[chunk]).unwrap().wait(LIMIT).unwrap()
     }
 
+    /// Stores chunks in one call, as a step ends, while the GPU is through with nothing of it.
+    pub fn store_step(
+        &self,
+        bench: &Bench,
+        chunks: impl Iterator<Item = (u64, [usize; 2])>,
+    ) -> StoreReport {
+        let chunks: Vec<StoreChunk> = chunks
+            .map(|(name, blocks)| StoreChunk {
+                chunk: chunk(name),
+                blocks: blocks.to_vec(),
+            })
+            .collect();
+        bench.mocks.script_cuda("cuEventQuery error=600");
+        let ticket = self.kv_cache.store(&chunks).unwrap();
+        bench.mocks.script_cuda("");
+        ticket.wait(LIMIT).unwrap()
+    }
+
     pub fn start_load(&self, name: u64, first_block: usize, blocks: &[usize]) -> LoadTicket {
         let chunk = LoadChunk {
             chunk: chunk(name),

@@ -100,17 +100,8 @@ fn a_path_that_is_left_to_posix_takes_as_many_stores_of_a_step_as_before() {
     let content = noise(5, cache.bytes());
     cache.write(&content);
     let store_step = |first: usize| {
-        let chunks: Vec<StoreChunk> = (0..CHUNKS)
-            .map(|number| StoreChunk {
-                chunk: chunk((first + number) as u64),
-                blocks: vec![number, number + 1],
-            })
-            .collect();
-        // The GPU is through with nothing while they are submitted.
-        bench.mocks.script_cuda("cuEventQuery error=600");
-        let ticket = cache.kv_cache.store(&chunks).unwrap();
-        bench.mocks.script_cuda("");
-        ticket.wait(LIMIT).unwrap().stored
+        let chunks = (0..CHUNKS).map(|number| ((first + number) as u64, [number, number + 1]));
+        cache.store_step(&bench, chunks).stored
     };
     assert_eq!(store_step(100), CHUNKS, "by cuFile");
     bench.mocks.script_cufile("cuFileHandleRegister error=5030");

@@ -83,20 +83,8 @@ fn as_many_stores_are_on_their_way_in_place_as_the_buffer_size_says() {
     let store = bench.open(folder.path());
     let cache = Cache::attach(&bench, &store, 0, Kind::BlocksOutermost).unwrap();
     cache.write(&noise(5, cache.bytes()));
-    let chunks: Vec<StoreChunk> = (0..CHUNKS)
-        .map(|name| StoreChunk {
-            chunk: chunk(name),
-            blocks: vec![
-                name as usize % gpu_cache::BLOCKS,
-                (name as usize + 1) % gpu_cache::BLOCKS,
-            ],
-        })
-        .collect();
-    // The GPU is through with nothing while they are submitted.
-    bench.mocks.script_cuda("cuEventQuery error=600");
-    let ticket = cache.kv_cache.store(&chunks).unwrap();
-    bench.mocks.script_cuda("");
-    let report = ticket.wait(LIMIT).unwrap();
+    let blocks = |name: u64| [name, name + 1].map(|block| block as usize % gpu_cache::BLOCKS);
+    let report = cache.store_step(&bench, (0..CHUNKS).map(|name| (name, blocks(name))));
     assert_eq!(report.stored, CHUNKS as usize, "{report:?}");
     assert_eq!(store.metrics().cufile_chunks_stored, CHUNKS);
 }
