@@ -169,6 +169,7 @@ class Store:
         cuda_library: str | PathLike[str] | None = None,
         cufile_libraries: Sequence[str | PathLike[str]] | None = None,
         cufile_probe: Sequence[str] | None = None,
+        no_in_place: str | None = None,
         system_root: str | PathLike[str] | None = None,
         lmcache: tuple[str, int, str, bool] | None = None,
     ) -> Store:
@@ -180,10 +181,12 @@ class Store:
         from when a KV cache lies in the memory of a GPU; None searches as the system does.
         ``cufile_libraries`` are the same for cuFile, in order. ``cufile_probe`` is the command line
         of a program that calls ``answer_cufile_probe``: it tries cuFile before this process does,
-        and without it cuFile is not used. ``system_root`` is the folder that holds /proc, /sys,
-        /run and /dev, for what is asked before cuFile is tried; None is this machine. ``lmcache``
-        goes with the setting ``layout: lmcache``: the model's name, the number of workers,
-        LMCache's name of the elements' type, and whether its hashes are numbers with a sign.
+        and without it cuFile is not used. ``no_in_place`` is why cuFile must not read and write KV
+        cache in place, where its memory may be taken away; None leaves it to the settings.
+        ``system_root`` is the folder that holds /proc, /sys, /run and /dev, for what is asked
+        before cuFile is tried; None is this machine. ``lmcache`` goes with the setting ``layout:
+        lmcache``: the model's name, the number of workers, LMCache's name of the elements' type,
+        and whether its hashes are numbers with a sign.
 
         Raises ``ConfigError`` for a path that cannot work, ``StoreIoError`` for one that the system
         refuses, ``MismatchError`` when a directory belongs to another namespace.

@@ -46,7 +46,7 @@ impl Store {
     #[new]
     #[pyo3(signature = (
         config, namespace, *, read_only=false, quiet=false, cpus=None, cuda_library=None,
-        cufile_libraries=None, cufile_probe=None, system_root=None, lmcache=None,
+        cufile_libraries=None, cufile_probe=None, no_in_place=None, system_root=None, lmcache=None,
     ))]
     #[expect(
         clippy::too_many_arguments,
@@ -62,6 +62,7 @@ impl Store {
         cuda_library: Option<PathBuf>,
         cufile_libraries: Option<Vec<PathBuf>>,
         cufile_probe: Option<Vec<OsString>>,
+        no_in_place: Option<String>,
         system_root: Option<PathBuf>,
         lmcache: Option<Names>,
     ) -> PyResult<Self> {
@@ -88,6 +89,7 @@ impl Store {
             libraries,
             cufile_probe: cufile_probe.and_then(program),
             system,
+            no_in_place,
             lmcache: lmcache.map(names).transpose().into_python(py)?,
             ..OpenOptions::default()
         };

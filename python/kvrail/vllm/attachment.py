@@ -13,6 +13,7 @@ from kvrail import STARTUP_CPUS, cufile
 from kvrail._core import Config, KvCache, KvrailError, Namespace, Store
 from kvrail.vllm import layout
 from kvrail.vllm.config import effective_value
+from kvrail.vllm.direct import in_place_problem
 from kvrail.vllm.heads import HeadShare, RankBoundError, head_shares
 from kvrail.vllm.identity import attention_backends, build_identity, layout_name, model_name
 from kvrail.vllm.lmcache_files import LmcacheFiles, describe_files
@@ -75,6 +76,7 @@ def attach(
     specs = [group.spec for group in groups]
     lmcache: tuple[LmcacheHasher, LmcacheFiles] | None = None
     options: dict[str, Any] = cufile.store_options()
+    options["no_in_place"] = in_place_problem(vllm_config.model_config)
     order = None
     if config.lmcache_hash is not None:
         hasher = LmcacheHasher.of_process(config.lmcache_hash)

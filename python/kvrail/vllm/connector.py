@@ -27,7 +27,7 @@ from kvrail import STARTUP_CPUS
 from kvrail._core import Config, ConfigError, KvrailError
 from kvrail.vllm import layout, version
 from kvrail.vllm.config import effective_value, resolve_config
-from kvrail.vllm.direct import wanted_layout
+from kvrail.vllm.direct import in_place_problem, wanted_layout
 from kvrail.vllm.events import StorageEvents
 from kvrail.vllm.failure_policy import compute_what_fails
 from kvrail.vllm.fingerprint import AdapterFingerprints
@@ -87,7 +87,8 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
         transfer = vllm_config.kv_transfer_config
         assert transfer is not None
         config = resolve_config(transfer.kv_connector_extra_config)
-        return wanted_layout(config, current_platform.is_cuda())
+        problem = in_place_problem(vllm_config.model_config)
+        return wanted_layout(config, current_platform.is_cuda(), problem)
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -167,7 +167,10 @@ pub(super) fn open(
         cufile: CufileWish {
             wanted: config.wants_cufile(),
             compatibility: config.cufile_compat_mode,
-            in_place: config.direct,
+            no_in_place: match (config.direct, &options.no_in_place) {
+                (Some(false), _) => Some("`extra_config.direct` is false".into()),
+                (_, reason) => reason.clone(),
+            },
             threads,
             cpus: options.cpus.clone(),
             probe: options.cufile_probe.clone(),

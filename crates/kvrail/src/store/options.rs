@@ -41,6 +41,9 @@ pub struct OpenOptions {
     pub cufile_probe: Option<ProbeProgram>,
     /// Where it is looked whether cuFile may be tried. Default: this machine.
     pub system: SystemView,
+    /// Why cuFile must not read and write KV cache in place: its memory may be taken away while the
+    /// store has it. Default: it may, where it can.
+    pub no_in_place: Option<String>,
     /// What the files of LMCache's directory are named by, with
     /// [`DirectoryLayout::Lmcache`](crate::config::DirectoryLayout::Lmcache) and only then.
     pub lmcache: Option<LmcacheNames>,

@@ -45,6 +45,8 @@ pub struct Bench {
     pub config: StoreConfig,
     /// How pieces are copied; `None`: as it is quickest here.
     pub copy_method: Option<CopyMethod>,
+    /// Why blocks must not be read and written in place.
+    pub no_in_place: Option<String>,
 }
 
 impl Bench {
@@ -69,6 +71,7 @@ impl Bench {
             }),
             config,
             copy_method: None,
+            no_in_place: None,
         }
     }
 
@@ -83,6 +86,7 @@ impl Bench {
             cufile_probe: self.probe.clone(),
             system: self.machine.view(),
             copy_method: self.copy_method,
+            no_in_place: self.no_in_place.clone(),
             ..OpenOptions::default()
         };
         let mut config = self.config.clone();

@@ -157,6 +157,55 @@ fn blocks_that_change_while_they_are_written_in_place_are_not_published() {
     );
 }
 
+/// As in vLLM's sleep mode: a store is on its way when the blocks' memory goes.
+#[test]
+fn blocks_whose_memory_may_go_are_copied_before_and_never_touched_in_place() {
+    for (direct, no_in_place, told) in [
+        (Some(true), Some("the memory may go"), "the memory may go"),
+        (None, Some("the memory may go"), "the memory may go"),
+        (Some(false), None, "`extra_config.direct` is false"),
+    ] {
+        let mut bench = Bench::start();
+        bench.config.direct = direct;
+        bench.no_in_place = no_in_place.map(str::to_owned);
+        let folder = bench.folder();
+        let store = bench.open(folder.path());
+        let kind = Kind::BlocksOutermost;
+        let cache = Cache::attach(&bench, &store, 0, kind).unwrap();
+        let notices = store.take_notices();
+        let told = format!("not read and written in place, but through VRAM slots: {told}");
+        assert!(
+            notices.iter().any(|notice| notice.message.contains(&told)),
+            "{notices:?}"
+        );
+        let content = noise(5, cache.bytes());
+        cache.write(&content);
+        let compute = cache.context.stream(Priority::Low).unwrap();
+        // SAFETY: the stream lives until the end of the test.
+        let stream = unsafe { ComputeStream::from_raw(compute.raw()) };
+        bench
+            .mocks
+            .script_cufile("cuFileHandleRegister delay_ms=500");
+        let wanted = StoreChunk {
+            chunk: chunk(1),
+            blocks: vec![3, 4],
+        };
+        let ticket = cache.kv_cache.store_after(&[wanted], stream).unwrap();
+        compute.synchronize().unwrap();
+        cache.write(&noise(99, content.len()));
+        assert!(!chunk_path(folder.path(), 0, 1).exists(), "still to come");
+        assert_eq!(ticket.wait(LIMIT).unwrap().stored, 1);
+        assert_eq!(cache.load(1, 0, &[0, 1]).loaded, 1);
+        let found = cache.read();
+        assert!(block(kind, &found, 0) == block(kind, &content, 3));
+        assert!(block(kind, &found, 1) == block(kind, &content, 4));
+        assert_eq!(store.metrics().cufile_chunks_stored, 1);
+        for function in ["cuFileReadv", "cuFileWritev"] {
+            assert_eq!(bench.mocks.cufile_calls(function), 0, "{function}");
+        }
+    }
+}
+
 #[test]
 fn a_load_in_place_comes_after_what_the_compute_stream_still_does_to_its_blocks() {
     let bench = Bench::start();

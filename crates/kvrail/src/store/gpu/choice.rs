@@ -34,8 +34,8 @@ pub(in crate::store) struct CufileWish {
     pub(in crate::store) wanted: bool,
     /// Whether it is used without a direct path, in its compatibility mode.
     pub(in crate::store) compatibility: bool,
-    /// Whether KV cache is read and written in place; `None`: where it can be.
-    pub(in crate::store) in_place: Option<bool>,
+    /// Why KV cache is not read and written in place; `None`: it is where it can be.
+    pub(in crate::store) no_in_place: Option<String>,
     /// Threads of the engine.
     pub(in crate::store) threads: usize,
     /// The CPUs that they run on.

@@ -80,8 +80,8 @@ impl InPlace {
         cufile: &Cufile,
         shape: Shape<'_>,
     ) -> Result<Self, String> {
-        if store.cufile.in_place == Some(false) {
-            return Err("`extra_config.direct` is false".into());
+        if let Some(reason) = &store.cufile.no_in_place {
+            return Err(reason.clone());
         }
         check_shape(shape)?;
         let regions = shape.regions.to_vec();
