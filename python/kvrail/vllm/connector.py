@@ -34,10 +34,12 @@ from kvrail.vllm.fingerprint import AdapterFingerprints
 from kvrail.vllm.geometry import ChunkGeometry
 from kvrail.vllm.identity import engine_none_hash
 from kvrail.vllm.lmcache_hash import LmcacheHasher
+from kvrail.vllm.loaded_weights import LoadedWeights
 from kvrail.vllm.lookup import Agreement, DisagreementError, LookupStore, agree
 from kvrail.vllm.metadata import KvrailMetadata
 from kvrail.vllm.scheduler import ConnectorScheduler, SchedulerOptions
 from kvrail.vllm.stats import KvrailPromMetrics, KvrailStats, StatsCollector
+from kvrail.vllm.weights_watch import WeightsWatch
 from kvrail.vllm.worker import CLOSE_LIMIT_SECONDS, ConnectorWorker
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     )
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -73,7 +76,7 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: ConnectorWorker | None = None
         self._scheduler: _SchedulerSide | None = None
         if role is KVConnectorRole.WORKER:
-            self._worker = ConnectorWorker()
+            self._worker = ConnectorWorker(weights=LoadedWeights.of_maker())
         else:
             if self._config.load_failure_policy != "fail":
                 compute_what_fails(self)
@@ -154,6 +157,20 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
         return metadata
 
     # Scheduler side.
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        assert self._scheduler is not None
+        self._scheduler.weights.follow(gpu_block_pool)
+
+    def reset_cache(self) -> bool:
+        """Has kvrail look at vLLM's weights again, and use what was stored with the same ones.
+
+        vLLM resets its connectors' caches when its weights may change, by sleep mode or a trainer,
+        and when somebody asks for it. Files are not removed: they are other instances', too.
+        """
+        assert self._scheduler is not None
+        self._scheduler.requests.weights_may_have_changed()
+        return True
 
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
@@ -280,9 +297,16 @@ class _SchedulerSide:
                 self._hasher = LmcacheHasher.of_process(config.lmcache_hash)
         except layout.UnsupportedModelError as error:
             self._misfit = str(error)
+        self.weights = WeightsWatch(
+            workers=self._workers,
+            wait_limit_seconds=options.wait_limit_seconds,
+            clock=time.monotonic,
+            changeable=self._hasher is None,
+        )
         self.requests = ConnectorScheduler(
             geometry,
             options,
+            self.weights,
             adapter_fingerprint=AdapterFingerprints().of,
             hasher=self._hasher,
         )

@@ -11,6 +11,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from kvrail.vllm.loaded_weights import WeightsReport
+
 
 class LoadChunk(NamedTuple):
     """One chunk to load, in the form ``KvCache.load`` takes."""
@@ -59,6 +61,8 @@ class KvrailMetadata(KVConnectorMetadata):
     stores: tuple[GroupStore, ...] = ()
     no_forward: bool = False
     """The step computes nothing, so the worker may spend a moment on waiting for a load."""
+    weights_question: int | None = None
+    """Asks which weights the worker has now; the answer carries this number."""
 
 
 # Most steps have nothing for the connector; they share these two.
@@ -74,6 +78,8 @@ class KvrailWorkerMetadata(KVConnectorWorkerMetadata):
     """Keys of the chunks that failed to load, by request."""
     stored: dict[tuple[int, bytes], int] = field(default_factory=dict)
     """How many ranks have published a chunk, by group and key; only where KV events are on."""
+    weights: dict[tuple[int, int], WeightsReport] = field(default_factory=dict)
+    """Which weights workers have, by the number of the question and the worker's rank."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Merges what two workers learned; a chunk counts as failed when any rank failed."""
@@ -85,7 +91,7 @@ class KvrailWorkerMetadata(KVConnectorWorkerMetadata):
         stored = dict(self.stored)
         for place, count in other.stored.items():
             stored[place] = stored.get(place, 0) + count
-        return KvrailWorkerMetadata(failures, stored)
+        return KvrailWorkerMetadata(failures, stored, self.weights | other.weights)
 
 
 Part = int | tuple[int, int, int]

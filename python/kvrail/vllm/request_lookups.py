@@ -132,6 +132,10 @@ class RequestLookups:
         """Forgets a request."""
         self._waiting.pop(request_id, None)
 
+    def forget_all(self) -> None:
+        """Forgets all requests; what is under way for them answers nobody."""
+        self._waiting.clear()
+
     def _settle(self, state: RequestState, found: int) -> None:
         state.ticket = None
         state.hit_chunks = found

@@ -31,6 +31,11 @@ class RequestState:
     """Fingerprint of the request's LoRA adapter, part of its chunk keys."""
     hasher: LmcacheHasher | None = None
     """What makes chunk keys of tokens, where they are not vLLM's own hashes."""
+    salt: bytes = b""
+    """What stands for weights that are not those of the namespace."""
+    is_left_alone: bool = False
+    """Whether nothing is loaded or stored any more: some of its KV cache is of weights of which
+    nothing is known."""
     keys: list[bytes] = field(default_factory=list)
     ticket: Ticket | None = None
     submitted_at: float = 0.0
@@ -48,6 +53,17 @@ class RequestState:
     counted: bool = False
     explained_chunks: int | None = None
     """Leading chunks that the store had when vLLM took the request up, for whoever asks why."""
+
+    def start_over(self) -> None:
+        """Forgets everything that was known of its chunks, whose keys will be others."""
+        self.keys.clear()
+        self.ticket = None
+        self.hit_chunks = None
+        self.promised_tokens = 0
+        self.verdict = None
+        self.stored_chunks = 0
+        self.load_failed = False
+        self.explained_chunks = None
 
     def loadable_chunks(self, geometry: ChunkGeometry) -> int:
         """Chunks that a load may cover: the last token is left to compute, to sample from."""
@@ -73,7 +89,7 @@ class RequestState:
                 keys.append(self.hasher.key(tokens, keys[-1] if keys else None))
                 continue
             key = bytes(hashes[(index + 1) * per_chunk - 1])
-            if self.adapter is not None:
-                key = hashlib.sha256(self.adapter + key).digest()
+            if self.salt or self.adapter is not None:
+                key = hashlib.sha256(self.salt + (self.adapter or b"") + key).digest()
             keys.append(key)
         return keys[:count]

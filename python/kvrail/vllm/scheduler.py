@@ -31,6 +31,7 @@ from kvrail.vllm.metadata import (
 from kvrail.vllm.request_lookups import Lookup, RequestLookups
 from kvrail.vllm.request_state import RequestState
 from kvrail.vllm.tally import Tally
+from kvrail.vllm.weights_watch import WeightsWatch
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -66,6 +67,7 @@ class ConnectorScheduler:
         self,
         geometry: ChunkGeometry,
         options: SchedulerOptions,
+        weights: WeightsWatch,
         *,
         adapter_fingerprint: Callable[[Any], bytes | None] = lambda lora_request: None,
         hasher: LmcacheHasher | None = None,
@@ -73,6 +75,7 @@ class ConnectorScheduler:
     ) -> None:
         self._geometry = geometry
         self._options = options
+        self._weights = weights
         self._adapter_fingerprint = adapter_fingerprint
         self._hasher = hasher
         self._tally = Tally()
@@ -131,6 +134,7 @@ class ConnectorScheduler:
 
     def on_new_request(self, request: Request) -> None:
         """Looks the request up early, so that the answer is there when vLLM asks."""
+        self._notice_resets()
         state = self._state_of(request)
         if state is None or not self._lookups.has_room() or not self._may_load(state):
             return
@@ -141,16 +145,19 @@ class ConnectorScheduler:
         self, request: Request, local_tokens: int
     ) -> tuple[int | None, bool]:
         """Tokens beyond `local_tokens` that can be loaded; None while the lookup is under way."""
+        self._notice_resets()
         state = self._state_of(request)
         if state is None:
             return 0, False
         state.promised_tokens = 0
         state.local_tokens = local_tokens
-        if not self._may_load(state):
+        if not self._may_load(state, wait=True):
             return 0, False
         limit = state.loadable_chunks(self._geometry)
         if local_tokens >= limit * self._geometry.chunk_size:
             return 0, False
+        if not self._weights.is_known:
+            return None, False
         hit_chunks = self._lookups.answer(state)
         if hit_chunks is None:
             return None, False
@@ -196,17 +203,19 @@ class ConnectorScheduler:
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KvrailMetadata:
         """The worker's part of this step."""
+        self._notice_resets()
         no_forward = scheduler_output.total_num_scheduled_tokens == 0
         if no_forward:
             self._lookups.wait_for_one()
         stores: tuple[GroupStore, ...] = ()
-        if self._storing and not no_forward:
+        if self._storing and not no_forward and self._weights.is_known:
             stores = self._plan_stores(scheduler_output)
         self._note_step(scheduler_output)
-        if not self._loads and not stores:
+        question = self._weights.take_question() if self.enabled else None
+        if not self._loads and not stores and question is None:
             return NO_WORK_NO_FORWARD if no_forward else NO_WORK
         loads, self._loads = tuple(self._loads), []
-        return KvrailMetadata(loads, stores, no_forward)
+        return KvrailMetadata(loads, stores, no_forward, question)
 
     def update_connector_output(
         self, worker_metadata: object, finished_loads: Collection[str] = ()
@@ -217,6 +226,8 @@ class ConnectorScheduler:
         failures: Mapping[str, tuple[bytes, ...]] = {}
         if isinstance(worker_metadata, KvrailWorkerMetadata):
             failures = worker_metadata.failures
+            if worker_metadata.weights and self._weights.take_answers(worker_metadata.weights):
+                self._name_weights()
             if self._events is not None:
                 self._events.stored(worker_metadata.stored)
         for request_id in finished_loads:
@@ -224,7 +235,7 @@ class ConnectorScheduler:
         for request_id, keys in failures.items():
             self._lookups.failed_to_load(keys)
             state = self._states.get(request_id)
-            if state is None:
+            if state is None or state.is_left_alone:
                 continue
             # vLLM computes the failed blocks again. Asking this request's luck a second time could
             # fail as well, for ever.
@@ -247,7 +258,7 @@ class ConnectorScheduler:
         if not params.get(EXPLAIN):
             return None
         state = self._states.get(request.request_id)
-        if state is None or state.explained_chunks is None:
+        if state is None or state.explained_chunks is None or not self._weights.is_known:
             return {"kvrail": {"looked_up": False}}
         count = min(state.loadable_chunks(self._geometry), MAX_EXPLAINED_CHUNKS)
         keys = state.chunk_keys(self._geometry, count)
@@ -267,6 +278,33 @@ class ConnectorScheduler:
         self._lookups.forget(request_id)
         self._storing.discard(request_id)
         self._load_or_compute.forget(request_id)
+
+    # Weights.
+
+    def weights_may_have_changed(self) -> None:
+        """Makes no more keys until the workers have said which weights they have.
+
+        vLLM has preempted the requests that were running, and computes them again from their start.
+        One that it goes on with has KV cache of two kinds of weights, perhaps: that one is left
+        alone.
+        """
+        self._weights.doubt()
+        self._lookups.forget_all()
+        for request_id, state in self._states.items():
+            if state.request.num_computed_tokens > 0:
+                state.is_left_alone = True
+                self._storing.discard(request_id)
+            elif self.enabled and self._has_to_store(state.request):
+                self._storing.add(request_id)
+            state.start_over()
+
+    def _notice_resets(self) -> None:
+        if self._weights.saw_reset():
+            self.weights_may_have_changed()
+
+    def _name_weights(self) -> None:
+        for state in self._states.values():
+            state.salt = self._weights.salt
 
     # Requests.
 
@@ -301,23 +339,29 @@ class ConnectorScheduler:
                     "its weights cannot be identified, so its requests are not stored or loaded",
                 )
                 return None
-        state = RequestState(request, adapter, self._hasher)
+        state = RequestState(request, adapter, self._hasher, self._weights.salt)
         self._states[request.request_id] = state
-        if self._options.may_store and (
-            self._options.save_decode_cache
-            or request.num_prompt_tokens >= self._geometry.chunk_size
-        ):
+        if self._has_to_store(request):
             self._storing.add(request.request_id)
         return state
+
+    def _has_to_store(self, request: Request) -> bool:
+        return self._options.may_store and (
+            self._options.save_decode_cache
+            or request.num_prompt_tokens >= self._geometry.chunk_size
+        )
 
     def _tell_missing(self, state: RequestState, index: int) -> None:
         if self._events is not None:
             self._events.lost(state.request, index, state.keys[index])
 
-    def _may_load(self, state: RequestState) -> bool:
+    def _may_load(self, state: RequestState, *, wait: bool = False) -> bool:
+        """With ``wait``, also when it is soon known which weights its keys are to stand for."""
         return (
             self.enabled
             and self._options.may_load
+            and (self._weights.is_known or (wait and self._weights.may_wait))
+            and not state.is_left_alone
             and not state.load_failed
             and not state.request.skip_reading_prefix_cache
         )

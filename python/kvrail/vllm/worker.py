@@ -26,6 +26,7 @@ from kvrail._core import (
 from kvrail.vllm.attachment import attach
 from kvrail.vllm.identity import model_name
 from kvrail.vllm.layout import UnsupportedModelError
+from kvrail.vllm.loaded_weights import LoadedWeights, WeightsReport
 from kvrail.vllm.loading import Loading, Reports
 from kvrail.vllm.metadata import (
     KvrailHandshake,
@@ -57,8 +58,13 @@ MAX_STORING = 16_384
 class ConnectorWorker:
     """One worker's store, its attached KV cache and the loads under way."""
 
-    def __init__(self, open_store: Callable[..., Store] = Store) -> None:
+    def __init__(
+        self, open_store: Callable[..., Store] = Store, weights: LoadedWeights | None = None
+    ) -> None:
         self._open_store = open_store
+        self._weights = weights
+        self._weights_reports: dict[tuple[int, int], WeightsReport] = {}
+        self._rank = 0
         self._store: Store | None = None
         self._kv_caches: tuple[KvCache, ...] = ()
         self._fails_by_block = True
@@ -90,6 +96,7 @@ class ConnectorWorker:
         configuration that cannot work raises a ``KvrailError``, which ends vLLM's start.
         """
         rank = WorkerRank.current(vllm_config, kv_cache_config)
+        self._rank = rank.global_rank
         events = vllm_config.kv_events_config
         self._announces = events is not None and events.enable_kv_cache_events
         reason = None
@@ -158,7 +165,9 @@ class ConnectorWorker:
     # Hooks of one step, in their order.
 
     def start_loads(self, metadata: KvrailMetadata) -> None:
-        """Submits this step's loads."""
+        """Submits this step's loads, and looks at the weights where the scheduler side asks."""
+        if metadata.weights_question is not None:
+            self._look_at_weights(metadata.weights_question)
         for load in metadata.loads:
             self._stats.touch()
             # Whatever was submitted is waited for: it may still write to the request's blocks.
@@ -252,11 +261,14 @@ class ConnectorWorker:
 
     def take_worker_metadata(self) -> KvrailWorkerMetadata | None:
         """What this step showed, for the scheduler side."""
-        if not self._failures and not self._storing:
+        if not self._failures and not self._storing and not self._weights_reports:
             return None
         failures, self._failures = self._failures, {}
         stored = self._take_stored()
-        return KvrailWorkerMetadata(failures, stored) if failures or stored else None
+        weights, self._weights_reports = self._weights_reports, {}
+        if not failures and not stored and not weights:
+            return None
+        return KvrailWorkerMetadata(failures, stored, weights)
 
     def _take_stored(self) -> dict[tuple[int, bytes], int]:
         """The chunks that are published by now, in the order in which they were handed over."""
@@ -272,6 +284,14 @@ class ConnectorWorker:
             if report.stored:
                 stored[place] = 1
         return stored
+
+    def _look_at_weights(self, question: int) -> None:
+        """Before the forward of this step, which is the first one after the question came up."""
+        if self._weights is None:
+            report = WeightsReport("", False, "no way to the weights in memory")
+        else:
+            report = self._weights.report()
+        self._weights_reports[question, self._rank] = report
 
     # Loads.
 

@@ -177,9 +177,14 @@ def make_file(llm: Any, path: str, text: str = "") -> None:
     temporary.rename(path)
 
 
-def reset_prefix_cache(llm: Any) -> bool:
+def reset_prefix_cache(llm: Any, reset_connector: bool = False) -> bool:
     """Empties vLLM's own cache, so that the next hit can only come from chunks."""
-    return bool(llm.reset_prefix_cache())
+    return bool(llm.reset_prefix_cache(reset_connector=reset_connector))
+
+
+def load_weights(llm: Any, folder: str) -> None:
+    """Replaces the weights in memory by those of another folder, as a trainer does."""
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
 
 
 def set_mode(llm: Any, directory: str, mode: int) -> None:
@@ -205,6 +210,7 @@ STEPS: dict[str, Callable[..., Any]] = {
         die,
         generate,
         list_chunks,
+        load_weights,
         make_file,
         metrics,
         pause,

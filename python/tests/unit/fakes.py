@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from vllm.v1.request import Request
 from kvrail._core import KvrailError, WaitTimeoutError
 from kvrail.vllm.geometry import ChunkGeometry
 from kvrail.vllm.scheduler import ConnectorScheduler, SchedulerOptions
+from kvrail.vllm.weights_watch import WeightsWatch
 
 BLOCK = 16
 CHUNK = 64
@@ -211,10 +213,22 @@ class FakeStore:
         self.closed.append(limit_seconds)
 
 
-def make(lookup: FakeLookup | None, clock: Clock, **options: object) -> ConnectorScheduler:
+def watch(clock: Callable[[], float] = time.monotonic, **options: object) -> WeightsWatch:
+    """Of one worker unless ``options`` say otherwise."""
+    return WeightsWatch(**{"workers": 1, "wait_limit_seconds": 30.0, "clock": clock} | options)
+
+
+def make(
+    lookup: FakeLookup | None,
+    clock: Clock,
+    *,
+    weights: WeightsWatch | None = None,
+    **options: object,
+) -> ConnectorScheduler:
     made = ConnectorScheduler(
         GEOMETRY,
         SchedulerOptions(**options),
+        weights or watch(clock),
         adapter_fingerprint=lambda lora: lora.fingerprint,
         clock=clock,
     )

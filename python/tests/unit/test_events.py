@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from fakes import BLOCK, CHUNK, PER_CHUNK, FakeBlocks, FakeLookup, keys_of, make_request, step
+from fakes import (
+    BLOCK,
+    CHUNK,
+    PER_CHUNK,
+    FakeBlocks,
+    FakeLookup,
+    keys_of,
+    make_request,
+    step,
+    watch,
+)
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
@@ -25,7 +35,7 @@ def published(*places: tuple[int, bytes], ranks: int = 1) -> KvrailWorkerMetadat
 
 def made(lookup: FakeLookup, ranks: int = 1) -> tuple[ConnectorScheduler, StorageEvents]:
     events = StorageEvents(GEOMETRY, [ranks])
-    scheduler = ConnectorScheduler(GEOMETRY, SchedulerOptions())
+    scheduler = ConnectorScheduler(GEOMETRY, SchedulerOptions(), watch())
     scheduler.enable(lookup, events=events)
     return scheduler, events
 

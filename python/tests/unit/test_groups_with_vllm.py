@@ -1,20 +1,22 @@
 """The scheduler side against vLLM's own KV cache manager, for models with several groups.
 
 A block's content is simulated: which tokens of which group it holds. Requests that share prefixes
-are run through in steps of all sizes, with vLLM's prefix cache on and off, while chunks vanish. No
-token may be computed before everything that it looks at is in place, whoever put it there, and
-nothing may be stored that is not what its name says.
+are run through in steps of all sizes, with vLLM's prefix cache on and off, while chunks vanish and
+weights are replaced. No token may be computed before everything that it looks at is in place, of
+the weights that vLLM has, whoever put it there, and nothing may be stored that is not what its name
+says.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
 import torch
-from fakes import step
+from fakes import step, watch
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
@@ -34,6 +36,8 @@ from vllm.v1.request import Request
 from kvrail.vllm import layout
 from kvrail.vllm.boundary import BoundaryTicket
 from kvrail.vllm.geometry import GroupGeometry
+from kvrail.vllm.loaded_weights import WeightsReport
+from kvrail.vllm.metadata import KvrailMetadata, KvrailWorkerMetadata
 from kvrail.vllm.scheduler import ConnectorScheduler, SchedulerOptions
 
 CHUNK = 32
@@ -113,6 +117,8 @@ class Simulation:
     """By block: what each of its slots holds."""
     files: dict[tuple[int, bytes], list[dict[int, object]]] = field(default_factory=dict)
     loaded_tokens: int = 0
+    weights: int = 0
+    """Which weights vLLM has; those of its start are 0."""
 
     def __post_init__(self) -> None:
         kv_cache_utils.init_none_hash(sha256)
@@ -130,7 +136,11 @@ class Simulation:
         )
         stored = layout.select_groups(config, CHUNK, 1)
         self.geometry = layout.chunk_geometry(stored, CHUNK, max(blocks), self.hash_tokens)
-        self.scheduler = ConnectorScheduler(self.geometry, SchedulerOptions(min_load_tokens=0))
+        weights = watch()
+        weights.follow(self.manager.block_pool)
+        self.scheduler = ConnectorScheduler(
+            self.geometry, SchedulerOptions(min_load_tokens=0), weights
+        )
         self.scheduler.enable(self.look_up)
 
     # The store.
@@ -149,9 +159,32 @@ class Simulation:
         for name in self.chance.sample(sorted(self.files), k=len(self.files) // 5):
             del self.files[name]
 
+    # Weights.
+
+    def reset(self) -> None:
+        """vLLM resets its prefix cache, perhaps because its weights are others now.
+
+        It tells connectors of it, or only its own block pool shows it.
+        """
+        if self.chance.random() < 0.7:
+            self.weights = self.chance.randrange(3)
+        assert self.manager.reset_prefix_cache()
+        if self.chance.random() < 0.5:
+            self.scheduler.weights_may_have_changed()
+
+    def _answer(self, metadata: KvrailMetadata) -> None:
+        """Does what the worker does with the question which weights it has."""
+        if metadata.weights_question is None:
+            return
+        digest = hashlib.sha256(bytes([self.weights])).hexdigest()
+        report = WeightsReport(digest, is_as_loaded=self.weights == 0)
+        self.scheduler.update_connector_output(
+            KvrailWorkerMetadata(weights={(metadata.weights_question, 0): report})
+        )
+
     # One request.
 
-    def run(self, name: str, tokens: list[int]) -> None:
+    def run(self, name: str, tokens: list[int], *, may_preempt: bool = False) -> None:
         request = Request(
             name,
             tokens,
@@ -163,6 +196,11 @@ class Simulation:
         admitted = self._admit(request)
         is_new = True
         while request.num_computed_tokens < len(tokens):
+            if may_preempt and self.chance.random() < 0.2:
+                self.manager.free(request)
+                request.num_computed_tokens = 0
+                self.reset()
+                admitted = self._admit(request)
             before = request.num_computed_tokens
             if admitted:
                 count, admitted = admitted, 0
@@ -177,6 +215,7 @@ class Simulation:
             for part in metadata.stores:
                 for chunk in part.chunks:
                     self._store(request, self.geometry.groups[part.group], chunk)
+            self._answer(metadata)
             request.num_computed_tokens += count
             is_new = False
         self.scheduler.request_finished(name)
@@ -206,6 +245,9 @@ class Simulation:
         self.manager.new_step_starts()
         blocks, local_tokens, _ = self.manager.get_computed_blocks(request)
         extra, is_async = self.scheduler.get_num_new_matched_tokens(request, local_tokens)
+        if extra is None:
+            self._answer(self.scheduler.build_connector_meta(step()))
+            extra, is_async = self.scheduler.get_num_new_matched_tokens(request, local_tokens)
         assert extra is not None and is_async == (extra > 0)
         count = 0 if extra else self._split(request, local_tokens)
         allocated = self.manager.allocate_slots(
@@ -221,6 +263,7 @@ class Simulation:
             request, self.manager.get_blocks(request.request_id), extra
         )
         metadata = self.scheduler.build_connector_meta(step())
+        self._answer(metadata)
         for load in metadata.loads:
             for part in load.parts:
                 for chunk in part.chunks:
@@ -300,7 +343,8 @@ class Simulation:
                 assert found == self._value(request, index, token), (index, token, position)
 
     def _store(self, request: Request, group: GroupGeometry, chunk) -> None:
-        keys = self._keys(request)
+        state = self.scheduler._states[request.request_id]
+        keys = state.chunk_keys(self.geometry, len(request.block_hashes))
         end = (keys.index(chunk.key) + 1) * CHUNK
         size = group.block_tokens
         begin = end - group.kept_blocks * size
@@ -314,13 +358,8 @@ class Simulation:
             assert content[place][offset] == self._value(request, group.index, token)
         self.files.setdefault((group.index, chunk.key), content)
 
-    def _keys(self, request: Request) -> list[bytes]:
-        per_chunk = CHUNK // self.hash_tokens
-        return [bytes(key) for key in request.block_hashes[per_chunk - 1 :: per_chunk]]
-
-    @staticmethod
-    def _value(request: Request, group: int, token: int) -> object:
-        return group, token, hash(tuple(request.prompt_token_ids[: token + 1]))
+    def _value(self, request: Request, group: int, token: int) -> object:
+        return self.weights, group, token, hash(tuple(request.prompt_token_ids[: token + 1]))
 
 
 @dataclass
@@ -354,3 +393,26 @@ def test_every_token_sees_what_it_must(model, caching, seed):
         if chance.random() < 0.3:
             simulation.manager.reset_prefix_cache()
     assert simulation.loaded_tokens > 0, "nothing was ever loaded"
+
+
+@pytest.mark.parametrize(("model", "caching"), CASES)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_token_sees_kv_cache_of_the_weights_that_vllm_has(model, caching, seed):
+    """Between requests and in the midst of them: vLLM preempts what runs when it resets."""
+    chance = random.Random(f"weights {model} {caching} {seed}")
+    simulation = Simulation((MODELS | STATE_MODELS)[model], caching, chance)
+    stem = [chance.randrange(1000) for _ in range(MAX_TOKENS)]
+    loaded: dict[int, int] = {}
+    for number in range(60):
+        before = simulation.loaded_tokens
+        simulation.run(
+            f"request {number}",
+            stem[: chance.randrange(100, 330)] + [chance.randrange(1000) for _ in range(20)],
+            may_preempt=number % 3 == 2,
+        )
+        tokens = simulation.loaded_tokens - before
+        loaded[simulation.weights] = loaded.get(simulation.weights, 0) + tokens
+        if chance.random() < 0.25:
+            simulation.reset()
+    assert loaded[0] > 0, "nothing of the first weights was loaded"
+    assert sum(loaded.values()) > loaded[0], "nothing of other weights was ever loaded"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fakes import BLOCK, CHUNK, GEOMETRY, FakeLookup, make_request, step
+from fakes import BLOCK, CHUNK, GEOMETRY, FakeLookup, make_request, step, watch
 
 from kvrail.vllm.lmcache_hash import LmcacheHasher
 from kvrail.vllm.scheduler import ConnectorScheduler, SchedulerOptions
@@ -23,7 +23,10 @@ def keys_of(tokens: int) -> list[bytes]:
 @pytest.fixture
 def scheduler() -> ConnectorScheduler:
     return ConnectorScheduler(
-        GEOMETRY, SchedulerOptions(min_load_tokens=0), hasher=LmcacheHasher("builtin", START)
+        GEOMETRY,
+        SchedulerOptions(min_load_tokens=0),
+        watch(),
+        hasher=LmcacheHasher("builtin", START),
     )
 
 

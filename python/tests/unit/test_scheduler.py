@@ -16,6 +16,7 @@ from fakes import (
     make,
     make_request,
     step,
+    watch,
 )
 
 from kvrail._core import ClosedError
@@ -422,7 +423,7 @@ def test_hashes_finer_than_blocks(clock):
     geometry = ChunkGeometry(CHUNK, 2 * BLOCK, BLOCK)
     request = make_request("a", 300)
     keys = keys_of(request, 4)
-    scheduler = ConnectorScheduler(geometry, SchedulerOptions(), clock=clock)
+    scheduler = ConnectorScheduler(geometry, SchedulerOptions(), watch(clock), clock=clock)
     scheduler.enable(FakeLookup(keys[:1]))
     tokens, _ = scheduler.get_num_new_matched_tokens(request, 0)
     scheduler.update_state_after_alloc(request, FakeBlocks(range(2)), tokens)

@@ -9,6 +9,7 @@ from fakes import FakeKvCache, FakeStore
 
 from kvrail._core import ClosedError
 from kvrail.vllm import worker as module
+from kvrail.vllm.loaded_weights import WeightsReport
 from kvrail.vllm.metadata import (
     NO_WORK,
     NO_WORK_NO_FORWARD,
@@ -254,3 +255,20 @@ def test_shutdown_closes_once_within_a_limit(worker, store):
     worker.shutdown()
     assert store.closed == [module.CLOSE_LIMIT_SECONDS]
     assert worker.take_stats() is None
+
+
+def test_a_question_for_the_weights_is_answered_with_its_number_and_the_rank(store, kv_cache):
+    reports = [WeightsReport("a" * 64, is_as_loaded=True)]
+    made = ConnectorWorker(weights=SimpleNamespace(report=lambda: reports[0]))
+    made.adopt(store, [kv_cache])
+    made.start_loads(KvrailMetadata(weights_question=5))
+    assert made.take_worker_metadata() == KvrailWorkerMetadata(weights={(5, 0): reports[0]})
+    assert made.take_worker_metadata() is None
+    made.start_loads(NO_WORK)
+    assert made.take_worker_metadata() is None
+
+
+def test_without_a_way_to_the_weights_the_answer_is_why(worker):
+    worker.start_loads(KvrailMetadata(weights_question=1))
+    answers = worker.take_worker_metadata().weights
+    assert answers[1, 0].problem == "no way to the weights in memory"
