@@ -199,3 +199,28 @@ def test_metadata_of_two_workers_is_merged():
     first = KvrailWorkerMetadata(weights={(1, 0): AS_LOADED})
     second = KvrailWorkerMetadata(weights={(1, 1): TRAINED})
     assert first.aggregate(second).weights == {(1, 0): AS_LOADED, (1, 1): TRAINED}
+
+
+def test_a_lookup_of_before_a_reset_answers_nothing_of_after_it(clock):
+    request = make_request("a", 300)
+    lookup = FakeLookup(keys_of(request, 4), answering=False)
+    scheduler = make(lookup, clock)
+    scheduler.on_new_request(request)
+    scheduler.weights_may_have_changed()
+    answer(scheduler, TRAINED)
+    lookup.settle(lookup.tickets[0])
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (None, False)
+    lookup.settle(lookup.tickets[1])
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+
+
+def test_an_answer_to_an_older_question_is_not_one_to_the_newer(clock):
+    request = make_request("a", 300)
+    scheduler = make(FakeLookup(keys_of(request, 4)), clock, weights=watch(clock, workers=2))
+    scheduler.weights_may_have_changed()
+    answer(scheduler, AS_LOADED)
+    scheduler.weights_may_have_changed()
+    question = scheduler.build_connector_meta(step()).weights_question
+    rest = {(question, 1): AS_LOADED}
+    scheduler.update_connector_output(KvrailWorkerMetadata(weights=rest))
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (None, False)
