@@ -50,8 +50,11 @@ def _assert_hits(answers: dict[str, Any], *, expected: bool) -> None:
         assert moved(answer, HITS) == tokens, name
 
 
-@pytest.mark.parametrize("reset", [WITH_CONNECTOR, ONLY_VLLMS], ids=["connector", "vllm alone"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("ranks", "reset"),
+    [(1, WITH_CONNECTOR), (1, ONLY_VLLMS), (2, ONLY_VLLMS)],
+    ids=["connector told", "only vllm's cache", "two ranks"],
+)
 def test_chunks_of_other_weights_are_not_found(
     engines: Engines,
     llama: Path,
