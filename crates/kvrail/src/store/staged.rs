@@ -1,11 +1,11 @@
 //! A chunk on its way out: its image, perhaps still being copied there by a GPU.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use kvrail_cuda::Event;
 
-use super::gpu::{InPlaceImage, SlotImage};
+use super::gpu::{InPlaceImage, LateBuffers, SlotImage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::StagingRange;
 
@@ -20,16 +20,14 @@ pub(super) enum Staged {
     InPlace(InPlaceImage),
 }
 
-/// How long a store that is given up waits for the GPU to let go of its buffer.
-const GRACE: Duration = Duration::from_secs(1);
-
 /// The image of a chunk file with its payload in place.
 #[derive(Debug)]
 pub(super) struct StagedImage {
     /// `None` only when it was taken out.
     image: Option<StagingRange>,
-    /// Done when the bytes are there; `None` when they are already.
-    arriving: Option<Arc<Event>>,
+    /// Done when the bytes are there, and who takes the buffer if nobody waits for that; `None` when
+    /// they are already.
+    arriving: Option<(Arc<Event>, Arc<LateBuffers>)>,
     /// Whether the page table is filled, too.
     hashed: bool,
 }
@@ -45,10 +43,15 @@ impl StagedImage {
     }
 
     /// An image that a GPU fills until `arriving` is done.
-    pub(super) fn arriving(image: StagingRange, arriving: Arc<Event>, hashed: bool) -> Self {
+    pub(super) fn arriving(
+        image: StagingRange,
+        arriving: Arc<Event>,
+        late: &Arc<LateBuffers>,
+        hashed: bool,
+    ) -> Self {
         Self {
             image: Some(image),
-            arriving: Some(arriving),
+            arriving: Some((arriving, Arc::clone(late))),
             hashed,
         }
     }
@@ -58,7 +61,7 @@ impl StagedImage {
     /// # Errors
     /// [`ErrorKind::TimedOut`] at the deadline, [`ErrorKind::Gpu`] when the copy failed.
     pub(super) fn wait(mut self, deadline: Instant) -> Result<(StagingRange, bool)> {
-        if let Some(event) = &self.arriving {
+        if let Some((event, _)) = &self.arriving {
             match event.wait(deadline) {
                 Ok(true) => self.arriving = None,
                 Ok(false) => {
@@ -75,12 +78,11 @@ impl StagedImage {
 
 impl Drop for StagedImage {
     fn drop(&mut self) {
-        let Some(event) = self.arriving.take() else {
+        let (Some((event, late)), Some(image)) = (self.arriving.take(), self.image.take()) else {
             return;
         };
-        if !matches!(event.wait(Instant::now() + GRACE), Ok(true)) {
-            // The GPU may still write there: the buffer is lost rather than given to another.
-            std::mem::forget(self.image.take());
+        if !matches!(event.is_done(), Ok(true)) {
+            late.keep(event, image);
         }
     }
 }

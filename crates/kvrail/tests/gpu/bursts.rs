@@ -117,3 +117,55 @@ fn a_stream_that_cannot_wait_for_a_slot_costs_its_store_and_no_slot() {
         assert_eq!(cache.store(name, [4, 5]).stored, 1, "round {round}");
     }
 }
+
+#[test]
+fn buffers_of_stores_that_end_before_their_copy_come_back() {
+    let mocks = Mocks::load();
+    let folder = tempfile::tempdir().unwrap();
+    let other = open(&mocks, folder.path());
+    let store = open(&mocks, folder.path());
+    let cache = Cache::attach(&mocks, &store, 0).unwrap();
+    let theirs = Cache::attach(&mocks, &other, 1).unwrap();
+    let content = noise(3, cache.memory.bytes());
+    cache.write(&content);
+    theirs.write(&content);
+    for name in 0..CHUNKS {
+        assert_eq!(theirs.store(name, [0, 1]).stored, 1);
+    }
+    let compute = cache.context.stream(Priority::Low).unwrap();
+    // SAFETY: the stream lives until the end of the test.
+    let stream = unsafe { ComputeStream::from_raw(compute.raw()) };
+    let wanted = |name| StoreChunk {
+        chunk: chunk(name),
+        blocks: vec![0, 1],
+    };
+    // A forward of seconds is in front of the copies; the chunks are there, so nobody waits for it.
+    mocks.script_cuda("cuEventQuery error=600");
+    let chunks: Vec<StoreChunk> = (0..CHUNKS).map(wanted).collect();
+    let began = Instant::now();
+    let ticket = cache.kv_cache.store_after(&chunks, stream).unwrap();
+    let report = ticket.wait(LIMIT).unwrap();
+    assert_eq!(report.already_present, CHUNKS as usize, "{report:?}");
+    assert!(began.elapsed() < Duration::from_secs(1), "waited for a GPU");
+    // Their buffers are not used again meanwhile.
+    let next: Vec<StoreChunk> = (CHUNKS..2 * CHUNKS).map(wanted).collect();
+    let ticket = cache.kv_cache.store_after(&next, stream).unwrap();
+    std::thread::sleep(Duration::from_millis(1500));
+    mocks.script_cuda("");
+    let report = ticket.wait(LIMIT).unwrap();
+    assert!(
+        report.dropped > 0,
+        "buffers that a GPU writes to: {report:?}"
+    );
+    let deadline = Instant::now() + LIMIT;
+    for name in 2 * CHUNKS.. {
+        let chunks: Vec<StoreChunk> = (0..CHUNKS)
+            .map(|index| wanted(name * CHUNKS + index))
+            .collect();
+        let report = cache.kv_cache.store_after(&chunks, stream).unwrap();
+        if report.wait(LIMIT).unwrap().stored == CHUNKS as usize {
+            break;
+        }
+        assert!(Instant::now() < deadline, "buffers were lost");
+    }
+}

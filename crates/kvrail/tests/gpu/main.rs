@@ -13,6 +13,7 @@ mod failures;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use common::{Geometry, LIMIT, chunk, chunk_path, config, namespace, noise};
 use kvrail::memory::CopyMethod;

@@ -85,7 +85,7 @@ impl GpuSide {
                 head.rejoin(image).map_err(|_| {
                     Error::new(ErrorKind::InvalidArgument, "parts of two staging buffers")
                 })?;
-                Ok(StagedImage::arriving(head, event, hashed))
+                Ok(StagedImage::arriving(head, event, &self.late, hashed))
             }
             Err(error) => {
                 if slot.settle(own, Instant::now() + GRACE).is_err() {

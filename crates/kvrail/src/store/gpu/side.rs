@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::cufile::Cufile;
 use super::devices::Opened;
 use super::in_place::InPlace;
+use super::late_buffers::LateBuffers;
 use crate::chunk::ChunkFormat;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::within;
@@ -62,6 +63,7 @@ pub(in crate::store) struct GpuSide {
     pub(super) slots: GpuSlots,
     pub(super) cufile: Option<Arc<Cufile>>,
     pub(super) in_place: Option<InPlace>,
+    pub(super) late: Arc<LateBuffers>,
 }
 
 /// What a KV cache on a GPU is attached with.
@@ -120,6 +122,7 @@ impl GpuSide {
             slots,
             cufile,
             in_place,
+            late: Arc::default(),
         };
         side.check_mounts(store);
         side.tell(store, buffers, refusal, &timings);
