@@ -37,6 +37,7 @@ from kvrail.vllm.lmcache_hash import LmcacheHasher
 from kvrail.vllm.loaded_weights import LoadedWeights
 from kvrail.vllm.lookup import Agreement, DisagreementError, LookupStore, agree
 from kvrail.vllm.metadata import KvrailMetadata
+from kvrail.vllm.multimodal import items_are_named
 from kvrail.vllm.scheduler import ConnectorScheduler, SchedulerOptions
 from kvrail.vllm.stats import KvrailPromMetrics, KvrailStats, StatsCollector
 from kvrail.vllm.weights_watch import WeightsWatch
@@ -277,6 +278,7 @@ class _SchedulerSide:
             wait_limit_seconds=float(effective_value(config, "extra_config.wait_limit_seconds")),
             min_load_tokens=effective_value(config, "min_load_tokens"),
             max_step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            items_are_named=items_are_named(vllm_config),
         )
         self._misfit: str | None = None
         geometry = ChunkGeometry(config.chunk_size, config.chunk_size, config.chunk_size)

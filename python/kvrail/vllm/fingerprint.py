@@ -3,14 +3,18 @@
 Reading every byte of a large model at each start would take minutes, so a fingerprint covers the
 configuration, the name and size of every weight file, and a sample of its content. Pages spread
 evenly over a file find any training that changed the tensors there; the head of a file holds its
-index.
+index. Scales of a quantized KV cache are a few bytes that a calibration changes alone, so all of
+them are read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz"})
 CONFIG_NAMES = ("config.json", "adapter_config.json", "model.safetensors.index.json")
@@ -19,6 +23,14 @@ PAGE_BYTES = 4096
 # One page in every 64th of a file. With 30 files this is 8 MB to read, mostly from the page cache,
 # because the weights have been loaded just before.
 SAMPLED_PAGES = 64
+# Names that vLLM's `maybe_remap_kv_scale_name` knows: `k_scale`, `v_proj.output_scale`, `kv_scale`.
+KV_SCALE = re.compile(
+    r"(^|[._])(q|k|v|kv|qkv|prob)(_proj)?[._](cache[._])?(output_)?(zero_point|scale)"
+)
+# One for each head at most.
+SCALE_BYTES_MAX = 1 << 20
+# The limit of the safetensors library.
+HEADER_BYTES_MAX = 100_000_000
 
 
 class FingerprintError(RuntimeError):
@@ -63,6 +75,27 @@ def _add(digest: hashlib._Hash, *parts: bytes) -> None:
         digest.update(part)
 
 
+def _add_kv_scales(digest: hashlib._Hash, stream: BinaryIO, size: int) -> None:
+    """Adds the KV cache's scales of a safetensors file; nothing for any other file."""
+    stream.seek(0)
+    length = int.from_bytes(stream.read(8), "little")
+    if not 0 < length <= min(HEADER_BYTES_MAX, size - 8):
+        return
+    try:
+        header = json.loads(stream.read(length))
+        places = {
+            str(name): [int(at) for at in entry["data_offsets"]]
+            for name, entry in header.items()
+            if KV_SCALE.search(name)
+        }
+    except (ValueError, TypeError, KeyError, AttributeError):
+        # vLLM has loaded it all the same, so it is a file of another kind.
+        return
+    for name, (begin, end) in sorted(places.items()):
+        stream.seek(8 + length + begin)
+        _add(digest, name.encode(), stream.read(min(max(0, end - begin), SCALE_BYTES_MAX)))
+
+
 def _add_sample(digest: hashlib._Hash, file: Path) -> None:
     with file.open("rb") as stream:
         size = stream.seek(0, 2)
@@ -73,6 +106,8 @@ def _add_sample(digest: hashlib._Hash, file: Path) -> None:
         for index in range(SAMPLED_PAGES):
             stream.seek(last * index // (SAMPLED_PAGES - 1))
             _add(digest, stream.read(PAGE_BYTES))
+        if file.suffix == ".safetensors":
+            _add_kv_scales(digest, stream, size)
 
 
 def resolve_model_path(model: str, revision: str | None, download_dir: str | None) -> Path:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from kvrail.vllm.fingerprint import FingerprintError, fingerprint_path, resolve_model_path
 from kvrail.vllm.layout import UnsupportedModelError
 from kvrail.vllm.lmcache_hash import PREFIX, LmcacheHasher
+from kvrail.vllm.multimodal import processing
 from kvrail.vllm.version import parse
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def build_identity(
     parallel = vllm_config.parallel_config
     if parallel.prefill_context_parallel_size > 1:
         raise UnsupportedModelError("prefill context parallelism is not supported")
+    _check_outputs(vllm_config)
     model = vllm_config.model_config
     number = parse(vllm_version)
     shares: Sequence[HeadShare | None] = heads or [None] * len(groups)
@@ -84,6 +86,7 @@ def build_identity(
         "weights": _weights(vllm_config, model),
         "draft_weights": _draft_weights(vllm_config),
         "long_rope": _uses_long_rope(model),
+        **_only_where_set(vllm_config, model),
         "dtype": str(model.dtype),
         "quantization": model.quantization,
         "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype),
@@ -194,8 +197,67 @@ def _without_origin(value: Any) -> Any:
     return value
 
 
+def _check_outputs(vllm_config: VllmConfig) -> None:
+    """Refuses engines that need each token of a prompt computed, whatever is in a cache.
+
+    vLLM knows it of its own prefix cache, and does not ask connectors.
+    """
+    model = vllm_config.model_config
+    pooler = getattr(model, "pooler_config", None)
+    if pooler is not None and not model.is_prefix_caching_supported:
+        raise UnsupportedModelError(
+            "its pooling needs all tokens of a prompt computed at once, as vLLM says of its own "
+            "prefix cache"
+        )
+    outputs = getattr(vllm_config, "aux_output_config", None)
+    if outputs is not None and outputs.enabled:
+        raise UnsupportedModelError(
+            "enable_return_routed_experts needs each token of a prompt computed in this process"
+        )
+
+
+def _only_where_set(vllm_config: VllmConfig, model: ModelConfig) -> dict[str, Any]:
+    """What few models have; left out of the identity of all others."""
+    parts = {
+        "quantization_config": _quantization(model),
+        "attn_temperature_tuning": _temperature_tuning(model),
+        "multimodal": processing(model, _folder(vllm_config, model)),
+    }
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _folder(vllm_config: VllmConfig, model: ModelConfig) -> Path:
+    try:
+        return resolve_model_path(model.model, model.revision, vllm_config.load_config.download_dir)
+    except FingerprintError:
+        # Of weights that were never files, such as dummy ones.
+        return Path(model.model)
+
+
+def _quantization(model: ModelConfig) -> str | None:
+    """What the user set for quantization at loading, beyond the method's name."""
+    config = getattr(model, "quantization_config", None)
+    if config is None:
+        return None
+    if not isinstance(config, dict):
+        config = {name: getattr(config, name) for name in sorted(vars(config))}
+    return json.dumps(config, sort_keys=True, default=repr)
+
+
+def _temperature_tuning(model: ModelConfig) -> bool | None:
+    """Whether Llama 4 scales queries by their position, which it decides when it is made.
+
+    As in ``Llama4ForCausalLM``: from the generation configuration, else for contexts above 32,768.
+    """
+    text = getattr(model, "hf_text_config", None)
+    if not str(getattr(text, "model_type", "")).startswith("llama4"):
+        return None
+    generation = {**model.try_get_generation_config(), **model.override_generation_config}
+    return bool(generation.get("attn_temperature_tuning", model.max_model_len > 32768))
+
+
 def _uses_long_rope(model: ModelConfig) -> bool | None:
-    """Which of LongRoPE's two tables vLLM uses: the only way the context length changes K."""
+    """Which of LongRoPE's two tables vLLM uses: one way the context length changes K."""
     limits = _long_rope_limits(model.hf_config.to_dict())
     return model.max_model_len > min(limits) if limits else None
 

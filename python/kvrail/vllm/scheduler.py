@@ -58,6 +58,8 @@ class SchedulerOptions:
     """Least tokens of a hit that is loaded; None measures whether loading is worth it."""
     max_step_tokens: int | None = None
     """Tokens that vLLM computes in one step at most."""
+    items_are_named: bool = True
+    """Whether the block hashes name images and the like by their content."""
 
 
 class ConnectorScheduler:
@@ -321,6 +323,13 @@ class ConnectorScheduler:
                 return None
         # A session that is continued rewrites its own tokens, and with them its hashes.
         if getattr(request, "resumable", False):
+            return None
+        if request.mm_features and not self._options.items_are_named:
+            self._tally.report(
+                "images without names",
+                "with vLLM's prefix cache and its processor cache off, block hashes do not tell "
+                "images apart: requests with images are not stored or loaded",
+            )
             return None
         problem = request_problem(request) if self._hasher is not None else None
         if problem is not None:

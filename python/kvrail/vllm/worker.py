@@ -286,7 +286,7 @@ class ConnectorWorker:
         return stored
 
     def _look_at_weights(self, question: int) -> None:
-        """Before the forward of this step, which is the first one after the question came up."""
+        """In the first step after the question came up, before anything of a later one."""
         if self._weights is None:
             report = WeightsReport("", False, "no way to the weights in memory")
         else:

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from kvrail.vllm.fingerprint import (
     AdapterFingerprints,
@@ -107,3 +109,39 @@ def test_adapters(model, tmp_path):
     assert AdapterFingerprints().of(adapter(model)) != first
     assert known.of(adapter(model, load_inplace=True)) is None
     assert known.of(adapter(tmp_path / "gone")) is None
+
+
+KV_SCALES = [
+    "model.layers.0.self_attn.k_scale",
+    "model.layers.0.self_attn.v_proj.v_scale",
+    "model.layers.0.self_attn.k_proj.output_scale",
+    "model.layers.0.self_attn.qkv_proj.k_scale",
+    "model.layers.0.self_attn.kv_scale",
+    "model.layers.0.self_attn.v_cache.scale",
+    "model.layers.0.mixer.k_proj.k_scale",
+]
+
+
+@pytest.mark.parametrize("name", KV_SCALES)
+def test_a_kv_cache_that_is_calibrated_anew_is_seen_in_any_file(tmp_path, name):
+    """Two bytes somewhere between the pages that are sampled."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+
+    def fingerprint(scale: float) -> str:
+        tensors = {
+            "a.weight": torch.zeros(1 << 20, dtype=torch.float32),
+            name: torch.tensor([scale], dtype=torch.bfloat16),
+            "z.weight": torch.zeros(1 << 20, dtype=torch.bfloat16),
+        }
+        save_file(tensors, folder / "model.safetensors")
+        return fingerprint_path(folder)
+
+    assert fingerprint(1.0) == fingerprint(1.0)
+    assert fingerprint(1.0) != fingerprint(2.0)
+
+
+def test_a_file_that_only_says_that_it_is_safetensors_is_sampled_all_the_same(model):
+    for head in (b"", b"\xff" * 8, (20).to_bytes(8, "little") + b"[1, 2, 3]           "):
+        (model / "two.safetensors").write_bytes(head)
+        assert len(fingerprint_path(model)) == 64

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.config.aux_output import AuxOutputConfig
 from vllm.platforms import current_platform
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
@@ -29,6 +30,7 @@ from kvrail.vllm.identity import (
     prefix_hash,
 )
 from kvrail.vllm.layout import UnsupportedModelError
+from kvrail.vllm.multimodal import items_are_named
 
 LAYERS = ["model.layers.0.attn", "model.layers.1.attn"]
 
@@ -136,6 +138,11 @@ def other_isa(setup):
         setup.vllm.compilation_config.static_forward_context[name] = Layer("amx")
 
 
+def images(**settings) -> SimpleNamespace:
+    """The settings of a model that takes images."""
+    return SimpleNamespace(**{"mm_processor_kwargs": None, "video_pruning_rate": None} | settings)
+
+
 def assign(path: str, value):
     def change(setup):
         target = setup
@@ -164,6 +171,8 @@ CHANGES = [
     assign("vllm.parallel_config.decode_context_parallel_size", 2),
     assign("vllm.parallel_config.cp_kv_cache_interleave_size", 16),
     assign("vllm.load_config.load_format", "dummy"),
+    assign("vllm.model_config.quantization_config", {"ignore": ["lm_head"]}),
+    assign("vllm.model_config.multimodal_config", images()),
 ]
 
 
@@ -285,3 +294,85 @@ def test_a_random_hash_start_is_refused(monkeypatch):
         prefix_hash("xxhash")
     monkeypatch.setenv("PYTHONHASHSEED", "1")
     assert prefix_hash("xxhash") == prefix_hash("xxhash")
+
+
+def other_processor(setup):
+    (setup.folder / "preprocessor_config.json").write_text('{"max_pixels": 8}')
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_processor,
+        assign(
+            "vllm.model_config.multimodal_config", images(mm_processor_kwargs={"max_pixels": 8})
+        ),
+        assign("vllm.model_config.multimodal_config", images(video_pruning_rate=0.5)),
+        assign("vllm.model_config.hf_image_processor_config", {"size": 8}),
+    ],
+    ids=lambda change: change.__name__,
+)
+def test_what_an_engine_makes_of_images_matters(setup, change):
+    """Block hashes name the image, not into how many tokens of which pixels it is cut."""
+    setup.vllm.model_config.multimodal_config = images()
+    before = identify(setup)
+    change(setup)
+    assert identify(setup) != before
+
+
+def test_processor_files_are_nothing_to_models_of_text(setup):
+    before = identify(setup)
+    other_processor(setup)
+    assert identify(setup) == before
+
+
+@pytest.mark.parametrize(
+    ("length", "generation", "override", "expected"),
+    [
+        (32768, {}, {}, False),
+        (32769, {}, {}, True),
+        (99999, {"attn_temperature_tuning": False}, {}, False),
+        (4096, {"attn_temperature_tuning": False}, {"attn_temperature_tuning": True}, True),
+    ],
+)
+def test_llama_4_scales_queries_by_what_it_decides_when_it_is_made(
+    setup, length, generation, override, expected
+):
+    model = setup.vllm.model_config
+    assert "attn_temperature_tuning" not in identify(setup)
+    model.hf_text_config = SimpleNamespace(model_type="llama4_text")
+    model.max_model_len = length
+    model.try_get_generation_config = lambda: dict(generation)
+    model.override_generation_config = override
+    assert identify(setup)["attn_temperature_tuning"] is expected
+
+
+def test_pooling_that_needs_the_whole_prompt_is_refused(setup):
+    model = setup.vllm.model_config
+    model.pooler_config = SimpleNamespace(seq_pooling_type="MEAN")
+    model.is_prefix_caching_supported = False
+    with pytest.raises(UnsupportedModelError, match="pooling needs all tokens"):
+        identify(setup)
+    model.is_prefix_caching_supported = True
+    identify(setup)
+
+
+def test_outputs_of_each_token_of_a_prompt_are_refused(setup):
+    setup.vllm.aux_output_config = AuxOutputConfig()
+    identify(setup)
+    setup.vllm.aux_output_config = AuxOutputConfig(enable_return_routed_experts=True)
+    with pytest.raises(UnsupportedModelError, match="enable_return_routed_experts"):
+        identify(setup)
+
+
+@pytest.mark.parametrize(
+    ("cache_gb", "prefix_caching", "expected"),
+    [(4.0, True, True), (4.0, False, True), (0.0, True, True), (0.0, False, False)],
+)
+def test_images_have_names_of_their_content_while_vllm_needs_them(
+    setup, cache_gb, prefix_caching, expected
+):
+    assert items_are_named(setup.vllm), "a model of text"
+    setup.vllm.model_config.multimodal_config = images(mm_processor_cache_gb=cache_gb)
+    setup.vllm.cache_config.enable_prefix_caching = prefix_caching
+    assert items_are_named(setup.vllm) is expected

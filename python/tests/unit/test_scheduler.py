@@ -437,3 +437,15 @@ def test_hashes_finer_than_blocks(clock):
 def test_sizes_that_do_not_fit_are_refused(sizes):
     with pytest.raises(ValueError, match="no multiple"):
         ChunkGeometry(*sizes)
+
+
+def test_images_without_names_are_left_alone(clock):
+    """vLLM counts them then: another process gives another image the same hashes."""
+    request = make_request("a", 300)
+    request.mm_features = [SimpleNamespace()]
+    scheduler = make(FakeLookup(keys_of(request, 4)), clock, items_are_named=False)
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+    output = step(new=[(request, 0, 300)], blocks={"a": range(19)})
+    assert scheduler.build_connector_meta(output) is NO_WORK
+    text = make_request("b", 300)
+    assert scheduler.get_num_new_matched_tokens(text, 0) == (4 * CHUNK, True)
