@@ -130,9 +130,9 @@ def test_a_kv_cache_that_is_calibrated_anew_is_seen_in_any_file(tmp_path, name):
 
     def fingerprint(scale: float) -> str:
         tensors = {
-            "a.weight": torch.zeros(1 << 20, dtype=torch.float32),
+            "a.weight": torch.zeros(1_000_000, dtype=torch.float32),
             name: torch.tensor([scale], dtype=torch.bfloat16),
-            "z.weight": torch.zeros(1 << 20, dtype=torch.bfloat16),
+            "z.weight": torch.zeros(1_700_000, dtype=torch.bfloat16),
         }
         save_file(tensors, folder / "model.safetensors")
         return fingerprint_path(folder)
