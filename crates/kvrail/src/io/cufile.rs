@@ -113,7 +113,10 @@ impl CufileEngine {
                                 completion.complete(worker.perform(request));
                             }
                             Queued::Pieces(request, completion) => {
-                                completion.complete(worker.perform_pieces(&request));
+                                let result = worker.perform_pieces(&request);
+                                // Whoever waits may rename the file, and free the memory.
+                                drop(request);
+                                completion.complete(result);
                             }
                         }
                     }
