@@ -7,8 +7,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Each allocation is a mapping, so it has whole pages.
 const PAGE: usize = 4096;
-/// The driver cuts memory below this from what it has, so that it begins in the middle of a page (seen
-/// on an H200, driver 580; the CUDA programming guide promises 256 bytes).
+/// The driver cuts memory of no more than this from what it has, so that it begins in the middle of a
+/// page (seen on an H200, driver 580; the CUDA programming guide promises 256 bytes).
 const LARGE: usize = 1 << 20;
 /// Where in its page it begins.
 const SMALL_AT: usize = 1024;
@@ -66,7 +66,7 @@ impl Memory {
         if bytes == 0 || self.used(device).checked_add(bytes)? > device_limit() {
             return None;
         }
-        let before = if bytes < LARGE { SMALL_AT } else { 0 };
+        let before = if bytes <= LARGE { SMALL_AT } else { 0 };
         let mapped = (before + bytes).next_multiple_of(PAGE);
         // SAFETY: plain system calls on a descriptor of our own.
         let file = unsafe { libc::memfd_create(c"mock-device".as_ptr(), libc::MFD_CLOEXEC) };
