@@ -77,7 +77,9 @@ fn stores_of_one_step_pass_the_slots_one_behind_the_other_and_none_is_dropped() 
                     "{method}, {slots}: {report:?}"
                 );
                 let waited = store.metrics().stores_waited_for_slot;
-                assert_eq!(waited, CHUNKS - slots as u64, "{method}, {slots}");
+                // One of several is left to loads.
+                let free = if slots > 1 { slots as u64 - 1 } else { 1 };
+                assert_eq!(waited, CHUNKS - free, "{method}, {slots}");
                 for name in 0..CHUNKS {
                     assert_eq!(cache.load(name, 0, &[2, 3]).loaded, 1, "{method}, {name}");
                     let found = cache.read();

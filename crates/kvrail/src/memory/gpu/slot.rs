@@ -222,16 +222,22 @@ impl GpuSlots {
         Some(self.slot(gpu, device, self.cut_host(host), None))
     }
 
-    /// Takes a slot at once: where none is free, the one that was given back first of those that the
-    /// GPU still works on. What is put on `stream` from now on waits for that work to be over, so
-    /// the slot is for this stream, and for what is ordered behind it.
+    /// Takes a slot at once: where no more than `reserve` are free, the one that was given back first
+    /// of those that the GPU still works on. What is put on `stream` from now on waits for that work
+    /// to be over, so the slot is for this stream, and for what is ordered behind it.
     ///
-    /// `None` when every slot is somebody's, or the pinned memory beside them is all in use.
+    /// `None` when every slot is somebody's, all but `reserve` of them, or the pinned memory beside
+    /// them is all in use.
     ///
     /// # Errors
     /// [`ErrorKind::Gpu`].
-    pub fn take_behind(&self, gpu: &Gpu, stream: &Stream) -> Result<Option<GpuSlot>> {
-        if let Some(slot) = self.try_take(gpu, 0) {
+    pub fn take_behind(
+        &self,
+        gpu: &Gpu,
+        stream: &Stream,
+        reserve: usize,
+    ) -> Result<Option<GpuSlot>> {
+        if let Some(slot) = self.try_take(gpu, reserve) {
             return Ok(Some(slot));
         }
         let Some(host) = self.shared.scratch.try_take(0) else {

@@ -22,6 +22,8 @@ use crate::store::metrics::Metrics;
 use crate::store::staged::StagedImage;
 use crate::store::verify::{verify, verify_frame};
 
+/// Stores leave one of so many slots to loads.
+const LOADS_SHARE: usize = 4;
 /// Refusals of the driver after which a load that failed takes the GPU for dead.
 const REFUSALS_MAX: usize = 3;
 
@@ -45,7 +47,12 @@ impl GpuSide {
         let plan = TransferPlan::new(&cache.layout, blocks)?;
         let compute = self.gpu.compute_stream(compute);
         let own = self.gpu.store_stream();
-        let Some(mut slot) = self.slots.take_behind(&self.gpu, &compute)? else {
+        // Loads wait for a slot that is free: none would be while each step stores more than there are.
+        let reserve = match self.slots.slot_count() {
+            1 => 0,
+            count => (count / LOADS_SHARE).max(1),
+        };
+        let Some(mut slot) = self.slots.take_behind(&self.gpu, &compute, reserve)? else {
             return Ok(None);
         };
         metrics
