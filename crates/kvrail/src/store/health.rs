@@ -128,7 +128,7 @@ impl Health {
 }
 
 /// Returns whether an error says that the file system did not answer, rather than anything else.
-fn is_timeout(error: &Error) -> bool {
+pub(super) fn is_timeout(error: &Error) -> bool {
     error.kind() == ErrorKind::TimedOut && error.os_error().is_some()
 }
 

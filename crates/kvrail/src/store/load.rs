@@ -8,6 +8,7 @@ use super::batch::Ending;
 use super::capacity::touch_loaded;
 use super::chunk_file::{check_chunk, note_failure, open_chunk};
 use super::gpu::{GpuSide, InPlaceFailure, Route};
+use super::health::is_timeout;
 use super::image::{self, Extents};
 use super::load_host::{self, given_up};
 use super::load_job::{LoadBuffer, LoadJob};
@@ -169,7 +170,7 @@ fn note_route(store: &StoreShared, mount: &Mount, job: &LoadJob) {
             store.metrics.cufile_fallbacks.add(1);
             // Bytes that POSIX reads right and cuFile wrong: that is no chance to take again.
             let lies = error.kind() == ErrorKind::Damaged;
-            store.cufile_failed(mount, error, lies || error.kind() == ErrorKind::TimedOut);
+            store.cufile_failed(mount, error, lies || is_timeout(error));
         }
         (None, Route::Slot | Route::InPlace) => {
             store.metrics.cufile_chunks_loaded.add(1);
@@ -247,7 +248,7 @@ fn move_chunk(
     match (buffer, &job.cache.gpu) {
         (LoadBuffer::Slot(mut slot), Some(gpu)) if job.route == Route::InPlace => {
             match gpu.load_in_place(job, &mut slot, file, cufile_deadline) {
-                Ok(()) => Outcome::Loaded(None),
+                Ok(()) => moved(job),
                 Err(InPlaceFailure::Over(error)) => Outcome::Again(Some(at(error))),
                 Err(InPlaceFailure::Hangs(error, handles)) => {
                     Outcome::Hangs(at(error), parked::Parked::new(handles))
@@ -256,7 +257,7 @@ fn move_chunk(
         }
         (LoadBuffer::Slot(slot), Some(gpu)) => {
             match gpu.load_slot(job, *slot, file, cufile_deadline) {
-                Ok(()) => Outcome::Loaded(None),
+                Ok(()) => moved(job),
                 Err(error) => Outcome::Again(Some(at(error))),
             }
         }
@@ -298,6 +299,13 @@ fn move_chunk(
             }
         }
     }
+}
+
+/// Ends cuFile's part of a load. Nothing touches the blocks any more, so the watch may end what of
+/// the load still asks the file system.
+fn moved(job: &LoadJob) -> Outcome {
+    job.watched.release();
+    Outcome::Loaded(None)
 }
 
 /// Moves a chunk through pinned host memory to the GPU.

@@ -7,6 +7,7 @@ use super::batch::{Ending, Member};
 use super::cache_shared::CacheShared;
 use super::capacity::{touch_present, touch_stored};
 use super::directory::{Location, TEMPORARY_NAME};
+use super::health::is_timeout;
 use super::image;
 use super::manifest::ensure_manifest;
 use super::mount::Mount;
@@ -217,8 +218,7 @@ impl Save<'_> {
         if !matches!(stored, Stored::BlocksReused) {
             let store = self.store;
             store.metrics.cufile_fallbacks.add(1);
-            let hangs = error.kind() == ErrorKind::TimedOut;
-            store.cufile_failed(self.mount, &error, hangs);
+            store.cufile_failed(self.mount, &error, is_timeout(&error));
         }
         Ok(stored)
     }

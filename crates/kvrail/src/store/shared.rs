@@ -9,6 +9,7 @@ use super::bad::BadChunks;
 use super::capacity::{Capacity, Claim, JanitorThreads};
 use super::comparisons::Comparisons;
 use super::gpu::{CufileWish, GpuSide, Gpus, Opened};
+use super::health::is_timeout;
 use super::known::KnownAnswers;
 use super::lmcache_names::LmcacheNames;
 use super::lookup::LookupQueue;
@@ -26,7 +27,7 @@ use super::watch::Watch;
 use super::writer::Writer;
 use crate::chunk::{ChunkKey, Part};
 use crate::config::Durability;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::io::{IoCounts, IoEngine};
 use crate::memory::{CopyMethod, HostArena, StagingPool, StagingRange};
 
@@ -163,10 +164,17 @@ impl StoreShared {
         }
     }
 
-    /// Takes note that cuFile failed where POSIX did not, or hung (`at_once`): says so, and leaves
-    /// the path to POSIX when it was one too many.
+    /// Takes note that cuFile failed where POSIX did not, or hung or lied (`at_once`): says so, and
+    /// leaves the path to POSIX when it was one too many. That a GPU came late to what was asked of it
+    /// is not cuFile's doing.
     pub(super) fn cufile_failed(&self, mount: &Mount, error: &Error, at_once: bool) {
         let path = mount.root.display();
+        if error.kind() == ErrorKind::TimedOut && !is_timeout(error) {
+            self.notices.warn(Topic::CufileFailed, || {
+                format!("{path}: the GPU came too late for cuFile, POSIX did it instead: {error}")
+            });
+            return;
+        }
         if mount.cufile.failed(error, at_once) {
             self.metrics.cufile_mounts_downgraded.add(1);
             self.notices.warn(Topic::CufileGivenUp, || {

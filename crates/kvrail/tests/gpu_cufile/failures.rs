@@ -210,3 +210,48 @@ fn a_call_that_hangs_costs_half_of_the_limit_and_the_use_of_cufile() {
         }
     }
 }
+
+#[test]
+fn a_gpu_that_comes_late_is_not_held_against_cufile() {
+    for kind in KINDS {
+        let mut bench = Bench::start();
+        bench.config.wait_limit_seconds = 2.0;
+        let folder = bench.folder();
+        let store = bench.open(folder.path());
+        let cache = Cache::attach(&bench, &store, 0, kind).unwrap();
+        let content = noise(3, cache.bytes());
+        cache.write(&content);
+        let compute = cache.context.stream(Priority::Low).unwrap();
+        // SAFETY: the stream lives until the end of the test.
+        let stream = unsafe { ComputeStream::from_raw(compute.raw()) };
+        let wanted = StoreChunk {
+            chunk: chunk(1),
+            blocks: vec![4, 7],
+        };
+        // A forward that takes longer than cuFile's half of the time.
+        bench.mocks.script_cuda("cuEventQuery error=600");
+        let ticket = cache.kv_cache.store_after(&[wanted], stream).unwrap();
+        std::thread::sleep(Duration::from_millis(1500));
+        bench.mocks.script_cuda("");
+        assert_eq!(ticket.wait(LIMIT).unwrap().stored, 1, "{kind:?}");
+        let metrics = store.metrics();
+        let counted = (
+            metrics.cufile_chunks_stored,
+            metrics.cufile_fallbacks,
+            metrics.cufile_mounts_downgraded,
+        );
+        assert_eq!(counted, (0, 1, 0), "{kind:?}");
+        let notices = store.take_notices();
+        assert!(
+            notices
+                .iter()
+                .any(|notice| notice.message.contains("the GPU came too late for cuFile")),
+            "{notices:?}"
+        );
+        assert_eq!(cache.store(2, [0, 1]).stored, 1, "{kind:?}");
+        assert_eq!(cache.load(1, 0, &[8, 9]).loaded, 1, "{kind:?}");
+        assert_eq!(store.metrics().cufile_chunks_stored, 1, "{kind:?}");
+        assert_eq!(store.metrics().cufile_chunks_loaded, 1, "{kind:?}");
+        assert!(block(kind, &cache.read(), 9) == block(kind, &content, 7));
+    }
+}

@@ -293,7 +293,8 @@ fn wait_pieces(handles: Vec<PieceHandle>, deadline: Instant) -> Result<(), InPla
         hanging.len()
     );
     let error = Error::new(ErrorKind::TimedOut, message);
-    Err(InPlaceFailure::Hangs(error, hanging))
+    let source = std::io::Error::from(std::io::ErrorKind::TimedOut);
+    Err(InPlaceFailure::Hangs(error.with_source(source), hanging))
 }
 
 impl InPlaceImage {
