@@ -20,7 +20,9 @@ mod streaming;
 pub use arena::{Arena, DeviceArena, HostArena};
 pub use copy::{Scatter, gather};
 pub use file_use::FileUse;
-pub use gpu::{ComputeStream, CopyMethod, Gpu, GpuSlot, GpuSlots, PagesInSlot, SlotShape, Timing};
+pub use gpu::{
+    ComputeStream, CopyMethod, Gpu, GpuSlot, GpuSlots, PagesInSlot, SlotShape, Timing, WeakGpuSlots,
+};
 pub use region::{Device, Region};
 pub use registered::RegisteredRegion;
 pub use shared_slots::{SharedSlots, SlotRead, SlotWrite, SlotsLayout};

@@ -187,6 +187,27 @@ pub fn leftovers(path: &Path) -> usize {
         .sum()
 }
 
+fn attach_memory(
+    store: &Store,
+    memory: &Arc<DeviceMemory>,
+    ordinal: usize,
+    kind: Kind,
+    (group, blocks): (u32, usize),
+) -> kvrail::Result<KvCache> {
+    let (layout, bytes) = layout(kind);
+    // SAFETY: the allocation has these bytes and lives as long as the region's owner.
+    let region = unsafe {
+        Region::from_raw(
+            memory.address() as usize,
+            bytes,
+            Device::Cuda(ordinal),
+            Arc::clone(memory) as _,
+        )
+    }
+    .unwrap();
+    store.attach(group, 0, layout, vec![region], blocks)
+}
+
 impl Cache {
     pub fn attach(
         bench: &Bench,
@@ -194,27 +215,27 @@ impl Cache {
         ordinal: usize,
         kind: Kind,
     ) -> kvrail::Result<Self> {
-        let (layout, bytes) = layout(kind);
+        let (_, bytes) = layout(kind);
         let cuda = Cuda::load(&[bench.mocks.cuda().to_path_buf()]).unwrap();
         let context = cuda.retain_primary(ordinal).unwrap();
         let memory = Arc::new(context.allocate_at_page(bytes).unwrap());
-        // SAFETY: the allocation has these bytes and lives as long as the region's owner.
-        let region = unsafe {
-            Region::from_raw(
-                memory.address() as usize,
-                bytes,
-                Device::Cuda(ordinal),
-                Arc::clone(&memory) as _,
-            )
-        }
-        .unwrap();
         let cache = Self {
-            kv_cache: store.attach(0, 0, layout, vec![region], 2)?,
+            kv_cache: attach_memory(store, &memory, ordinal, kind, (0, 2))?,
             memory,
             context,
         };
         cache.write(&vec![POISON; bytes]);
         Ok(cache)
+    }
+
+    /// Another KV cache group in the same memory, as vLLM's groups share theirs, with chunks of so
+    /// many blocks.
+    pub fn attach_group(&self, store: &Store, kind: Kind, group: u32, blocks: usize) -> Self {
+        Self {
+            kv_cache: attach_memory(store, &self.memory, 0, kind, (group, blocks)).unwrap(),
+            memory: Arc::clone(&self.memory),
+            context: self.context.clone(),
+        }
     }
 
     pub fn bytes(&self) -> usize {
@@ -264,10 +285,10 @@ impl Cache {
         content
     }
 
-    pub fn store(&self, name: u64, blocks: [usize; 2]) -> StoreReport {
+    pub fn store(&self, name: u64, blocks: impl Into<Vec<usize>>) -> StoreReport {
         let chunk = StoreChunk {
             chunk: chunk(name),
-            blocks: blocks.to_vec(),
+            blocks: blocks.into(),
         };
         self.kv_cache.store(&[chunk]).unwrap().wait(LIMIT).unwrap()
     }
@@ -294,7 +315,7 @@ impl Cache {
         let chunk = LoadChunk {
             chunk: chunk(name),
             first_block,
-            blocks: blocks.to_vec(),
+            blocks: blocks.into(),
         };
         self.kv_cache.load(vec![chunk]).unwrap()
     }

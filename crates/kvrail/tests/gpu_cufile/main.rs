@@ -17,6 +17,7 @@ mod machine;
 
 mod choice;
 mod failures;
+mod groups;
 mod in_place;
 mod real;
 mod serving;

@@ -19,4 +19,4 @@ mod transfer;
 pub use calibrate::Timing;
 pub use device::{ComputeStream, CopyMethod, Gpu};
 pub use hashing::PagesInSlot;
-pub use slot::{GpuSlot, GpuSlots, SlotShape};
+pub use slot::{GpuSlot, GpuSlots, SlotShape, WeakGpuSlots};

@@ -1,7 +1,7 @@
 //! The ring of VRAM slots: one holds the image of a chunk file, and what the GPU needs beside it.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use kvrail_cuda::{COPY_PIECE_BYTES, CopyDescriptor, CuFileDriver, Event, HashDescriptor, Stream};
@@ -82,18 +82,35 @@ fn page_aligned(bytes: usize) -> usize {
     bytes.next_multiple_of(PAGE_BYTES)
 }
 
-/// The VRAM slots of one KV cache, allocated once.
+/// VRAM slots, allocated once, as the chunks of one KV cache use them.
 #[derive(Debug, Clone)]
 pub struct GpuSlots {
     shared: Arc<Shared>,
+    shape: SlotShape,
 }
+
+/// VRAM slots that are there as long as somebody uses them.
+#[derive(Debug, Clone)]
+pub struct WeakGpuSlots(Weak<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     draining: Mutex<Draining>,
     slots: StagingPool<DeviceArena>,
     scratch: StagingPool<HostArena>,
-    shape: SlotShape,
+    /// What the slots were made for, and are large enough for.
+    largest: SlotShape,
+}
+
+impl WeakGpuSlots {
+    /// Returns the slots for chunks of `shape`: `None` when they are gone, or too small.
+    pub fn with_shape(&self, shape: SlotShape) -> Option<GpuSlots> {
+        let shared = self.0.upgrade()?;
+        let largest = &shared.largest;
+        let fits = shape.device_bytes() <= largest.device_bytes()
+            && shape.scratch_bytes() <= largest.scratch_bytes();
+        fits.then_some(GpuSlots { shared, shape })
+    }
 }
 
 /// What was given back while the GPU still worked on it.
@@ -118,6 +135,21 @@ pub(super) struct DeviceParts {
     pub(super) image: StagingRange<DeviceArena>,
     pub(super) hashes: StagingRange<DeviceArena>,
     pub(super) descriptors: StagingRange<DeviceArena>,
+    /// What chunks of this shape do not need.
+    rest: StagingRange<DeviceArena>,
+}
+
+impl DeviceParts {
+    /// Returns the slot in one piece: what uses it next may cut it in another way.
+    fn whole(self) -> Result<StagingRange<DeviceArena>> {
+        let mut whole = self.image;
+        for part in [self.hashes, self.descriptors, self.rest] {
+            whole
+                .rejoin(part)
+                .map_err(|_| Error::new(ErrorKind::InvalidArgument, "parts of two VRAM slots"))?;
+        }
+        Ok(whole)
+    }
 }
 
 /// The pinned memory beside a slot.
@@ -193,14 +225,20 @@ impl GpuSlots {
                 draining: Mutex::default(),
                 slots,
                 scratch,
-                shape,
+                largest: shape,
             }),
+            shape,
         })
     }
 
     /// Returns what a slot holds.
     pub fn shape(&self) -> SlotShape {
-        self.shared.shape
+        self.shape
+    }
+
+    /// Returns the slots without a hold on them.
+    pub fn downgrade(&self) -> WeakGpuSlots {
+        WeakGpuSlots(Arc::downgrade(&self.shared))
     }
 
     /// Returns whether cuFile knows the slots.
@@ -255,7 +293,8 @@ impl GpuSlots {
         draining.scratch.push((Arc::clone(&event), parts.host));
         drop(draining);
         // From here on a slot like any other that the GPU works on, whatever fails.
-        let slot = self.slot(gpu, parts.device, self.cut_host(host), Some(event));
+        let device = self.cut_device(parts.device.whole()?);
+        let slot = self.slot(gpu, device, self.cut_host(host), Some(event));
         slot.order_after_mark(stream)?;
         Ok(Some(slot))
     }
@@ -295,22 +334,23 @@ impl GpuSlots {
     }
 
     fn cut_device(&self, mut device: StagingRange<DeviceArena>) -> DeviceParts {
-        let shape = &self.shared.shape;
+        let shape = &self.shape;
         DeviceParts {
             image: device.split_to(shape.image),
             hashes: device.split_to(shape.hashes),
-            descriptors: device,
+            descriptors: device.split_to(shape.descriptors),
+            rest: device,
         }
     }
 
     fn cut_host(&self, mut host: StagingRange) -> HostParts {
-        let shape = &self.shared.shape;
+        let shape = &self.shape;
         HostParts {
             zeros: host.split_to(PAGE_BYTES),
             head: host.split_to(PAGE_BYTES),
             table: host.split_to(shape.table),
             hashes: host.split_to(shape.hashes),
-            descriptors: host,
+            descriptors: host.split_to(shape.descriptors),
         }
     }
 

@@ -7,6 +7,7 @@ use kvrail_cuda::{Cuda, LibraryPaths};
 
 use super::choice;
 use super::cufile::Cufile;
+use super::shared_memory::SharedMemory;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::{Device, Gpu, Region};
 use crate::store::shared::StoreShared;
@@ -23,6 +24,7 @@ pub(in crate::store) struct Gpus {
 pub(in crate::store) struct Opened {
     pub(in crate::store) gpu: Gpu,
     pub(super) cufile: Option<Arc<Cufile>>,
+    pub(super) memory: Arc<SharedMemory>,
 }
 
 impl Gpus {
@@ -48,7 +50,11 @@ impl Gpus {
             .map_err(|error| Error::gpu(format!("KV cache on cuda:{ordinal}"), error))?;
         let gpu = Gpu::open(&cuda, ordinal)?;
         let cufile = choice::choose(store, &gpu).map(Arc::new);
-        let opened = Opened { gpu, cufile };
+        let opened = Opened {
+            gpu,
+            cufile,
+            memory: Arc::default(),
+        };
         open.insert(ordinal, opened.clone());
         Ok(opened)
     }

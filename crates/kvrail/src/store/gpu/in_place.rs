@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cufile::{Cufile, wait_all};
+use super::shared_memory::{SharedMemory, Use};
 use super::side::{GpuSide, Shape};
 use super::slot_image::{GRACE, give_up, send_head};
 use crate::chunk::{ChunkRef, PAGE_BYTES};
@@ -78,6 +79,7 @@ impl InPlace {
         store: &StoreShared,
         gpu: &Gpu,
         cufile: &Cufile,
+        memory: &Arc<SharedMemory>,
         shape: Shape<'_>,
     ) -> Result<Self, String> {
         if let Some(reason) = &store.cufile.no_in_place {
@@ -87,15 +89,18 @@ impl InPlace {
         let regions = shape.regions.to_vec();
         let (driver, context) = (cufile.driver.clone(), gpu.context().clone());
         let registered = within(REGISTER_LIMIT, "cuFileBufRegister of the KV cache", {
+            let memory = Arc::clone(memory);
             move || -> Result<Vec<Arc<RegisteredRegion>>> {
-                let register =
-                    |region| RegisteredRegion::new(region, &driver, &context).map(Arc::new);
+                let register = |region| memory.register(region, &driver, &context);
                 regions.into_iter().map(register).collect()
             }
         });
         let registered = registered.and_then(|regions| regions);
         let regions = registered.map_err(|error| error.to_string())?;
         let frame = SlotShape::frame(shape.format, shape.blocks);
+        if let Some(slots) = memory.slots(Use::Frames, frame) {
+            return Ok(Self { slots, regions });
+        }
         let frames = (store.buffer_mib << 20) / shape.format.file_bytes();
         let frames = frames.clamp(*FRAMES.start(), *FRAMES.end());
         let (driver, device) = (cufile.driver.clone(), gpu.clone());
@@ -103,10 +108,9 @@ impl InPlace {
             GpuSlots::new(&device, frame, frames, frames, Some(&driver))
         });
         let slots = slots.and_then(|slots| slots);
-        Ok(Self {
-            slots: slots.map_err(|error| error.to_string())?,
-            regions,
-        })
+        let slots = slots.map_err(|error| error.to_string())?;
+        memory.share_slots(Use::Frames, &slots);
+        Ok(Self { slots, regions })
     }
 
     /// Submits the transfer of what `plan` names, which lies at `offset` of the file.

@@ -7,7 +7,7 @@
 //!
 //! On all of them the GPU hashes, so the CPU touches no payload. `choice` finds out what a machine
 //! and its mounts can do, `state` keeps how cuFile fares on a mount, `side` is what an attached KV
-//! cache has, `devices` the GPUs of a store.
+//! cache has, `shared_memory` what all of them have together, `devices` the GPUs of a store.
 
 mod choice;
 mod cufile;
@@ -15,6 +15,7 @@ mod devices;
 mod in_place;
 mod late_buffers;
 mod pinned;
+mod shared_memory;
 mod side;
 mod slot_image;
 mod state;

@@ -10,6 +10,7 @@ use super::cufile::Cufile;
 use super::devices::Opened;
 use super::in_place::InPlace;
 use super::late_buffers::LateBuffers;
+use super::shared_memory::{SharedMemory, Use};
 use crate::chunk::ChunkFormat;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::within;
@@ -87,7 +88,8 @@ impl GpuSide {
     /// Allocates the VRAM slots, registers what cuFile shall use, and checks it on each path.
     ///
     /// Slots: with cuFile as many as `cufile_buffer_size` holds, else as many as there are staging
-    /// buffers, half a GiB at most; fewer where the GPU has not so much memory left.
+    /// buffers, half a GiB at most; fewer where the GPU has not so much memory left. KV caches of one
+    /// GPU share them, where they are large enough for the chunks.
     ///
     /// # Errors
     /// [`ErrorKind::Gpu`] when there is no VRAM for a single slot.
@@ -97,21 +99,34 @@ impl GpuSide {
         shape: Shape<'_>,
         buffers: usize,
     ) -> Result<Self> {
-        let Opened { gpu, cufile } = opened;
+        let Opened {
+            gpu,
+            cufile,
+            memory,
+        } = opened;
         let slot_shape = SlotShape::new(shape.layout, shape.format, shape.blocks);
         let (in_place, refusal) = match &cufile {
             None => (None, None),
-            Some(cufile) => match InPlace::new(store, &gpu, cufile, shape) {
+            Some(cufile) => match InPlace::new(store, &gpu, cufile, &memory, shape) {
                 Ok(in_place) => (Some(in_place), None),
                 Err(reason) => (None, Some(reason)),
             },
         };
-        let wanted = match (&cufile, &in_place) {
-            (Some(_), Some(_)) => FALLBACK_SLOTS,
-            (Some(_), None) => (store.buffer_mib << 20) / slot_shape.device_bytes(),
-            (None, _) => pinned_slots(slot_shape, buffers),
+        let (kind, wanted) = match (&cufile, &in_place) {
+            (Some(_), Some(_)) => (Use::Fallback, FALLBACK_SLOTS),
+            (Some(_), None) => {
+                let count = (store.buffer_mib << 20) / slot_shape.device_bytes();
+                (Use::Cufile, count.max(1))
+            }
+            (None, _) => (Use::Pinned, pinned_slots(slot_shape, buffers).max(1)),
         };
-        let (slots, cufile) = allocate(store, &gpu, slot_shape, wanted.max(1), buffers, cufile)?;
+        let (slots, cufile) = match memory.slots(kind, slot_shape) {
+            Some(slots) => (slots, cufile),
+            None => {
+                let wanted = (kind, wanted);
+                allocate(store, &gpu, &memory, slot_shape, wanted, buffers, cufile)?
+            }
+        };
         let in_place = in_place.filter(|_| cufile.is_some());
         let (gpu, timings) = match store.copy_method {
             Some(method) => (gpu.with_method(method)?, Vec::new()),
@@ -274,8 +289,9 @@ fn pinned_slots(shape: SlotShape, buffers: usize) -> usize {
 fn allocate(
     store: &StoreShared,
     gpu: &Gpu,
+    memory: &SharedMemory,
     shape: SlotShape,
-    wanted: usize,
+    (kind, wanted): (Use, usize),
     buffers: usize,
     cufile: Option<Arc<Cufile>>,
 ) -> Result<(GpuSlots, Option<Arc<Cufile>>)> {
@@ -288,7 +304,10 @@ fn allocate(
             })
         });
         match registered.and_then(|slots| slots) {
-            Ok(slots) => return Ok((slots, Some(cufile))),
+            Ok(slots) => {
+                memory.share_slots(kind, &slots);
+                return Ok((slots, Some(cufile)));
+            }
             Err(error) => {
                 for mount in store.mounts.iter().filter(|mount| mount.cufile.is_on()) {
                     mount.cufile.turn_off(error.to_string());
@@ -296,10 +315,14 @@ fn allocate(
             }
         }
     }
+    if let Some(slots) = memory.slots(Use::Pinned, shape) {
+        return Ok((slots, None));
+    }
     let count = wanted.min(pinned_slots(shape, buffers));
     let slots = fewer(count, |count| {
         GpuSlots::new(gpu, shape, count, buffers, None)
     })?;
+    memory.share_slots(Use::Pinned, &slots);
     Ok((slots, None))
 }
 
