@@ -9,15 +9,20 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvrail::ErrorKind;
-use kvrail::io::{CufileEngine, IoEngine, IoFile, IoRequest, OpenMode, Operation};
-use kvrail::memory::{DeviceArena, StagingPool, StagingRange};
-use kvrail_cuda::{CuFile, Cuda};
+use kvrail::io::{
+    Cancelled, CufileEngine, IoEngine, IoFile, IoRequest, OpenMode, Operation, PieceHandle,
+    PieceRequest,
+};
+use kvrail::memory::{DeviceArena, RegisteredRegion, StagingPool, StagingRange};
+use kvrail::{Device, ErrorKind, Region};
+use kvrail_cuda::{Context, CuFile, CuFileDriver, Cuda, DeviceMemory};
 use mock_support::Mocks;
 
 const SLOT: usize = 64 << 10;
 
 struct Bench {
+    driver: CuFileDriver,
+    context: Context,
     engine: CufileEngine,
     pool: StagingPool<DeviceArena>,
     mocks: Mocks,
@@ -38,6 +43,8 @@ fn start_with(slot: usize) -> Bench {
     let arena = DeviceArena::registered(memory, &driver).unwrap();
     Bench {
         engine: CufileEngine::new(&driver, &context, 2, &(Arc::new(|| ()) as _)).unwrap(),
+        driver,
+        context,
         pool: StagingPool::over(arena, slot).unwrap(),
         mocks,
         folder: tempfile::tempdir().unwrap(),
@@ -117,12 +124,14 @@ fn slots_go_to_files_and_back_and_everything_is_given_back() {
     assert!(bench.holds(&first, 1));
     drop((file, first, second));
     let Bench {
+        driver,
+        context,
         engine,
         pool,
         mocks,
         ..
     } = bench;
-    drop((pool, engine));
+    drop((pool, engine, driver, context));
     // At once: the process may end now, and cuFile's memory with it.
     assert_eq!(mocks.balance(), (0, 0));
 }
@@ -234,4 +243,113 @@ fn a_small_request_does_not_wait_for_large_ones() {
         .unwrap();
     let bytes = std::fs::read(bench.folder.path().join("small")).unwrap();
     assert!(bytes[4096..].iter().all(|byte| *byte == 3));
+}
+
+/// Memory of a KV cache that cuFile knows, full of a byte.
+struct Blocks {
+    memory: Arc<DeviceMemory>,
+    registered: Arc<RegisteredRegion>,
+}
+
+impl Blocks {
+    const BYTES: usize = 4 * SLOT;
+
+    fn new(bench: &Bench, byte: u8) -> Self {
+        let memory = Arc::new(bench.context.allocate_at_page(Self::BYTES).unwrap());
+        // SAFETY: the allocation has these bytes and lives as long as the region's owner.
+        let region = unsafe {
+            Region::from_raw(
+                memory.address() as usize,
+                Self::BYTES,
+                Device::Cuda(0),
+                Arc::clone(&memory) as _,
+            )
+        };
+        let registered = RegisteredRegion::new(region.unwrap(), &bench.driver, &bench.context);
+        let blocks = Self {
+            memory,
+            registered: Arc::new(registered.unwrap()),
+        };
+        let start = bench.mocks.translate(blocks.memory.address(), Self::BYTES);
+        // SAFETY: the mock's memory, which nobody else uses yet.
+        unsafe { start.write_bytes(byte, Self::BYTES) };
+        blocks
+    }
+
+    /// Returns the byte that a block is full of.
+    fn block(&self, bench: &Bench, index: usize) -> u8 {
+        let address = self.memory.address() + (index * SLOT) as u64;
+        let start = bench.mocks.translate(address, SLOT);
+        // SAFETY: nobody writes to it any more.
+        let bytes = unsafe { std::slice::from_raw_parts(start, SLOT) };
+        assert!(bytes.iter().all(|byte| *byte == bytes[0]));
+        bytes[0]
+    }
+
+    fn read(&self, bench: &Bench, file: &Arc<IoFile>, index: usize) -> PieceHandle {
+        bench.engine.submit_pieces(PieceRequest {
+            operation: Operation::Read,
+            file: Arc::clone(file),
+            offset: 4096,
+            memory: Arc::clone(&self.registered),
+            pieces: vec![index * SLOT..(index + 1) * SLOT],
+        })
+    }
+}
+
+/// A file of one block, full of a byte.
+fn file_of(bench: &Bench, name: &str, byte: u8) -> Arc<IoFile> {
+    let buffer = bench.pool.take(soon()).unwrap();
+    bench.fill(&buffer, byte);
+    let file = bench.create(name);
+    bench
+        .submit(Operation::Write, &file, buffer, soon())
+        .unwrap();
+    bench.open(name)
+}
+
+#[test]
+fn a_transfer_that_has_not_begun_can_be_cancelled_and_touches_nothing() {
+    let bench = start();
+    let file = file_of(&bench, "chunk", 7);
+    let blocks = Blocks::new(&bench, 0xA5);
+    // All threads, also the one for small requests.
+    let slow: Vec<String> = (1..=3)
+        .map(|nth| format!("cuFileReadv nth={nth} delay_ms=1000"))
+        .collect();
+    bench.mocks.script_cufile(&slow.join("\n"));
+    let calls = bench.mocks.cufile_calls("cuFileReadv");
+    let begun: Vec<PieceHandle> = (0..3).map(|at| blocks.read(&bench, &file, at)).collect();
+    let waiting = blocks.read(&bench, &file, 3);
+    let in_a_moment = Instant::now() + Duration::from_millis(300);
+    assert!(waiting.wait(in_a_moment).is_none());
+    assert_eq!(waiting.cancel(), Some(Cancelled::Waiting));
+    for handle in &begun {
+        assert_eq!(handle.cancel(), None, "cuFile has the memory");
+    }
+    for (at, handle) in begun.into_iter().enumerate() {
+        handle.wait(soon()).unwrap().unwrap();
+        assert_eq!(blocks.block(&bench, at), 7);
+    }
+    let error = waiting.wait(soon()).unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Closed);
+    assert_eq!(blocks.block(&bench, 3), 0xA5);
+    assert_eq!(bench.mocks.cufile_calls("cuFileReadv"), calls + 3);
+}
+
+#[test]
+fn a_transfer_whose_file_cufile_does_not_take_up_can_be_cancelled() {
+    let bench = start();
+    let file = file_of(&bench, "chunk", 7);
+    let blocks = Blocks::new(&bench, 0xA5);
+    bench
+        .mocks
+        .script_cufile("cuFileHandleRegister nth=1 delay_ms=600");
+    let handle = blocks.read(&bench, &file, 0);
+    let in_a_moment = Instant::now() + Duration::from_millis(200);
+    assert!(handle.wait(in_a_moment).is_none());
+    assert_eq!(handle.cancel(), Some(Cancelled::Taken));
+    let error = handle.wait(soon()).unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Closed);
+    assert_eq!(blocks.block(&bench, 0), 0xA5);
 }

@@ -113,7 +113,7 @@ impl CufileEngine {
                                 completion.complete(worker.perform(request));
                             }
                             Queued::Pieces(request, completion) => {
-                                let result = worker.perform_pieces(&request);
+                                let result = worker.perform_pieces(&request, &completion);
                                 // Whoever waits may rename the file, and free the memory.
                                 drop(request);
                                 completion.complete(result);
@@ -223,8 +223,15 @@ impl Worker {
     }
 
     /// Performs a request for pieces whole, in calls of 16 MiB at most.
-    fn perform_pieces(&self, request: &PieceRequest) -> Result<()> {
+    fn perform_pieces(&self, request: &PieceRequest, completion: &PieceCompletion) -> Result<()> {
+        let cancelled = || Error::new(ErrorKind::Closed, "the transfer was cancelled");
+        if !completion.take() {
+            return Err(cancelled());
+        }
         let handle = request.file.registered(&self.driver)?;
+        if !completion.begin() {
+            return Err(cancelled());
+        }
         let moved = if self.vectored.load(Ordering::Relaxed) {
             match self.move_vectored(handle, request) {
                 Err(error) if is_unsupported(&error) => {

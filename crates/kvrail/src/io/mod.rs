@@ -39,7 +39,7 @@ pub use folder::{FileStatus, Folder, FolderRules, make_path};
 pub use handle::{Completion, GivenUp, IoHandle};
 pub use observer::{Observer, Step};
 pub use permissions::Permissions;
-pub use pieces::{PieceHandle, PieceRequest};
+pub use pieces::{Cancelled, PieceHandle, PieceRequest};
 pub use posix::PosixEngine;
 pub use probe::{MountReport, file_system_name, probe_folder, probe_mount};
 pub(crate) use small::SmallMode;

@@ -24,7 +24,7 @@ use super::side::{GpuSide, Shape};
 use super::slot_image::{GRACE, give_up, send_head};
 use crate::chunk::{ChunkRef, PAGE_BYTES};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{IoFile, Operation, PieceHandle, PieceRequest, within};
+use crate::io::{Cancelled, IoFile, Operation, PieceHandle, PieceRequest, within};
 use crate::layout::TransferPlan;
 use crate::memory::{
     ComputeStream, Gpu, GpuSlot, GpuSlots, RegisteredRegion, SlotShape, StagingRange,
@@ -286,7 +286,10 @@ fn wait_pieces(handles: Vec<PieceHandle>, deadline: Instant) -> Result<(), InPla
     for handle in handles {
         match handle.wait(deadline) {
             Some(result) => outcome = outcome.and(result),
-            None => hanging.push(handle),
+            None => match handle.cancel() {
+                Some(stage) => outcome = outcome.and(Err(not_begun(stage))),
+                None => hanging.push(handle),
+            },
         }
     }
     if hanging.is_empty() {
@@ -296,9 +299,22 @@ fn wait_pieces(handles: Vec<PieceHandle>, deadline: Instant) -> Result<(), InPla
         "{} cuFile calls on the KV cache do not return",
         hanging.len()
     );
-    let error = Error::new(ErrorKind::TimedOut, message);
+    Err(InPlaceFailure::Hangs(hung(&message), hanging))
+}
+
+/// Says why a transfer was given up that has not touched the KV cache.
+fn not_begun(stage: Cancelled) -> Error {
+    match stage {
+        // Others may have hung on another path, so this is one failure of this one and no more.
+        Cancelled::Waiting => Error::new(ErrorKind::Gpu, "cuFile had no thread free in time"),
+        Cancelled::Taken => hung("cuFileHandleRegister does not return"),
+    }
+}
+
+/// An error that counts as a call that hangs.
+fn hung(message: &str) -> Error {
     let source = std::io::Error::from(std::io::ErrorKind::TimedOut);
-    Err(InPlaceFailure::Hangs(error.with_source(source), hanging))
+    Error::new(ErrorKind::TimedOut, message).with_source(source)
 }
 
 impl InPlaceImage {
