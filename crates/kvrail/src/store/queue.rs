@@ -81,6 +81,11 @@ impl TransferQueue {
         !state.loads.is_empty() || state.loads_running > 0
     }
 
+    /// Returns whether a load waits for a thread.
+    pub(super) fn loads_wait(&self) -> bool {
+        !self.lock().loads.is_empty()
+    }
+
     /// Waits for the next job; `None` when the queue is closed and empty of stores.
     ///
     /// A load goes first. When it has no staging buffer but a store waits, the store goes: it
@@ -128,6 +133,22 @@ impl TransferQueue {
         if !state.closed && !state.stranded {
             state.loads.push_front(load);
         }
+        drop(state);
+        self.came.notify_one();
+    }
+
+    /// Puts a store back in front that is not needed to run yet while loads wait.
+    pub(super) fn give_back_store(&self, store: StoreJob) {
+        let mut state = self.lock();
+        state.stores_running -= 1;
+        if state.closed || state.stranded {
+            // Ended without the lock, as in `push_store`.
+            drop(state);
+            self.ended.notify_all();
+            drop(store);
+            return;
+        }
+        state.stores.push_front(Box::new(store));
         drop(state);
         self.came.notify_one();
     }

@@ -1,7 +1,8 @@
 //! One chunk from its staging buffer into a file: hash, write, publish.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::batch::{Ending, Member};
 use super::cache_shared::CacheShared;
@@ -39,7 +40,10 @@ pub(super) struct StoreJob {
     pub(super) watched: Arc<Watched>,
 }
 
-/// Runs a store to its end.
+/// How long a store waits for the GPU between two looks at whether a load needs its thread.
+const GPU_STEP: Duration = Duration::from_millis(2);
+
+/// Runs a store to its end, or gives it back to the queue for a load that waits.
 pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
     let StoreJob {
         cache,
@@ -52,8 +56,28 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
     let mount = store.mount(cache.part, &chunk.key);
     let began = Instant::now();
     let result = match mount.health.check(&mount.root) {
-        Ok(()) => store_chunk(store, mount, &cache, chunk, image),
+        Ok(()) => {
+            let gpu_is_there = |image: &Staged| waits_for_gpu(store, queue, image, submitted);
+            store_chunk(store, mount, &cache, chunk, image, gpu_is_there)
+        }
         Err(error) => Err(error),
+    };
+    let result = match result {
+        Ok(Progress::Ended(stored)) => Ok(stored),
+        Err(error) => Err(error),
+        Ok(Progress::NotYet(image)) => {
+            if watched.end() {
+                queue.give_back_store(StoreJob {
+                    cache,
+                    chunk,
+                    image,
+                    member,
+                    submitted,
+                    watched,
+                });
+            }
+            return;
+        }
     };
     let (bytes, failure) = (cache.file_bytes(), result.as_ref().err());
     mount.health.note_store(&mount.root, began, bytes, failure);
@@ -109,6 +133,31 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
     member.end(ending);
 }
 
+/// Waits until the GPU is through with a chunk, or its time for that is over. Returns `false` when a
+/// load needs the thread: vLLM waits for that, and for this store nobody does.
+fn waits_for_gpu(
+    store: &StoreShared,
+    queue: &TransferQueue,
+    image: &Staged,
+    submitted: Instant,
+) -> bool {
+    while image.is_pending() && submitted.elapsed() < store.wait_limit {
+        thread::sleep(GPU_STEP);
+        if queue.loads_wait() {
+            return false;
+        }
+    }
+    true
+}
+
+/// How far a store came.
+#[derive(Debug)]
+enum Progress {
+    Ended(Stored),
+    /// The GPU is not through with the chunk, and a load needs the thread.
+    NotYet(Staged),
+}
+
 /// What became of a chunk that did not fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stored {
@@ -118,19 +167,24 @@ enum Stored {
     BlocksReused,
 }
 
-/// Stores one chunk, unless it is there already.
+/// Stores one chunk, unless it is there already. `gpu_is_there` waits for the GPU, and says whether to
+/// go on.
 fn store_chunk(
     store: &StoreShared,
     mount: &Mount,
     cache: &CacheShared,
     chunk: ChunkRef,
     image: Staged,
-) -> Result<Stored> {
+    gpu_is_there: impl FnOnce(&Staged) -> bool,
+) -> Result<Progress> {
     let place = cache.place(&chunk.key);
     let location = mount.directory.chunk_location(&place)?;
     if is_present(store, mount, &place, &location, cache.file_bytes())? {
         touch_present(store, cache, &chunk);
-        return Ok(Stored::AlreadyPresent);
+        return Ok(Progress::Ended(Stored::AlreadyPresent));
+    }
+    if !gpu_is_there(&image) {
+        return Ok(Progress::NotYet(image));
     }
     mount.check_space(cache.file_bytes() as u64)?;
     let claim = store.claim_room(mount, cache.file_bytes() as u64)?;
@@ -153,7 +207,7 @@ fn store_chunk(
     if matches!(stored, Stored::Written) {
         claim.stored();
     }
-    Ok(stored)
+    Ok(Progress::Ended(stored))
 }
 
 /// The parts of one store.

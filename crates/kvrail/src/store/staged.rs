@@ -20,6 +20,17 @@ pub(super) enum Staged {
     InPlace(InPlaceImage),
 }
 
+impl Staged {
+    /// Returns whether a GPU is not there yet: the forwards in front of the copy may take long.
+    pub(super) fn is_pending(&self) -> bool {
+        match self {
+            Self::Host(image) => image.is_pending(),
+            Self::Slot(image) => image.is_pending(),
+            Self::InPlace(image) => image.is_pending(),
+        }
+    }
+}
+
 /// The image of a chunk file with its payload in place.
 #[derive(Debug)]
 pub(super) struct StagedImage {
@@ -54,6 +65,11 @@ impl StagedImage {
             arriving: Some((arriving, Arc::clone(late))),
             hashed,
         }
+    }
+
+    fn is_pending(&self) -> bool {
+        let arriving = self.arriving.as_ref();
+        arriving.is_some_and(|(event, _)| matches!(event.is_done(), Ok(false)))
     }
 
     /// Waits until the bytes are there. Returns the image, and whether its page table is filled.

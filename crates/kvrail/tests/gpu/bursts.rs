@@ -171,3 +171,38 @@ fn buffers_of_stores_that_end_before_their_copy_come_back() {
         assert!(Instant::now() < deadline, "buffers were lost");
     }
 }
+
+#[test]
+fn loads_do_not_wait_for_the_forward_that_stores_wait_for() {
+    let mocks = Mocks::load();
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&mocks, folder.path());
+    let cache = Cache::attach(&mocks, &store, 0).unwrap();
+    let compute = cache.context.stream(Priority::Low).unwrap();
+    // SAFETY: the stream lives until the end of the test.
+    let stream = unsafe { ComputeStream::from_raw(compute.raw()) };
+    let chunks: Vec<StoreChunk> = (0..CHUNKS)
+        .map(|name| StoreChunk {
+            chunk: chunk(name),
+            blocks: vec![0, 1],
+        })
+        .collect();
+    // More stores than threads, behind a forward that does not end.
+    mocks.script_cuda("cuEventQuery error=600");
+    let stores = cache.kv_cache.store_after(&chunks, stream).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    // Chunks that are not there: all that their loads need is a thread.
+    for name in 100..108 {
+        let began = Instant::now();
+        let report = cache.load(name, 0, &[4, 5]);
+        assert_eq!(report.failed, vec![0]);
+        assert!(began.elapsed() < Duration::from_secs(1), "{began:?}");
+    }
+    assert_eq!(
+        store.metrics().chunks_stored,
+        0,
+        "the GPU was not there yet"
+    );
+    mocks.script_cuda("");
+    assert_eq!(stores.wait(LIMIT).unwrap().stored, CHUNKS as usize);
+}

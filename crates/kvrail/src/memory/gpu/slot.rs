@@ -418,6 +418,14 @@ impl GpuSlot {
         self.busy.is_some()
     }
 
+    /// Returns whether the GPU still works on what was marked last. A device that cannot be asked is
+    /// not waited for.
+    pub fn is_pending(&self) -> bool {
+        self.busy
+            .as_ref()
+            .is_some_and(|event| matches!(event.is_done(), Ok(false)))
+    }
+
     /// Returns the last mark: the event is done when the GPU is done with the slot.
     ///
     /// # Errors

@@ -318,6 +318,11 @@ fn hung(message: &str) -> Error {
 }
 
 impl InPlaceImage {
+    /// Returns whether the GPU is not there yet.
+    pub(in crate::store) fn is_pending(&self) -> bool {
+        self.slot.is_pending()
+    }
+
     /// Writes the chunk to a file. Returns whether its blocks were the same all the while.
     ///
     /// # Errors

@@ -183,6 +183,11 @@ fn in_slot(job: &LoadJob, pages: &Range<usize>) -> PagesInSlot {
 }
 
 impl SlotImage {
+    /// Returns whether the GPU is not there yet.
+    pub(in crate::store) fn is_pending(&self) -> bool {
+        self.slot.is_pending()
+    }
+
     /// Writes the image to a file.
     ///
     /// # Errors
