@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import platform
 import random
@@ -25,6 +26,7 @@ from udev import RecordError, records
 
 MODELS = ("llama-3.1-8b", "deepseek-v3")
 LAYOUTS = ("lb", "bl")
+CHECK_WAYS = ("posix", "staged", "direct")
 # On a mock, whose times mean nothing.
 MOCK_BENCH = ["--model", "smollm2-135m", "--chunks", "2", "--rounds", "1", "--memory-mib", "24"]
 STEPS = ("doctor", "correctness", "sanitizer", "bench")
@@ -48,8 +50,14 @@ def main() -> int:
             ordinal=arguments.ordinal,
             seed=arguments.seed,
             mock=arguments.mock.resolve() if arguments.mock else None,
+            checks=[
+                *(option for case in arguments.case or [] for option in ("--case", case)),
+                *(option for way in arguments.way or [] for option in ("--way", way)),
+            ],
             deadline=time.monotonic() + arguments.seconds,
         )
+        for directory in machine.directories:
+            directory.mkdir(parents=True, exist_ok=True)
         machine.prepare()
         with records(directories if arguments.udev_records else []) as written:
             report = _run(machine, arguments, [str(path) for path in written])
@@ -69,6 +77,7 @@ def _run(
     report: dict[str, Any] = {
         "mock": machine.mock is not None,
         "wheel": machine.wheel.name,
+        "wheel_sha256": hashlib.sha256(machine.wheel.read_bytes()).hexdigest(),
         "seed": machine.seed,
         "udev_records": udev_records,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
@@ -201,6 +210,8 @@ def _arguments() -> argparse.Namespace:
     add("--only", dest="steps", action="append", choices=STEPS, help="only this step; repeatable")
     add("--model", action="append", choices=MODELS, help="of the benchmark only this; repeatable")
     add("--layout", action="append", choices=LAYOUTS, help="likewise")
+    add("--way", action="append", choices=CHECK_WAYS, help="of the checks only this; repeatable")
+    add("--case", action="append", help="of the checks only this KV cache; repeatable")
     add("--seconds", type=float, default=float("inf"), help="for all; what is left is skipped")
     add(
         "--udev-records",

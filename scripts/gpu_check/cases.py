@@ -8,7 +8,7 @@ content). K and V of a head follow each other in the content; MLA has one head.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LAYOUTS = ("LBNHC", "LBHNC", "BLNHC", "BLHNC")
 # Bytes of an element, by the name that PyTorch has for the type.
@@ -80,6 +80,20 @@ class Case:
     def is_block_outermost(self) -> bool:
         """Whether a block's bytes of all layers follow each other."""
         return self.layout.startswith("B")
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk's payload."""
+        return self.storage_bytes // self.blocks * self.blocks_per_chunk
+
+    @property
+    def has_large_chunks(self) -> bool:
+        """Whether it is checked with large chunks, too: that takes seconds, so few are."""
+        return (self.dtype, self.model) == ("bfloat16", "GQA") and self.layout.endswith("NHC")
+
+    def with_large_chunks(self) -> Case:
+        """The same with four chunks in all blocks."""
+        return replace(self, blocks_per_chunk=self.blocks // 4)
 
     def spans(self, block: int) -> Iterator[tuple[int, int]]:
         """Offset and length in bytes of a block in each layer."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvrail import Config, KvCache, KvrailError, Namespace, Store
+from kvrail import Config, KvCache, Namespace, Store
 from kvrail.kv_cache import from_tensors
 
 from cases import Case
@@ -27,6 +27,11 @@ from serving import Serving
 
 LIMIT_SECONDS = 120.0
 CHUNKS = 3
+# Of one step, as a prefill of 10,000 tokens ends them.
+STEP_CHUNKS = 40
+# VRAM of slots before pinned memory (`PINNED_SLOTS_BYTES` of the library): with more, some wait.
+PINNED_SLOTS_BYTES = 512 << 20
+BUFFER_MIB = 64
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,13 @@ WAYS = (
 COMPATIBLE: dict[str, object] = {"cufile_compat_mode": True}
 
 
-def run_checks(gpu: Gpu, directory: Path, some_cases: list[Case], seed: int) -> Iterator[Outcome]:
+def run_checks(
+    gpu: Gpu,
+    directory: Path,
+    some_cases: list[Case],
+    seed: int,
+    ways: tuple[Way, ...] = WAYS,
+) -> Iterator[Outcome]:
     """Runs every check on every case and way, each in a directory of its own."""
     checks: tuple[tuple[str, Callable[[Bench], str]], ...] = (
         ("store and load", store_and_load),
@@ -59,7 +70,7 @@ def run_checks(gpu: Gpu, directory: Path, some_cases: list[Case], seed: int) -> 
     )
     number = 0
     for case in some_cases:
-        for way in WAYS:
+        for way in ways:
             if way.route == "in_place" and not case.is_block_outermost:
                 continue
             for name, check in checks:
@@ -73,21 +84,46 @@ def run_checks(gpu: Gpu, directory: Path, some_cases: list[Case], seed: int) -> 
                     yield Outcome(title, "skipped", str(error), time.monotonic() - start)
                     break
                 yield Outcome(f"{title}: {name}", outcome, detail, time.monotonic() - start)
+            else:
+                if not case.has_large_chunks:
+                    continue
+                number += 1
+                folder, large = directory / f"check-{number}", case.with_large_chunks()
+                start = time.monotonic()
+                mib = BUFFER_MIB + 3 * STEP_CHUNKS * large.chunk_bytes // (2 << 20)
+                outcome, detail = _run(
+                    store_a_step,
+                    lambda: Bench(gpu, large, way, folder, seed, mib),  # noqa: B023
+                )
+                seconds = time.monotonic() - start
+                yield Outcome(f"{title}: {STEP_CHUNKS} chunks at once", outcome, detail, seconds)
 
 
 def _run(check: Callable[[Bench], str], make: Callable[[], Bench]) -> tuple[str, str]:
     try:
         return "passed", check(make())
-    except (CheckError, KvrailError, RuntimeError) as error:
+    except OtherWayError:
+        raise
+    except Exception as error:
+        # Whatever it is, the other checks are still to come.
         return "failed", f"{type(error).__name__}: {error}"
 
 
 class Bench:
     """A store with a KV cache on a GPU, chunks of random blocks, and what they should hold."""
 
-    def __init__(self, gpu: Gpu, case: Case, way: Way, folder: Path, seed: int) -> None:
+    def __init__(
+        self,
+        gpu: Gpu,
+        case: Case,
+        way: Way,
+        folder: Path,
+        seed: int,
+        buffer_mib: int = BUFFER_MIB,
+    ) -> None:
         """Opens the store. Raises ``OtherWayError`` when it takes another way than `way`."""
         self.case, self.way, self.folder = case, way, folder
+        self._buffer_mib = buffer_mib
         self.random = random.Random(f"{seed} {case.name}")
         self._generator = torch.Generator().manual_seed(self.random.randrange(1 << 60))
         self.namespace = Namespace("gpu/check", json.dumps({"case": case.name}))
@@ -201,7 +237,8 @@ class Bench:
             raise CheckError(f"cuFile failed on {fallbacks:.0f} chunks: {self.notices()}")
 
     def _open(self, gpu: Gpu, settings: dict[str, object]) -> None:
-        known = {"gds_path": str(self.folder), "cufile_buffer_size": 64, "min_free": 0}
+        known: dict[str, object] = {"gds_path": str(self.folder), "min_free": 0}
+        known["cufile_buffer_size"] = self._buffer_mib
         config = Config.resolve(json.dumps({**known, **settings}), {}, None)
         self.store = Store(config, self.namespace, **gpu.store_options)
         kv_memory = from_tensors(self.memory.views, self.case.blocks)
@@ -292,6 +329,46 @@ def load_damaged(bench: Bench) -> str:
         state = "its blocks written to"
     bench.close()
     return f"byte {at}: reported, {state}"
+
+
+def store_a_step(bench: Bench) -> str:
+    """More chunks at once than VRAM slots on the way to pinned memory; none is dropped.
+
+    All blocks are overwritten as soon as the call is back, but for a store in place, which then
+    gives up.
+    """
+    case, memory = bench.case, bench.memory
+    step = case.blocks_per_chunk
+    parts = [list(range(start, start + step)) for start in range(0, case.blocks, step)]
+    content = bench.noise()
+    memory.compute()
+    memory.send(content)
+    chunks = [(bench.key(index), None, parts[index % len(parts)]) for index in range(STEP_CHUNKS)]
+    ticket = bench.kv_cache.store(chunks, stream=memory.stream)
+    if bench.way.route != "in_place":
+        memory.overwrite([block for part in parts for block in part])
+    memory.compute()
+    report = ticket.wait(LIMIT_SECONDS)
+    waited = int(bench.store.metrics()["stores_waited_for_slot"])
+    if report.stored != STEP_CHUNKS:
+        raise CheckError(f"{report.stored} of {STEP_CHUNKS} chunks stored: {bench.notices()}")
+    if not memory.computed_right():
+        raise CheckError("work on the compute stream had a wrong result while stores ran")
+    has_fewer_slots = STEP_CHUNKS * case.chunk_bytes > PINNED_SLOTS_BYTES
+    if bench.way.route == "posix" and has_fewer_slots and waited == 0:
+        raise CheckError("no store waited for a VRAM slot, though there were fewer than chunks")
+    for first in range(0, STEP_CHUNKS, len(parts)):
+        memory.send(bench.noise())
+        loads = [
+            (bench.key(first + at), None, 0, parts[(first + at) % len(parts)])
+            for at in range(min(len(parts), STEP_CHUNKS - first))
+        ]
+        loaded = bench.kv_cache.load(loads, stream=memory.stream).wait(LIMIT_SECONDS)
+        if loaded.loaded != len(loads):
+            raise CheckError(f"{loaded.loaded} of {len(loads)} loaded: {loaded.errors}")
+        bench.compare(content)
+    bench.close()
+    return f"{waited} waited for a VRAM slot of another{bench.mode}"
 
 
 def serve(bench: Bench) -> str:

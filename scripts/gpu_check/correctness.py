@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from cases import cases
-from checks import run_checks
+from checks import WAYS, run_checks
 from memory import Gpu, TorchGpu
 from mock_memory import MockGpu
 from outcome import Outcome
@@ -33,6 +33,9 @@ def main() -> int:
     parser.add_argument(
         "--case", action="append", help="only the KV cache of this name; repeatable"
     )
+    parser.add_argument(
+        "--way", action="append", choices=[way.name for way in WAYS], help="only this; repeatable"
+    )
     arguments = parser.parse_args()
     gpu: Gpu
     if arguments.mock is not None:
@@ -50,12 +53,15 @@ def main() -> int:
     outcomes: list[Outcome] = []
     folder = Path(tempfile.mkdtemp(prefix=".kvrail-gpu-check-", dir=arguments.directory))
     try:
-        for outcome in run_checks(gpu, folder, some_cases, arguments.seed):
+        ways = tuple(way for way in WAYS if way.name in (arguments.way or [way.name]))
+        for outcome in run_checks(gpu, folder, some_cases, arguments.seed, ways):
             outcomes.append(outcome)
             print(f"{outcome.outcome}: {outcome.name}: {outcome.detail}", flush=True)
             # After each: what was found must not be lost with the process.
             text = json.dumps([dataclasses.asdict(found) for found in outcomes])
-            arguments.json.write_text(text, encoding="utf-8")
+            written = arguments.json.with_name(arguments.json.name + ".new")
+            written.write_text(text, encoding="utf-8")
+            written.replace(arguments.json)
             for done in folder.iterdir():
                 shutil.rmtree(done, ignore_errors=True)
     finally:

@@ -59,7 +59,8 @@ def test_everything_passes_on_the_mocks_and_no_time_is_kept(tmp_path: Path, mock
     passed = [r["name"] for r in results if (r["step"], r["outcome"]) == ("correctness", "passed")]
     for case in cases(small=True):
         ways = ["posix", "staged"] + ["direct"] * case.is_block_outermost
-        for way, check in itertools.product(ways, CHECKS):
+        more = [f"{checks.STEP_CHUNKS} chunks at once"] * case.has_large_chunks
+        for way, check in itertools.product(ways, [*CHECKS, *more]):
             assert f"{case.name}, {way}: {check}" in passed
     assert all(result["detail"] for result in results)
     assert (report["mock"], report["bench"]) == (True, [])
@@ -201,6 +202,34 @@ def test_what_the_sanitizer_looks_at_is_a_part_of_the_checks(tmp_path: Path, moc
     }
 
 
+def test_a_way_and_a_kv_cache_can_be_asked_for(tmp_path: Path, mocks: Path) -> None:
+    """What has to be tried again on a machine that is lent for minutes."""
+    report_path = tmp_path / "report.json"
+    command = [str(SCRIPT), "--mock", str(mocks), "--json", str(report_path)]
+    command += ["--only", "correctness", "--way", "direct", "--case", "BLNHC bfloat16 GQA"]
+    done = run([*command, str(tmp_path / "made" / "for it")], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(report_path.read_text())
+    names = [found["name"] for found in report["results"] if found["step"] == "correctness"]
+    wanted = [*CHECKS, f"{checks.STEP_CHUNKS} chunks at once"]
+    assert names == [f"BLNHC bfloat16 GQA, direct: {check}" for check in wanted]
+    assert len(report["wheel_sha256"]) == 64
+
+
+def test_an_error_of_any_kind_fails_its_check_and_no_other(
+    tmp_path: Path, host_gpu: HostGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vanished(bench: checks.Bench) -> str:
+        raise FileNotFoundError("the chunk file")
+
+    monkeypatch.setattr(checks, "load_part", vanished)
+    ways = checks.WAYS[:1]
+    found = list(checks.run_checks(host_gpu, tmp_path, cases(small=True)[:1], 5, ways))
+    failed = [outcome.name for outcome in found if outcome.outcome != "passed"]
+    assert failed == ["LBNHC bfloat16 GQA, posix: part of a chunk"]
+    assert len(found) == len(CHECKS) + 1
+
+
 class HostStream:
     """A stream of the CPU, where everything is done at once."""
 
@@ -233,7 +262,8 @@ def test_the_code_for_pytorch_passes_on_its_cpu(tmp_path: Path, host_gpu: HostGp
     some_cases = [case for case in cases(small=True) if case.layout != "BLNHC"]
     posix = [found for found in checks.run_checks(host_gpu, tmp_path, some_cases, 5)
              if ", posix" in found.name]  # fmt: skip
-    assert len(posix) == len(CHECKS) * len(some_cases)
+    large = sum(case.has_large_chunks for case in some_cases)
+    assert len(posix) == len(CHECKS) * len(some_cases) + large > large > 0
     assert {found.outcome for found in posix} == {"passed"}, posix
 
 
