@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm import __version__ as vllm_version
@@ -36,8 +36,9 @@ from kvrail.vllm.identity import engine_none_hash
 from kvrail.vllm.lmcache_hash import LmcacheHasher
 from kvrail.vllm.loaded_weights import LoadedWeights
 from kvrail.vllm.lookup import Agreement, DisagreementError, LookupStore, agree
-from kvrail.vllm.metadata import KvrailMetadata
+from kvrail.vllm.metadata import KvrailMetadata, KvrailWorkerMetadata
 from kvrail.vllm.multimodal import items_are_named
+from kvrail.vllm.outer import outer_connectors
 from kvrail.vllm.scheduler import ConnectorScheduler, SchedulerOptions
 from kvrail.vllm.stats import KvrailPromMetrics, KvrailStats, StatsCollector
 from kvrail.vllm.weights_watch import WeightsWatch
@@ -76,12 +77,18 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
         self._config = resolve_config(self._kv_transfer_config.kv_connector_extra_config)
         self._worker: ConnectorWorker | None = None
         self._scheduler: _SchedulerSide | None = None
+        # vLLM hands what the workers of one connector say to all of them, and some refuse others'.
+        self._is_inner = bool(outer_connectors(self))
         if role is KVConnectorRole.WORKER:
-            self._worker = ConnectorWorker(weights=LoadedWeights.of_maker())
+            self._worker = ConnectorWorker(
+                weights=LoadedWeights.of_maker(), sends_handshake=self._is_inner
+            )
         else:
             if self._config.load_failure_policy != "fail":
                 compute_what_fails(self)
-            self._scheduler = _SchedulerSide(self._config, vllm_config, kv_cache_config)
+            self._scheduler = _SchedulerSide(
+                self._config, vllm_config, kv_cache_config, awaits_workers=self._is_inner
+            )
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
@@ -109,7 +116,7 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         assert self._worker is not None
-        return self._worker.handshake()
+        return None if self._is_inner else self._worker.handshake()
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         assert self._worker is not None
@@ -177,7 +184,8 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
         assert self._scheduler is not None
-        self._scheduler.connect(metadata)
+        if not self._is_inner:
+            self._scheduler.connect(metadata)
 
     def on_new_request(self, request: Request) -> None:
         assert self._scheduler is not None
@@ -187,6 +195,8 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         assert self._scheduler is not None
+        if self._scheduler.awaits_workers():
+            return None, False
         return self._scheduler.requests.get_num_new_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(
@@ -201,6 +211,9 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         assert self._scheduler is not None
+        metadata = connector_output.kv_connector_worker_meta
+        if isinstance(metadata, KvrailWorkerMetadata) and metadata.handshakes:
+            self._scheduler.take_handshakes(metadata.handshakes)
         self._scheduler.requests.update_connector_output(
             connector_output.kv_connector_worker_meta, connector_output.finished_recving or ()
         )
@@ -259,9 +272,17 @@ class _SchedulerSide:
     """The request logic together with the store that answers its lookups."""
 
     def __init__(
-        self, config: Config, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+        self,
+        config: Config,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        *,
+        awaits_workers: bool = False,
     ) -> None:
         self._config = config
+        self._awaits_workers = awaits_workers
+        self._awaits_since: float | None = None
+        self._handshakes: dict[tuple[int, int], KVConnectorHandshakeMetadata] = {}
         parallel = vllm_config.parallel_config
         self._workers = parallel.pipeline_parallel_size * parallel.tensor_parallel_size
         self._store: LookupStore | None = None
@@ -280,6 +301,7 @@ class _SchedulerSide:
             max_step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             items_are_named=items_are_named(vllm_config),
         )
+        self._wait_limit_seconds = options.wait_limit_seconds
         self._misfit: str | None = None
         geometry = ChunkGeometry(config.chunk_size, config.chunk_size, config.chunk_size)
         try:
@@ -312,6 +334,32 @@ class _SchedulerSide:
             adapter_fingerprint=AdapterFingerprints().of,
             hasher=self._hasher,
         )
+
+    def awaits_workers(self) -> bool:
+        """Whether the workers are still to say what they have; asked of a request that would wait.
+
+        Only of a connector inside another one, whose workers say it with the first step.
+        """
+        if not self._awaits_workers:
+            return False
+        now = time.monotonic()
+        if self._awaits_since is None:
+            self._awaits_since = now
+        return now - self._awaits_since <= self._wait_limit_seconds
+
+    def take_handshakes(
+        self, handshakes: Mapping[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """Takes what workers said with a step; connects when all have."""
+        self._handshakes.update(handshakes)
+        if not self._awaits_workers or len(self._handshakes) < self._workers:
+            return
+        self._awaits_workers = False
+        try:
+            self.connect(self._handshakes)
+        except KvrailError as error:
+            # vLLM serves already: too late to end its start.
+            logger.error("kvrail: nothing is stored or loaded: %s", error)
 
     def connect(self, handshakes: dict[tuple[int, int], KVConnectorHandshakeMetadata]) -> None:
         """Opens the store for lookups when all workers agree; otherwise nothing is stored."""

@@ -1,16 +1,16 @@
 """What vLLM does with a request whose load failed: it is computed, unless the user wants it failed.
 
 vLLM's default fails the request. Its scheduler reads the policy right after it made the connector,
-from the outermost configuration. Under ``MultiConnector`` a connector is handed a copy with its own
-part only, and nothing leads from there to the whole; the connector that is making this one is
-found on the call stack instead. A cache that fails requests is worse than a look at the stack.
+from the outermost configuration. Under ``MultiConnector`` a connector has a copy with its own part
+only (see outer.py). A cache that fails requests is worse than a look at the stack.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 from typing import TYPE_CHECKING
+
+from kvrail.vllm.outer import outer_connectors
 
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig
@@ -35,16 +35,6 @@ def compute_what_fails(connector: KVConnectorBase_V1) -> None:
 
 def _transfer_configs(connector: KVConnectorBase_V1) -> list[KVTransferConfig]:
     """The connector's configuration, and those of the connectors that are making it."""
-    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
-
-    configs = [connector._kv_transfer_config]
-    frame = sys._getframe().f_back
-    while frame is not None:
-        maker = frame.f_locals.get("self")
-        if isinstance(maker, KVConnectorBase_V1) and maker is not connector:
-            # One that makes another before it was made itself has none yet.
-            config = vars(maker).get("_kv_transfer_config")
-            if config is not None:
-                configs.append(config)
-        frame = frame.f_back
-    return configs
+    # One that makes another before it was made itself has none yet.
+    outer = (vars(maker).get("_kv_transfer_config") for maker in outer_connectors(connector))
+    return [connector._kv_transfer_config, *(config for config in outer if config is not None)]

@@ -80,6 +80,8 @@ class KvrailWorkerMetadata(KVConnectorWorkerMetadata):
     """How many ranks have published a chunk, by group and key; only where KV events are on."""
     weights: dict[tuple[int, int], WeightsReport] = field(default_factory=dict)
     """Which weights workers have, by the number of the question and the worker's rank."""
+    handshakes: dict[tuple[int, int], KvrailHandshake] = field(default_factory=dict)
+    """By pipeline and tensor rank, once, where vLLM's own way is another connector's."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Merges what two workers learned; a chunk counts as failed when any rank failed."""
@@ -91,7 +93,12 @@ class KvrailWorkerMetadata(KVConnectorWorkerMetadata):
         stored = dict(self.stored)
         for place, count in other.stored.items():
             stored[place] = stored.get(place, 0) + count
-        return KvrailWorkerMetadata(failures, stored, self.weights | other.weights)
+        return KvrailWorkerMetadata(
+            failures,
+            stored,
+            self.weights | other.weights,
+            self.handshakes | other.handshakes,
+        )
 
 
 Part = int | tuple[int, int, int]

@@ -59,9 +59,15 @@ class ConnectorWorker:
     """One worker's store, its attached KV cache and the loads under way."""
 
     def __init__(
-        self, open_store: Callable[..., Store] = Store, weights: LoadedWeights | None = None
+        self,
+        open_store: Callable[..., Store] = Store,
+        weights: LoadedWeights | None = None,
+        *,
+        sends_handshake: bool = False,
     ) -> None:
         self._open_store = open_store
+        self._sends_handshake = sends_handshake
+        self._unsent: dict[tuple[int, int], KvrailHandshake] = {}
         self._weights = weights
         self._weights_reports: dict[tuple[int, int], WeightsReport] = {}
         self._rank = 0
@@ -127,6 +133,8 @@ class ConnectorWorker:
             world_size=rank.world_size,
             reason=reason,
         )
+        if self._sends_handshake:
+            self._unsent[rank.stage, rank.tensor_rank] = self._handshake
 
     def adopt(
         self,
@@ -261,14 +269,15 @@ class ConnectorWorker:
 
     def take_worker_metadata(self) -> KvrailWorkerMetadata | None:
         """What this step showed, for the scheduler side."""
-        if not self._failures and not self._storing and not self._weights_reports:
+        if not (self._failures or self._storing or self._weights_reports or self._unsent):
             return None
         failures, self._failures = self._failures, {}
         stored = self._take_stored()
         weights, self._weights_reports = self._weights_reports, {}
-        if not failures and not stored and not weights:
+        handshakes, self._unsent = self._unsent, {}
+        if not (failures or stored or weights or handshakes):
             return None
-        return KvrailWorkerMetadata(failures, stored, weights)
+        return KvrailWorkerMetadata(failures, stored, weights, handshakes)
 
     def _take_stored(self) -> dict[tuple[int, bytes], int]:
         """The chunks that are published by now, in the order in which they were handed over."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny_model
 from harness import (
     Engines,
@@ -14,9 +15,11 @@ from harness import (
     moved,
     step,
 )
-from prompts import CHUNK_TOKENS, chunks_in, loadable_tokens, random_prompt
+from prompts import CHUNK_TOKENS, chunks_in, loadable_tokens, main_prompts, random_prompt
 
 HITS = "vllm:external_prefix_cache_hits_total"
+# Without this vLLM asks for a NUMA node for each rank.
+CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 def test_it_loads_and_stores_beside_another(engines: Engines, tmp_path: Path) -> None:
@@ -59,3 +62,50 @@ def test_it_loads_and_stores_beside_another(engines: Engines, tmp_path: Path) ->
         assert loaded >= set(chunk_keys(writer, prompts[name])[:4])
     failed = [record["key"] for record in reader.records("load") if record["failed"]]
     assert failed == [path.stem]
+
+
+@pytest.mark.parametrize(("ranks", "comes_first"), [(1, True), (2, False)])
+def test_each_connector_hears_its_own_workers_only(
+    engines: Engines,
+    llama: Path,
+    plain: dict[str, Any],
+    tmp_path: Path,
+    ranks: int,
+    comes_first: bool,
+) -> None:
+    """vLLM gives what the first one's workers say at the start to all connectors."""
+    store = tmp_path / "kv"
+    prompts = {name: main_prompts()[name] for name in ("boundary", "tail")}
+
+    def job(*steps: dict[str, Any]) -> Job:
+        made = Job(llama, list(steps), store, environment=CORES if ranks > 1 else {})
+        ours = made.as_json(tmp_path / "x")["engine"]["kv_transfer_config"]
+        strict = {
+            "kv_connector": "StrictConnector",
+            "kv_connector_module_path": "strict_connector",
+            "kv_role": "kv_both",
+        }
+        inner = [ours, strict] if comes_first else [strict, ours]
+        made.engine = {
+            "tensor_parallel_size": ranks,
+            "kv_transfer_config": {
+                "kv_connector": "MultiConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {"connectors": inner},
+            },
+        }
+        return made
+
+    files = ranks * chunks_in(prompts)
+    cold, _ = engines.run(
+        job(
+            step("generate", prompts=prompts),
+            step("wait_for_chunks", directory=str(store), files=files),
+        )
+    )
+    # The first request of a restarted engine: it waits for the workers to say what they have.
+    warm, _ = engines.run(job(step("generate", prompts=prompts)))
+    assert_same_answers("cold", plain, cold["generate"])
+    assert_same_answers("warm", plain, warm["generate"])
+    for name, answer in warm["generate"].items():
+        assert moved(answer, HITS) == loadable_tokens(len(prompts[name])), name

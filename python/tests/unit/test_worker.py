@@ -15,6 +15,7 @@ from kvrail.vllm.metadata import (
     NO_WORK_NO_FORWARD,
     GroupLoad,
     GroupStore,
+    KvrailHandshake,
     KvrailMetadata,
     KvrailWorkerMetadata,
     LoadChunk,
@@ -272,3 +273,15 @@ def test_without_a_way_to_the_weights_the_answer_is_why(worker):
     worker.start_loads(KvrailMetadata(weights_question=1))
     answers = worker.take_worker_metadata().weights
     assert answers[1, 0].problem == "no way to the weights in memory"
+
+
+def test_a_handshake_goes_out_once_with_what_else_there_is(store, kv_cache):
+    made = ConnectorWorker(sends_handshake=True)
+    made.adopt(store, [kv_cache])
+    shake = KvrailHandshake("m", "{}", (0,), 1)
+    made._unsent = {(0, 1): shake}
+    assert made.take_worker_metadata() == KvrailWorkerMetadata(handshakes={(0, 1): shake})
+    assert made.take_worker_metadata() is None
+    other = KvrailWorkerMetadata(handshakes={(0, 0): shake})
+    merged = other.aggregate(KvrailWorkerMetadata(handshakes={(0, 1): shake}))
+    assert merged.handshakes == {(0, 0): shake, (0, 1): shake}
