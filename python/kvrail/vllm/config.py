@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,21 @@ def resolve_config(
             _logged_warnings.add(warning)
             logger.warning("kvrail: %s", warning)
     return config
+
+
+def with_fitting_chunks(
+    config: Config,
+    connector: Mapping[str, Any] | None,
+    fit: Callable[[int], int],
+    environment: Mapping[str, str] | None = None,
+) -> Config:
+    """The configuration with the chunk size that ``fit`` makes of it, where nobody has set one."""
+    if config.as_dict()["chunk_size"]["origin"] != "default":
+        return config
+    size = fit(config.chunk_size)
+    if size == config.chunk_size:
+        return config
+    return resolve_config({**(connector or {}), "chunk_size": size}, environment)
 
 
 def effective_value(config: Config, key: str) -> Any:

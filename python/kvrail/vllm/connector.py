@@ -26,7 +26,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from kvrail import STARTUP_CPUS
 from kvrail._core import Config, ConfigError, KvrailError
 from kvrail.vllm import layout, version
-from kvrail.vllm.config import effective_value, resolve_config
+from kvrail.vllm.config import effective_value, resolve_config, with_fitting_chunks
 from kvrail.vllm.direct import in_place_problem, wanted_layout
 from kvrail.vllm.events import StorageEvents
 from kvrail.vllm.failure_policy import compute_what_fails
@@ -74,7 +74,14 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         version.check(vllm_version)
         super().__init__(vllm_config, role, kv_cache_config)
-        self._config = resolve_config(self._kv_transfer_config.kv_connector_extra_config)
+        settings = self._kv_transfer_config.kv_connector_extra_config
+        self._config = with_fitting_chunks(
+            resolve_config(settings),
+            settings,
+            lambda size: layout.fitting_chunk_size(
+                size, kv_cache_config, vllm_config.parallel_config.decode_context_parallel_size
+            ),
+        )
         self._worker: ConnectorWorker | None = None
         self._scheduler: _SchedulerSide | None = None
         # vLLM hands what the workers of one connector say to all of them, and some refuse others'.

@@ -6,6 +6,7 @@ never with blocks that may be wrong.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -172,6 +173,18 @@ def tokens_per_block(group: KVCacheGroupSpec, context_parallel_size: int) -> int
     """Tokens that one block id stands for over all ranks that share a context."""
     spec = group.kv_cache_spec
     return spec.block_size * (context_parallel_size if spec.dcp_sharded else 1)
+
+
+def fitting_chunk_size(
+    chunk_size: int, kv_cache_config: KVCacheConfig, context_parallel_size: int
+) -> int:
+    """Tokens of a chunk that is whole blocks of every group: ``chunk_size``, or the next more.
+
+    vLLM makes the blocks of models with states as large as a state, 528 tokens for one.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    step = math.lcm(*(tokens_per_block(group, context_parallel_size) for group in groups))
+    return -(-chunk_size // step) * step
 
 
 def check_chunk_size(chunk_size: int, block_tokens: int) -> None:

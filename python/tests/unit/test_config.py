@@ -8,7 +8,12 @@ import pytest
 
 from kvrail._core import ConfigError
 from kvrail.vllm import config as module
-from kvrail.vllm.config import effective_value, read_config_file, resolve_config
+from kvrail.vllm.config import (
+    effective_value,
+    read_config_file,
+    resolve_config,
+    with_fitting_chunks,
+)
 
 
 def test_the_file_of_kvrail_ranks_above_that_of_lmcache(tmp_path):
@@ -60,3 +65,18 @@ def test_a_connector_configuration_that_is_no_json():
         resolve_config({"gds_path": object()}, {})
     with pytest.raises(ConfigError):
         resolve_config({"chunk_size": json.loads("[1]")}, {"LMCACHE_GDS_PATH": "/nowhere"})
+
+
+def test_a_chunk_size_that_nobody_set_fits_the_model():
+    def fit(size: int) -> int:
+        return -(-size // 528) * 528
+
+    unset = resolve_config({"gds_path": "/kv"}, {})
+    assert with_fitting_chunks(unset, {"gds_path": "/kv"}, fit, {}).chunk_size == 528
+    assert with_fitting_chunks(unset, {"gds_path": "/kv"}, lambda size: size, {}) is unset
+    settings = {"gds_path": "/kv", "chunk_size": 256}
+    chosen = resolve_config(settings, {})
+    assert with_fitting_chunks(chosen, settings, fit, {}) is chosen
+    environment = {"LMCACHE_CHUNK_SIZE": "256"}
+    chosen = resolve_config({"gds_path": "/kv"}, environment)
+    assert with_fitting_chunks(chosen, {"gds_path": "/kv"}, fit, environment) is chosen

@@ -202,3 +202,12 @@ def test_tokens_per_block():
     group = config(FULL).kv_cache_groups[0]
     assert layout.tokens_per_block(group, 1) == 16
     assert layout.tokens_per_block(group, 4) == 64
+
+
+@pytest.mark.parametrize(
+    ("blocks", "ranks", "expected"),
+    [([16], 1, 256), ([528], 1, 528), ([528, 16], 1, 528), ([48, 32], 1, 288), ([64], 8, 512)],
+)
+def test_the_chunk_size_that_fits_all_groups(blocks, ranks, expected):
+    specs = [dataclasses.replace(FULL, block_size=size) for size in blocks]
+    assert layout.fitting_chunk_size(256, config(*specs), ranks) == expected
