@@ -3,7 +3,11 @@
     unsafe_code,
     reason = "registers the mock's device memory, looks into it"
 )]
-#![allow(clippy::unwrap_used, reason = "a test that meets an error has failed")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test that meets an error has failed"
+)]
 
 use std::path::Path;
 use std::sync::Arc;
@@ -292,7 +296,7 @@ impl Blocks {
             file: Arc::clone(file),
             offset: 4096,
             memory: Arc::clone(&self.registered),
-            pieces: vec![index * SLOT..(index + 1) * SLOT],
+            pieces: std::iter::once(index * SLOT..(index + 1) * SLOT).collect(),
         })
     }
 }

@@ -70,7 +70,7 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
                 queue.give_back_store(StoreJob {
                     cache,
                     chunk,
-                    image,
+                    image: *image,
                     member,
                     submitted,
                     watched,
@@ -155,7 +155,7 @@ fn waits_for_gpu(
 enum Progress {
     Ended(Stored),
     /// The GPU is not through with the chunk, and a load needs the thread.
-    NotYet(Staged),
+    NotYet(Box<Staged>),
 }
 
 /// What became of a chunk that did not fail.
@@ -184,7 +184,7 @@ fn store_chunk(
         return Ok(Progress::Ended(Stored::AlreadyPresent));
     }
     if !gpu_is_there(&image) {
-        return Ok(Progress::NotYet(image));
+        return Ok(Progress::NotYet(Box::new(image)));
     }
     mount.check_space(cache.file_bytes() as u64)?;
     let claim = store.claim_room(mount, cache.file_bytes() as u64)?;
