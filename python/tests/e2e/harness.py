@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+# Where a connector that does nothing is.
+SCRIPTS = HERE.parents[2] / "scripts"
 JOB_SECONDS = 240.0
 FLOAT32_BOUND = 1e-4
 MIB = 1 << 20
@@ -137,7 +139,7 @@ class Engines:
         self._count = 0
         self._running: list[Running] = []
         environment = dict(os.environ)
-        path = [str(HERE), environment.get("PYTHONPATH", "")]
+        path = [str(HERE), str(SCRIPTS), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
         for name in [name for name in environment if name.startswith(("LMCACHE_", "KVRAIL_"))]:
             del environment[name]

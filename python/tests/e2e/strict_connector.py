@@ -4,14 +4,9 @@ As vLLM's NIXL connector, which raises an error for what it is not.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorBase_V1,
-    KVConnectorHandshakeMetadata,
-    KVConnectorMetadata,
-    SupportsHMA,
-)
+from idle_connector import IdleConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
 
 
 @dataclass
@@ -21,7 +16,7 @@ class StrictHandshake(KVConnectorHandshakeMetadata):
     word: str
 
 
-class StrictConnector(KVConnectorBase_V1, SupportsHMA):
+class StrictConnector(IdleConnector):
     """Loads and stores nothing."""
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
@@ -36,36 +31,3 @@ class StrictConnector(KVConnectorBase_V1, SupportsHMA):
             not isinstance(found, StrictHandshake) for found in metadata.values()
         ):
             raise ValueError(f"StrictConnector expects StrictHandshake, not {metadata}")
-
-    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Nothing."""
-
-    def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing."""
-
-    def save_kv_layer(
-        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
-    ) -> None:
-        """Nothing."""
-
-    def wait_for_save(self) -> None:
-        """Nothing."""
-
-    def get_num_new_matched_tokens(
-        self, request: Any, num_computed_tokens: int
-    ) -> tuple[int | None, bool]:
-        """No tokens."""
-        return 0, False
-
-    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Nothing."""
-
-    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
-        """Nothing in it."""
-        return KVConnectorMetadata()
-
-    def request_finished_all_groups(
-        self, request: Any, block_ids: tuple[list[int], ...]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        """Lets the blocks go."""
-        return False, None
