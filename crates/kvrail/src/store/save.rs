@@ -54,10 +54,16 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
         watched,
     } = job;
     let mount = store.mount(cache.part, &chunk.key);
-    let began = Instant::now();
+    let mut began = Instant::now();
     let result = match mount.health.check(&mount.root) {
         Ok(()) => {
-            let gpu_is_there = |image: &Staged| waits_for_gpu(store, queue, image, submitted);
+            let gpu_is_there = |image: &Staged| {
+                let asked = Instant::now();
+                let is_there = waits_for_gpu(store, queue, image, submitted);
+                // Not the path's time: the forward of a long prompt takes seconds.
+                began += asked.elapsed();
+                is_there
+            };
             store_chunk(store, mount, &cache, chunk, image, gpu_is_there)
         }
         Err(error) => Err(error),

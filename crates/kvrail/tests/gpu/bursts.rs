@@ -206,3 +206,29 @@ fn loads_do_not_wait_for_the_forward_that_stores_wait_for() {
     mocks.script_cuda("");
     assert_eq!(stores.wait(LIMIT).unwrap().stored, CHUNKS as usize);
 }
+
+#[test]
+fn a_forward_that_takes_long_is_not_held_against_the_path() {
+    let mocks = Mocks::load();
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config(folder.path());
+    config.slow_limit_seconds = 0.3;
+    let store = Store::open(&config, namespace(), options(&mocks)).unwrap();
+    let cache = Cache::attach(&mocks, &store, 0).unwrap();
+    let compute = cache.context.stream(Priority::Low).unwrap();
+    // SAFETY: the stream lives until the end of the test.
+    let stream = unsafe { ComputeStream::from_raw(compute.raw()) };
+    let chunks: Vec<StoreChunk> = (0..CHUNKS)
+        .map(|name| StoreChunk {
+            chunk: chunk(name),
+            blocks: vec![0, 1],
+        })
+        .collect();
+    mocks.script_cuda("cuEventQuery error=600");
+    let stores = cache.kv_cache.store_after(&chunks, stream).unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    mocks.script_cuda("");
+    assert_eq!(stores.wait(LIMIT).unwrap().stored, CHUNKS as usize);
+    assert_eq!(store.metrics().paths_taken_out, 0);
+    assert_eq!(cache.load(1, 0, &[4, 5]).loaded, 1);
+}
