@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 # Sums of 64-bit words, one for each row of this many and one for each column: any word that changes
 # alters two of them, and words that change places alter them, too. 16 GB of weights leave 16 MB of
-# sums to be hashed on the CPU, and the bytes are read twice where they lie: about 10 ms on a GPU
-# with 3 TB/s.
+# sums to be hashed on the CPU, and are read twice where they lie, which at 3 TB/s takes 11 ms.
 ROW_WORDS = 1024
 _WORD_BYTES = 8
 _ROW_BYTES = ROW_WORDS * _WORD_BYTES

@@ -57,6 +57,13 @@ class WeightsWatch:
 
     def follow(self, pool: BlockPool) -> None:
         """Notices from here on when vLLM resets its own prefix cache."""
+        if not hasattr(pool, "cached_block_hash_to_block"):
+            # Of a newer vLLM. Its start must not end for that.
+            logger.warning(
+                "kvrail: resets of this vLLM's prefix cache are not seen; reset connectors with it "
+                "(reset_connector, reset_external) when weights are replaced"
+            )
+            return
         self._pool = pool
         self._blocks_seen = pool.cached_block_hash_to_block
 

@@ -224,3 +224,14 @@ def test_an_answer_to_an_older_question_is_not_one_to_the_newer(clock):
     rest = {(question, 1): AS_LOADED}
     scheduler.update_connector_output(KvrailWorkerMetadata(weights=rest))
     assert scheduler.get_num_new_matched_tokens(request, 0) == (None, False)
+
+
+def test_a_vllm_that_keeps_its_blocks_in_another_way_is_told_of_and_served(clock, caplog):
+    weights = watch(clock)
+    with caplog.at_level(logging.WARNING, logger="vllm.kvrail.vllm.weights_watch"):
+        weights.follow(SimpleNamespace())
+    assert "reset_connector" in caplog.text
+    scheduler = make(FakeLookup(), clock, weights=weights)
+    assert scheduler.build_connector_meta(step()) is NO_WORK_NO_FORWARD
+    scheduler.weights_may_have_changed()
+    assert scheduler.build_connector_meta(step()).weights_question == 1
