@@ -25,9 +25,9 @@ PAGE_BYTES = 4096
 SAMPLED_PAGES = 64
 # Names that vLLM's `maybe_remap_kv_scale_name` knows: `k_scale`, `v_proj.output_scale`, `kv_scale`.
 KV_SCALE = re.compile(
-    r"(^|[._])(q|k|v|kv|qkv|prob)(_proj)?[._](cache[._])?(output_)?(zero_point|scale)"
+    r"(^|[._])(q|k|v|kv|qkv|prob)(_proj)?[._](cache[._])?(output_)?(zero_point|scale)$"
 )
-# One for each head at most.
+# Far more than one for each head.
 SCALE_BYTES_MAX = 1 << 20
 # The limit of the safetensors library.
 HEADER_BYTES_MAX = 100_000_000
