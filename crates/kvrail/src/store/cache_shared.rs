@@ -32,6 +32,12 @@ pub(super) struct CacheShared {
     tokens: usize,
 }
 
+/// Returns how many of `count` buffers or slots stores leave to loads: a quarter, and of several one
+/// at least.
+pub(super) fn left_to_loads(count: usize) -> usize {
+    if count == 1 { 0 } else { (count / 4).max(1) }
+}
+
 impl CacheShared {
     /// Makes the parts of an attached KV cache: its form, its staging buffers, its side of a GPU.
     ///

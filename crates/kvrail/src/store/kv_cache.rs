@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::batch::{Ending, start_load, start_store};
-use super::cache_shared::{Attachment, CacheShared};
+use super::cache_shared::{Attachment, CacheShared, left_to_loads};
 use super::capacity::plan_use;
 use super::gpu::Route;
 use super::load_job::LoadJob;
@@ -289,8 +289,7 @@ impl KvCache {
         match count {
             // The only buffer: loads go first.
             1 if self.running.queue.has_loads() => None,
-            1 => Some(0),
-            count => Some((count / 4).max(1)),
+            count => Some(left_to_loads(count)),
         }
     }
 

@@ -1,5 +1,7 @@
 //! More stores at once than there are VRAM slots.
 
+use std::ops::Range;
+
 use super::*;
 
 /// Chunks of one step: more than the slots that are left, fewer than the staging buffers.
@@ -120,6 +122,16 @@ fn a_stream_that_cannot_wait_for_a_slot_costs_its_store_and_no_slot() {
     }
 }
 
+/// Chunks with these names, all of the same two blocks.
+fn step_of(names: Range<u64>) -> Vec<StoreChunk> {
+    names
+        .map(|name| StoreChunk {
+            chunk: chunk(name),
+            blocks: vec![0, 1],
+        })
+        .collect()
+}
+
 #[test]
 fn buffers_of_stores_that_end_before_their_copy_come_back() {
     let mocks = Mocks::load();
@@ -137,20 +149,16 @@ fn buffers_of_stores_that_end_before_their_copy_come_back() {
     let compute = cache.context.stream(Priority::Low).unwrap();
     // SAFETY: the stream lives until the end of the test.
     let stream = unsafe { ComputeStream::from_raw(compute.raw()) };
-    let wanted = |name| StoreChunk {
-        chunk: chunk(name),
-        blocks: vec![0, 1],
-    };
     // A forward of seconds is in front of the copies; the chunks are there, so nobody waits for it.
     mocks.script_cuda("cuEventQuery error=600");
-    let chunks: Vec<StoreChunk> = (0..CHUNKS).map(wanted).collect();
+    let chunks = step_of(0..CHUNKS);
     let began = Instant::now();
     let ticket = cache.kv_cache.store_after(&chunks, stream).unwrap();
     let report = ticket.wait(LIMIT).unwrap();
     assert_eq!(report.already_present, CHUNKS as usize, "{report:?}");
     assert!(began.elapsed() < Duration::from_secs(1), "waited for a GPU");
     // Their buffers are not used again meanwhile.
-    let next: Vec<StoreChunk> = (CHUNKS..2 * CHUNKS).map(wanted).collect();
+    let next = step_of(CHUNKS..2 * CHUNKS);
     let ticket = cache.kv_cache.store_after(&next, stream).unwrap();
     std::thread::sleep(Duration::from_millis(1500));
     mocks.script_cuda("");
@@ -161,9 +169,7 @@ fn buffers_of_stores_that_end_before_their_copy_come_back() {
     );
     let deadline = Instant::now() + LIMIT;
     for name in 2 * CHUNKS.. {
-        let chunks: Vec<StoreChunk> = (0..CHUNKS)
-            .map(|index| wanted(name * CHUNKS + index))
-            .collect();
+        let chunks = step_of(name * CHUNKS..(name + 1) * CHUNKS);
         let report = cache.kv_cache.store_after(&chunks, stream).unwrap();
         if report.wait(LIMIT).unwrap().stored == CHUNKS as usize {
             break;
@@ -181,12 +187,7 @@ fn loads_do_not_wait_for_the_forward_that_stores_wait_for() {
     let compute = cache.context.stream(Priority::Low).unwrap();
     // SAFETY: the stream lives until the end of the test.
     let stream = unsafe { ComputeStream::from_raw(compute.raw()) };
-    let chunks: Vec<StoreChunk> = (0..CHUNKS)
-        .map(|name| StoreChunk {
-            chunk: chunk(name),
-            blocks: vec![0, 1],
-        })
-        .collect();
+    let chunks = step_of(0..CHUNKS);
     // More stores than threads, behind a forward that does not end.
     mocks.script_cuda("cuEventQuery error=600");
     let stores = cache.kv_cache.store_after(&chunks, stream).unwrap();
@@ -219,12 +220,7 @@ fn a_forward_that_takes_long_is_not_held_against_the_path() {
     // SAFETY: the stream lives until the end of the test.
     let stream = unsafe { ComputeStream::from_raw(compute.raw()) };
     // One for each thread: as many in a row as take a slow path out of use.
-    let chunks: Vec<StoreChunk> = (0..4)
-        .map(|name| StoreChunk {
-            chunk: chunk(name),
-            blocks: vec![0, 1],
-        })
-        .collect();
+    let chunks = step_of(0..4);
     mocks.script_cuda("cuEventQuery error=600");
     let stores = cache.kv_cache.store_after(&chunks, stream).unwrap();
     std::thread::sleep(Duration::from_secs(1));

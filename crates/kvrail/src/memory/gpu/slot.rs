@@ -103,6 +103,11 @@ struct Shared {
 }
 
 impl WeakGpuSlots {
+    /// Returns whether nobody uses them any more.
+    pub fn are_gone(&self) -> bool {
+        self.0.strong_count() == 0
+    }
+
     /// Returns the slots for chunks of `shape`: `None` when they are gone, or too small.
     pub fn with_shape(&self, shape: SlotShape) -> Option<GpuSlots> {
         let shared = self.0.upgrade()?;

@@ -7,13 +7,12 @@ use std::time::Duration;
 
 use kvrail_cuda::Event;
 
+use super::pinned::REFUSALS_MAX;
 use crate::memory::StagingRange;
 
 /// How long the thread sleeps between two looks at a GPU that is not there yet: nobody waits for a
 /// buffer in particular, and vLLM launches its kernels meanwhile.
 const POLL: Duration = Duration::from_millis(2);
-/// Refusals of the driver in a row after which a GPU is taken for dead.
-const REFUSALS_MAX: usize = 3;
 
 /// Gives buffers back when the GPU has let go of them.
 ///

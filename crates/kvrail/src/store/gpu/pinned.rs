@@ -15,17 +15,15 @@ use crate::chunk::{PAGE_BYTES, hash_pages};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::TransferPlan;
 use crate::memory::{ComputeStream, GpuSlot, StagingRange};
-use crate::store::cache_shared::CacheShared;
+use crate::store::cache_shared::{CacheShared, left_to_loads};
 use crate::store::image::{self, Extents};
 use crate::store::load_job::LoadJob;
 use crate::store::metrics::Metrics;
 use crate::store::staged::StagedImage;
 use crate::store::verify::{verify, verify_frame};
 
-/// Stores leave one of so many slots to loads.
-const LOADS_SHARE: usize = 4;
-/// Refusals of the driver after which a load that failed takes the GPU for dead.
-const REFUSALS_MAX: usize = 3;
+/// Refusals of the driver after which whoever waits takes the GPU for dead.
+pub(super) const REFUSALS_MAX: usize = 3;
 
 impl GpuSide {
     /// Puts the way of a chunk from its blocks to `image` on the GPU; `None` when all slots are in
@@ -48,10 +46,7 @@ impl GpuSide {
         let compute = self.gpu.compute_stream(compute);
         let own = self.gpu.store_stream();
         // Loads wait for a slot that is free: none would be while each step stores more than there are.
-        let reserve = match self.slots.slot_count() {
-            1 => 0,
-            count => (count / LOADS_SHARE).max(1),
-        };
+        let reserve = left_to_loads(self.slots.slot_count());
         let Some(mut slot) = self.slots.take_behind(&self.gpu, &compute, reserve)? else {
             return Ok(None);
         };

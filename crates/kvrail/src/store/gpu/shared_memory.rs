@@ -41,7 +41,9 @@ impl SharedMemory {
 
     /// Has others find slots, as long as somebody uses them.
     pub(super) fn share_slots(&self, kind: Use, slots: &GpuSlots) {
-        lock(&self.slots).push((kind, slots.downgrade()));
+        let mut known = lock(&self.slots);
+        known.retain(|(_, slots)| !slots.are_gone());
+        known.push((kind, slots.downgrade()));
     }
 
     /// Registers a region of KV cache with cuFile, unless it is already: cuFile refuses that.
