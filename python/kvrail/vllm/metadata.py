@@ -59,7 +59,7 @@ class KvrailMetadata(KVConnectorMetadata):
 
     loads: tuple[RequestLoad, ...] = ()
     stores: tuple[GroupStore, ...] = ()
-    no_forward: bool = False
+    may_wait: bool = False
     """The step computes nothing, so the worker may spend a moment on waiting for a load."""
     weights_question: int | None = None
     """Asks which weights the worker has now; the answer carries this number."""
@@ -67,7 +67,7 @@ class KvrailMetadata(KVConnectorMetadata):
 
 # Most steps have nothing for the connector; they share these two.
 NO_WORK = KvrailMetadata()
-NO_WORK_NO_FORWARD = KvrailMetadata(no_forward=True)
+NO_WORK_MAY_WAIT = KvrailMetadata(may_wait=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from kvrail.vllm.lmcache_hash import LmcacheHasher
 from kvrail.vllm.load_or_compute import LoadOrCompute, prompt_tokens
 from kvrail.vllm.metadata import (
     NO_WORK,
-    NO_WORK_NO_FORWARD,
+    NO_WORK_MAY_WAIT,
     GroupLoad,
     GroupStore,
     KvrailMetadata,
@@ -58,6 +58,8 @@ class SchedulerOptions:
     """Least tokens of a hit that is loaded; None measures whether loading is worth it."""
     max_step_tokens: int | None = None
     """Tokens that vLLM computes in one step at most."""
+    waits_when_idle: bool = True
+    """Whether steps without work for the model may wait a moment, for a load or a lookup."""
     items_are_named: bool = True
     """Whether the block hashes name images and the like by their content."""
 
@@ -206,18 +208,19 @@ class ConnectorScheduler:
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KvrailMetadata:
         """The worker's part of this step."""
         self._notice_resets()
-        no_forward = scheduler_output.total_num_scheduled_tokens == 0
-        if no_forward:
+        is_idle = scheduler_output.total_num_scheduled_tokens == 0
+        may_wait = is_idle and self._options.waits_when_idle
+        if may_wait:
             self._lookups.wait_for_one()
         stores: tuple[GroupStore, ...] = ()
-        if self._storing and not no_forward and self._weights.is_known:
+        if self._storing and not is_idle and self._weights.is_known:
             stores = self._plan_stores(scheduler_output)
         self._note_step(scheduler_output)
         question = self._weights.take_question() if self.enabled else None
         if not self._loads and not stores and question is None:
-            return NO_WORK_NO_FORWARD if no_forward else NO_WORK
+            return NO_WORK_MAY_WAIT if may_wait else NO_WORK
         loads, self._loads = tuple(self._loads), []
-        return KvrailMetadata(loads, stores, no_forward, question)
+        return KvrailMetadata(loads, stores, may_wait, question)
 
     def update_connector_output(
         self, worker_metadata: object, finished_loads: Collection[str] = ()

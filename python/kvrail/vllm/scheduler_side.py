@@ -69,6 +69,10 @@ class SchedulerSide:
             wait_limit_seconds=float(effective_value(config, "extra_config.wait_limit_seconds")),
             min_load_tokens=effective_value(config, "min_load_tokens"),
             max_step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            # Of such engines each computes something in every step, or all of them wait for it.
+            waits_when_idle=not (
+                parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe
+            ),
             items_are_named=items_are_named(vllm_config),
         )
         self._wait_limit_seconds = options.wait_limit_seconds

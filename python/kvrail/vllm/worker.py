@@ -230,7 +230,7 @@ class ConnectorWorker:
         if not self._loading and not self._settled:
             return set()
         self._poll_loads()
-        if not self._settled and metadata is not None and metadata.no_forward:
+        if not self._settled and metadata is not None and metadata.may_wait:
             self._wait_for_a_load()
         settled, self._settled = self._settled, []
         for load, reports in settled:

@@ -24,7 +24,7 @@ from kvrail.vllm import bad_keys
 from kvrail.vllm.geometry import ChunkGeometry
 from kvrail.vllm.metadata import (
     NO_WORK,
-    NO_WORK_NO_FORWARD,
+    NO_WORK_MAY_WAIT,
     KvrailMetadata,
     KvrailWorkerMetadata,
 )
@@ -112,7 +112,7 @@ def test_the_load_starts_inside_a_chunk_that_vllm_has_in_part(clock):
         (keys[1], keys[0], 2, (106, 107)),
         (keys[2], keys[1], 0, (108, 109, 110, 111)),
     )
-    assert metadata.no_forward
+    assert metadata.may_wait
 
 
 def test_the_call_after_the_load_loads_nothing(clock):
@@ -297,16 +297,31 @@ def test_early_lookups_are_bounded(clock):
     assert len(lookup.tickets) == MAX_EARLY_LOOKUPS
 
 
+def test_an_idle_step_waits_for_nothing_where_other_engines_wait_for_it(clock):
+    request = make_request("a", 300)
+    lookup = FakeLookup(keys_of(request, 4), answering=False)
+    scheduler = make(lookup, clock, waits_when_idle=False)
+    scheduler.on_new_request(request)
+    assert scheduler.build_connector_meta(step()) is NO_WORK
+    assert lookup.tickets[0].waits == []
+    lookup.settle(lookup.tickets[0])
+    tokens, _ = scheduler.get_num_new_matched_tokens(request, 0)
+    scheduler.update_state_after_alloc(request, FakeBlocks(range(16)), tokens)
+    metadata = scheduler.build_connector_meta(step())
+    assert metadata.loads
+    assert not metadata.may_wait
+
+
 def test_an_idle_step_waits_for_a_lookup_once_and_briefly(clock):
     request = make_request("a", 300)
     lookup = FakeLookup(keys_of(request, 4), answering=False)
     scheduler = make(lookup, clock)
     scheduler.on_new_request(request)
-    assert scheduler.build_connector_meta(step()) is NO_WORK_NO_FORWARD
+    assert scheduler.build_connector_meta(step()) is NO_WORK_MAY_WAIT
     assert lookup.tickets[0].waits == [IDLE_WAIT_SECONDS]
     lookup.settle(lookup.tickets[0])
     scheduler.build_connector_meta(step())
-    assert scheduler.build_connector_meta(step()) is NO_WORK_NO_FORWARD
+    assert scheduler.build_connector_meta(step()) is NO_WORK_MAY_WAIT
     assert len(lookup.tickets[0].waits) == 2
 
 
@@ -316,7 +331,7 @@ def test_an_aborted_request_leaves_nothing_behind(clock):
     scheduler = make(lookup, clock)
     scheduler.on_new_request(request)
     scheduler.request_finished("a")
-    assert scheduler.build_connector_meta(step()) is NO_WORK_NO_FORWARD
+    assert scheduler.build_connector_meta(step()) is NO_WORK_MAY_WAIT
     assert lookup.tickets[0].waits == []
     scheduler.update_connector_output(KvrailWorkerMetadata({"a": (b"x" * 32,)}))
     scheduler.request_finished("a")

@@ -10,7 +10,7 @@ import pytest
 from fakes import CHUNK, FakeBlocks, FakeLookup, keys_of, make, make_request, step, watch
 
 from kvrail.vllm.loaded_weights import WeightsReport
-from kvrail.vllm.metadata import NO_WORK_NO_FORWARD, KvrailWorkerMetadata
+from kvrail.vllm.metadata import NO_WORK_MAY_WAIT, KvrailWorkerMetadata
 from kvrail.vllm.scheduler import ConnectorScheduler
 
 AS_LOADED = WeightsReport("a" * 64, is_as_loaded=True)
@@ -50,7 +50,7 @@ def test_the_question_is_put_once(clock):
     scheduler = make(FakeLookup(), clock)
     scheduler.weights_may_have_changed()
     assert scheduler.build_connector_meta(step()).weights_question == 1
-    assert scheduler.build_connector_meta(step()) is NO_WORK_NO_FORWARD
+    assert scheduler.build_connector_meta(step()) is NO_WORK_MAY_WAIT
     scheduler.weights_may_have_changed()
     assert scheduler.build_connector_meta(step()).weights_question == 2
 
@@ -173,10 +173,10 @@ def test_a_reset_of_vllms_own_cache_alone_is_seen(clock):
     weights = watch(clock)
     weights.follow(pool)
     scheduler = make(FakeLookup(), clock, weights=weights)
-    assert scheduler.build_connector_meta(step()) is NO_WORK_NO_FORWARD
+    assert scheduler.build_connector_meta(step()) is NO_WORK_MAY_WAIT
     pool.cached_block_hash_to_block = {}
     assert scheduler.build_connector_meta(step()).weights_question == 1
-    assert scheduler.build_connector_meta(step()) is NO_WORK_NO_FORWARD
+    assert scheduler.build_connector_meta(step()) is NO_WORK_MAY_WAIT
 
 
 def test_a_failed_load_of_before_a_reset_changes_nothing(clock):
@@ -232,6 +232,6 @@ def test_a_vllm_that_keeps_its_blocks_in_another_way_is_told_of_and_served(clock
         weights.follow(SimpleNamespace())
     assert "reset_connector" in caplog.text
     scheduler = make(FakeLookup(), clock, weights=weights)
-    assert scheduler.build_connector_meta(step()) is NO_WORK_NO_FORWARD
+    assert scheduler.build_connector_meta(step()) is NO_WORK_MAY_WAIT
     scheduler.weights_may_have_changed()
     assert scheduler.build_connector_meta(step()).weights_question == 1

@@ -12,7 +12,7 @@ from kvrail.vllm import worker as module
 from kvrail.vllm.loaded_weights import WeightsReport
 from kvrail.vllm.metadata import (
     NO_WORK,
-    NO_WORK_NO_FORWARD,
+    NO_WORK_MAY_WAIT,
     GroupLoad,
     GroupStore,
     KvrailHandshake,
@@ -98,7 +98,7 @@ def test_a_store_that_fails_fails_all_blocks(worker, kv_cache, when):
     worker.start_loads(KvrailMetadata(loads=(LOAD,)))
     if when != "submit":
         kv_cache.tickets[0].error = ClosedError("closed")
-    step = NO_WORK_NO_FORWARD if when == "wait" else NO_WORK
+    step = NO_WORK_MAY_WAIT if when == "wait" else NO_WORK
     assert worker.take_finished_loads(step) == {"a"}
     assert worker.take_failed_blocks() == {12, 13, 14, 15, 16, 17}
 
@@ -114,10 +114,10 @@ def test_only_a_step_without_forward_waits(worker, kv_cache):
     worker.start_loads(KvrailMetadata(loads=(LOAD,)))
     worker.take_finished_loads(NO_WORK)
     assert kv_cache.tickets[0].waits == []
-    assert worker.take_finished_loads(NO_WORK_NO_FORWARD) == set()
+    assert worker.take_finished_loads(NO_WORK_MAY_WAIT) == set()
     assert kv_cache.tickets[0].waits == [module.IDLE_WAIT_SECONDS]
     kv_cache.tickets[0].report = report()
-    assert worker.take_finished_loads(NO_WORK_NO_FORWARD) == {"a"}
+    assert worker.take_finished_loads(NO_WORK_MAY_WAIT) == {"a"}
     assert len(kv_cache.tickets[0].waits) == 1
 
 
@@ -178,7 +178,7 @@ def test_a_load_of_two_groups_ends_with_the_last_of_them(two_groups):
     worker.start_loads(KvrailMetadata(loads=(LOAD_OF_TWO,)))
     assert (first.loads, second.loads) == ([list(CHUNKS)], [list(WINDOW)])
     second.tickets[0].report = report()
-    assert worker.take_finished_loads(NO_WORK_NO_FORWARD) == set()
+    assert worker.take_finished_loads(NO_WORK_MAY_WAIT) == set()
     assert first.tickets[0].waits and not second.tickets[0].waits
     first.tickets[0].report = report()
     assert worker.take_finished_loads(NO_WORK) == {"a"}
@@ -210,7 +210,7 @@ def test_a_group_that_cannot_be_loaded_does_not_end_the_load_of_another(two_grou
     worker.start_loads(KvrailMetadata(loads=(LOAD_OF_TWO,)))
     if when != "submit":
         second.tickets[0].error = ClosedError("closed")
-    step = NO_WORK_NO_FORWARD if when == "wait" else NO_WORK
+    step = NO_WORK_MAY_WAIT if when == "wait" else NO_WORK
     assert worker.take_finished_loads(step) == set()
     first.tickets[0].report = report()
     assert worker.take_finished_loads(step) == {"a"}
