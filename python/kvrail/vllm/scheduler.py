@@ -216,7 +216,7 @@ class ConnectorScheduler:
         if self._storing and not is_idle and self._weights.is_known:
             stores = self._plan_stores(scheduler_output)
         self._note_step(scheduler_output)
-        question = self._weights.take_question() if self.enabled else None
+        question = self._weights.take_question(computes=not is_idle) if self.enabled else None
         if not self._loads and not stores and question is None:
             return NO_WORK_MAY_WAIT if may_wait else NO_WORK
         loads, self._loads = tuple(self._loads), []

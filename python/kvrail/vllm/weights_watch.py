@@ -1,9 +1,12 @@
 """Which weights chunk keys stand for: those of the namespace, or others that vLLM has by now.
 
 A reset of vLLM's caches may mean that its weights were replaced, or nothing of the kind: sleep mode
-and benchmarks reset them, too. So with the next step the workers are asked, and until all of them
-have answered no key is made. With other weights than at the start each key is hashed once more,
-with a salt made of what the workers read: engines with the same weights share chunks again.
+and benchmarks reset them, too. So the workers are asked, and until all of them have answered no key
+is made. They are asked with the next step that computes, or that a request waits for: a trainer
+resets the caches, then replaces the weights and has vLLM go on, and in between, also while vLLM
+sleeps and has no weights at all, steps are run for requests that were aborted. With other weights
+than at the start each key is hashed once more, with a salt made of what the workers read: engines
+with the same weights share chunks again.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ class WeightsWatch:
         self._blocks_seen: object = None
         self._question = 0
         self._is_asked = True
+        self._is_awaited = False
         self._asked_at: float | None = None
         self._answers: dict[int, WeightsReport] = {}
         self._refused = False
@@ -92,14 +96,21 @@ class WeightsWatch:
         """Whether an answer is still to be expected; asked of a request that would wait for it."""
         if self.is_known or self._refused:
             return False
+        self._is_awaited = True
         now = self._clock()
         if self._asked_at is None:
             self._asked_at = now
         return now - self._asked_at <= self._wait_limit_seconds
 
-    def take_question(self) -> int | None:
-        """The number of the question for the workers, once; None when there is none."""
-        if self._is_asked:
+    def take_question(self, *, computes: bool) -> int | None:
+        """The number of the question for the workers, once; None when there is none.
+
+        ``computes`` says whether the step that takes it along computes anything. vLLM asks for
+        requests that are to be computed only, so one that was asked for since the last step and
+        waits is as good.
+        """
+        is_awaited, self._is_awaited = self._is_awaited, False
+        if self._is_asked or not (computes or is_awaited):
             return None
         self._is_asked = True
         return self._question

@@ -187,6 +187,22 @@ def load_weights(llm: Any, folder: str) -> None:
     llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
 
 
+def load_weights_in_pause(llm: Any, folder: str, prompt: list[int]) -> None:
+    """Replaces the weights as vLLM's documentation of `pause_generation` has it.
+
+    Meanwhile a request comes and is aborted, for which the paused engine runs a step.
+    """
+    engine, core = llm.llm_engine, llm.llm_engine.engine_core
+    core.call_utility("pause_scheduler", "keep", True)
+    engine.add_request("gone", _input(prompt, None), _parameters(1))
+    engine.abort_request(["gone"])
+    for _ in range(3):
+        # Each is answered between two rounds of the engine's loop.
+        assert core.call_utility("is_scheduler_paused")
+    load_weights(llm, folder)
+    core.call_utility("resume_scheduler")
+
+
 def set_mode(llm: Any, directory: str, mode: int) -> None:
     """Gives every folder under `directory`, itself included, this mode."""
     for folder, _, _ in os.walk(directory, topdown=False):
@@ -211,6 +227,7 @@ STEPS: dict[str, Callable[..., Any]] = {
         generate,
         list_chunks,
         load_weights,
+        load_weights_in_pause,
         make_file,
         metrics,
         pause,

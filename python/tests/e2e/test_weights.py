@@ -113,3 +113,30 @@ def _assert_shared(
     result, _ = engines.run(Job(llama, steps, store))
     assert_same_answers("second instance", plain_trained, result["generate"])
     _assert_hits(result["generate"], expected=True)
+
+
+def test_weights_are_not_looked_at_before_a_paused_engine_has_its_new_ones(
+    engines: Engines,
+    llama: Path,
+    trained: Path,
+    plain: dict[str, Any],
+    plain_trained: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    """The reset comes first, and a step for a request that is aborted before the weights."""
+    store, prompts = tmp_path / "kv", _prompts()
+    files = chunks_in(prompts)
+    wait = {"directory": str(store)}
+    steps = [
+        step("generate", "first", prompts=prompts),
+        step("wait_for_chunks", "first stored", files=files, **wait),
+        step("load_weights_in_pause", folder=str(trained), prompt=prompts["boundary"]),
+        step("generate", "trained", prompts=prompts),
+        step("wait_for_chunks", "trained stored", files=2 * files, **wait),
+    ]
+    engine = {"enable_prefix_caching": True}
+    result, running = engines.run(Job(llama, steps, store, engine=engine))
+    assert_same_answers("first", plain, result["first"])
+    assert_same_answers("trained", plain_trained, result["trained"])
+    _assert_hits(result["trained"], expected=False)
+    assert running.log().count("vLLM has other weights than at its start") == 1

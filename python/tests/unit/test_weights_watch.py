@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 from fakes import CHUNK, FakeBlocks, FakeLookup, keys_of, make, make_request, step, watch
+from vllm.v1.core.sched.output import SchedulerOutput
 
 from kvrail.vllm.loaded_weights import WeightsReport
-from kvrail.vllm.metadata import NO_WORK_MAY_WAIT, KvrailWorkerMetadata
+from kvrail.vllm.metadata import NO_WORK, NO_WORK_MAY_WAIT, KvrailWorkerMetadata
 from kvrail.vllm.scheduler import ConnectorScheduler
 
 AS_LOADED = WeightsReport("a" * 64, is_as_loaded=True)
@@ -18,9 +19,15 @@ TRAINED = WeightsReport("b" * 64, is_as_loaded=False)
 UNREADABLE = WeightsReport("", is_as_loaded=False, problem="no way to the weights in memory")
 
 
+def computing() -> SchedulerOutput:
+    """A step that computes a token of a request which kvrail has nothing to do with."""
+    request = make_request("computing", 1)
+    return step(new=[(request, 0, 1)], blocks={"computing": [99]})
+
+
 def answer(scheduler: ConnectorScheduler, *reports: WeightsReport) -> int:
     """Has the scheduler ask, and each worker answer; the number of the question."""
-    question = scheduler.build_connector_meta(step()).weights_question
+    question = scheduler.build_connector_meta(computing()).weights_question
     assert question is not None
     found = {(question, rank): report for rank, report in enumerate(reports)}
     scheduler.update_connector_output(KvrailWorkerMetadata(weights=found))
@@ -49,9 +56,34 @@ def test_after_a_reset_a_request_waits_until_the_weights_are_known(clock):
 def test_the_question_is_put_once(clock):
     scheduler = make(FakeLookup(), clock)
     scheduler.weights_may_have_changed()
-    assert scheduler.build_connector_meta(step()).weights_question == 1
-    assert scheduler.build_connector_meta(step()) is NO_WORK_MAY_WAIT
+    assert scheduler.build_connector_meta(computing()).weights_question == 1
+    assert scheduler.build_connector_meta(computing()) is NO_WORK
     scheduler.weights_may_have_changed()
+    assert scheduler.build_connector_meta(computing()).weights_question == 2
+
+
+def test_nobody_is_asked_while_vllm_is_paused_or_asleep(clock):
+    """A request that is aborted then makes a step, before the weights are replaced."""
+    request = make_request("a", 300)
+    scheduler = make(FakeLookup(keys_of(request, 4)), clock)
+    scheduler.weights_may_have_changed()
+    scheduler.on_new_request(request)
+    for _ in range(3):
+        assert scheduler.build_connector_meta(step()) is NO_WORK_MAY_WAIT
+    # It goes on, and asks what the first of those that wait can load.
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (None, False)
+    assert scheduler.build_connector_meta(step()).weights_question == 1
+
+
+def test_a_request_that_waited_before_the_pause_is_no_reason_to_ask_in_it(clock):
+    request = make_request("a", 300)
+    scheduler = make(FakeLookup(keys_of(request, 4)), clock)
+    scheduler.weights_may_have_changed()
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (None, False)
+    assert scheduler.build_connector_meta(step()).weights_question == 1
+    scheduler.weights_may_have_changed()
+    assert scheduler.build_connector_meta(step()) is NO_WORK_MAY_WAIT
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (None, False)
     assert scheduler.build_connector_meta(step()).weights_question == 2
 
 
@@ -97,7 +129,7 @@ def test_all_ranks_have_to_answer_and_late_answers_to_older_questions_count_noth
     request = make_request("a", 300)
     scheduler = make(FakeLookup(keys_of(request, 4)), clock, weights=watch(clock, workers=2))
     scheduler.weights_may_have_changed()
-    scheduler.build_connector_meta(step())
+    scheduler.build_connector_meta(computing())
     scheduler.weights_may_have_changed()
     old = {(1, 0): AS_LOADED, (1, 1): AS_LOADED}
     scheduler.update_connector_output(KvrailWorkerMetadata(weights=old))
@@ -175,7 +207,7 @@ def test_a_reset_of_vllms_own_cache_alone_is_seen(clock):
     scheduler = make(FakeLookup(), clock, weights=weights)
     assert scheduler.build_connector_meta(step()) is NO_WORK_MAY_WAIT
     pool.cached_block_hash_to_block = {}
-    assert scheduler.build_connector_meta(step()).weights_question == 1
+    assert scheduler.build_connector_meta(computing()).weights_question == 1
     assert scheduler.build_connector_meta(step()) is NO_WORK_MAY_WAIT
 
 
@@ -220,7 +252,7 @@ def test_an_answer_to_an_older_question_is_not_one_to_the_newer(clock):
     scheduler.weights_may_have_changed()
     answer(scheduler, AS_LOADED)
     scheduler.weights_may_have_changed()
-    question = scheduler.build_connector_meta(step()).weights_question
+    question = scheduler.build_connector_meta(computing()).weights_question
     rest = {(question, 1): AS_LOADED}
     scheduler.update_connector_output(KvrailWorkerMetadata(weights=rest))
     assert scheduler.get_num_new_matched_tokens(request, 0) == (None, False)
@@ -234,4 +266,4 @@ def test_a_vllm_that_keeps_its_blocks_in_another_way_is_told_of_and_served(clock
     scheduler = make(FakeLookup(), clock, weights=weights)
     assert scheduler.build_connector_meta(step()) is NO_WORK_MAY_WAIT
     scheduler.weights_may_have_changed()
-    assert scheduler.build_connector_meta(step()).weights_question == 1
+    assert scheduler.build_connector_meta(computing()).weights_question == 1
