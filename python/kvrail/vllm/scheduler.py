@@ -28,6 +28,7 @@ from kvrail.vllm.metadata import (
     RequestLoad,
     StoreChunk,
 )
+from kvrail.vllm.neighbour_loads import NeighbourLoads
 from kvrail.vllm.request_lookups import Lookup, RequestLookups
 from kvrail.vllm.request_state import RequestState
 from kvrail.vllm.tally import Tally
@@ -90,6 +91,7 @@ class ConnectorScheduler:
             max_step_tokens=options.max_step_tokens,
             clock=clock,
         )
+        self._neighbour_loads = NeighbourLoads(geometry.groups)
         self._late_check: Callable[[], str | None] | None = None
         self._states: dict[str, RequestState] = {}
         # Keeps a step with nothing to do from walking over all requests.
@@ -212,6 +214,7 @@ class ConnectorScheduler:
         may_wait = is_idle and self._options.waits_when_idle
         if may_wait:
             self._lookups.wait_for_one()
+        self._neighbour_loads.step_began(scheduler_output, self._vllms_own_tokens)
         stores: tuple[GroupStore, ...] = ()
         if self._storing and not is_idle and self._weights.is_known:
             stores = self._plan_stores(scheduler_output)
@@ -256,6 +259,7 @@ class ConnectorScheduler:
     def step_ended(self) -> None:
         """Learns that the oldest step under way is done, after all else that it brought."""
         self._load_or_compute.step_ended()
+        self._neighbour_loads.step_ended()
 
     def explanation(self, request: Request) -> dict[str, Any] | None:
         """What `kvrail explain` needs to know of a request, for one that asks for it."""
@@ -357,6 +361,11 @@ class ConnectorScheduler:
             self._storing.add(request.request_id)
         return state
 
+    def _vllms_own_tokens(self, req_id: str) -> int:
+        """Tokens that vLLM had itself when it last asked; 0 of a request that is left alone."""
+        state = self._states.get(req_id)
+        return 0 if state is None else state.local_tokens
+
     def _has_to_store(self, request: Request) -> bool:
         return self._options.may_store and (
             self._options.save_decode_cache
@@ -437,6 +446,8 @@ class ConnectorScheduler:
             assert block_state is not None
             # Never remembered: a request that was preempted has other blocks now.
             tables = block_state.resolve_block_ids(req_id)
+            if self._neighbour_loads.are_in_doubt(tables):
+                return
             keys = state.chunk_keys(geometry, end)
             offered = block_state.boundary_state_offloads.get(req_id, ())
             for place, group in enumerate(geometry.groups):

@@ -109,3 +109,44 @@ def test_each_connector_hears_its_own_workers_only(
     assert_same_answers("warm", plain, warm["generate"])
     for name, answer in warm["generate"].items():
         assert moved(answer, HITS) == loadable_tokens(len(prompts[name])), name
+
+
+def test_what_another_failed_to_load_is_not_stored(
+    engines: Engines, llama: Path, tmp_path: Path
+) -> None:
+    """vLLM computes on the other's rubbish first, and learns of it with the step's output.
+
+    One prompt begins with another, and with the blocks that vLLM believes to be loaded for that.
+    """
+    store = tmp_path / "kv"
+    prompts = {name: main_prompts()[name] for name in ("boundary", "tail", "long")}
+    prompts["shared"] = prompts["boundary"] + random_prompt("failing shared", 400)
+    generate = step("generate", prompts=prompts, together=True)
+    # The chunks of "boundary" are those of "shared", too.
+    files = chunks_in(prompts) - 3
+    failing = Job(
+        llama, [generate, step("wait_for_chunks", directory=str(store), files=files)], store
+    )
+    ours = failing.as_json(tmp_path / "x")["engine"]["kv_transfer_config"]
+    theirs = {
+        "kv_connector": "FailingConnector",
+        "kv_connector_module_path": "failing_connector",
+        "kv_role": "kv_both",
+    }
+    failing.engine = {
+        "async_scheduling": True,
+        "enable_prefix_caching": True,
+        "kv_transfer_config": {
+            "kv_connector": "MultiConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"connectors": [theirs, ours]},
+        },
+    }
+    without = engines.start(Job(llama, [generate]))
+    cold, writer = engines.run(failing)
+    plain = without.wait()["generate"]
+    assert "KV load failure" in writer.log(), "nothing failed"
+    warm, reader = engines.run(Job(llama, [generate], store))
+    assert_same_answers("cold", plain, cold["generate"])
+    assert_same_answers("warm", plain, warm["generate"])
+    assert assert_loaded_is_stored([writer], [reader]) > 0
