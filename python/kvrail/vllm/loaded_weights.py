@@ -26,6 +26,9 @@ _ROW_BYTES = ROW_WORDS * _WORD_BYTES
 # Weights whose bytes do not lie in one piece are copied in pieces of this size: a GPU that serves
 # has no room for another matrix of embeddings.
 _PIECE_BYTES = 64 << 20
+# Scales of the KV cache, which vLLM keeps in buffers (`set_default_quant_scales`). Other buffers
+# are left out: some are scratch memory.
+_SCALE_BUFFERS = frozenset({"_k_scale", "_v_scale", "_q_scale", "_prob_scale"})
 
 Models = Callable[[], "Sequence[torch.nn.Module]"]
 
@@ -75,22 +78,30 @@ class LoadedWeights:
 
 
 def digest_models(models: Sequence[torch.nn.Module]) -> str:
-    """Hex SHA-256 over names, types, shapes and contents of all parameters of ``models``."""
-    # vLLM's own list of what its weights are, with what tensors of special classes hold inside.
-    from vllm.model_executor.model_loader.weight_checksum import _weights
-
+    """Hex SHA-256 over names, types, shapes and contents of what makes KV in ``models``."""
     if not models:
         raise LookupError("no model was found")
     digest = hashlib.sha256()
     parts: list[torch.Tensor] = []
     for index, model in enumerate(models):
-        for name, tensor in _weights(model):
+        for name, tensor in _weights_and_scales(model):
             about = f"{index} {name} {tensor.dtype} {tuple(tensor.shape)}\n"
             digest.update(about.encode())
             parts.extend(_sums(tensor.detach()))
     for part in _on_cpu(parts):
         digest.update(part)
     return digest.hexdigest()
+
+
+def _weights_and_scales(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """All parameters of a model, and the scales of its KV cache."""
+    # vLLM's own list of what its weights are, with what tensors of special classes hold inside.
+    from vllm.model_executor.model_loader.weight_checksum import _weights
+
+    yield from _weights(model)
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in _SCALE_BUFFERS:
+            yield name, buffer
 
 
 def _sums(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from vllm.model_executor.layers.attention.attention import set_default_quant_scales
 from vllm.model_executor.parameter import SharedWeightParameter
 
 from kvrail.vllm.loaded_weights import ROW_WORDS, LoadedWeights, digest_models
@@ -108,6 +109,36 @@ def test_what_classes_of_their_own_hold_inside_is_seen(monkeypatch):
     reference = digest_models([model])
     shared.partitions[0] = parameter(torch.ones(8))
     assert digest_models([model]) != reference
+
+
+class Attention(nn.Module):
+    """A layer with vLLM's scales of the KV cache, and memory that kernels scribble on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = parameter(torch.ones(4))
+        set_default_quant_scales(self, register_buffer=True)
+        self.register_buffer("scratch", torch.zeros(4))
+
+
+@pytest.mark.parametrize("name", ["_k_scale", "_v_scale", "_q_scale", "_prob_scale"])
+def test_scales_of_the_kv_cache_are_part_of_it(name):
+    """They are buffers: a checkpoint's are copied to them, and the parameters are dropped."""
+    model = nn.Sequential(Attention(), Attention())
+    reference = digest_models([model])
+    getattr(model[1], name).fill_(0.5)
+    changed = digest_models([model])
+    assert changed != reference
+    getattr(model[0], name).fill_(0.5)
+    getattr(model[1], name).fill_(1.0)
+    assert digest_models([model]) not in (reference, changed), "which layer's it is"
+
+
+def test_other_buffers_are_not_part_of_it():
+    model = nn.Sequential(Attention())
+    reference = digest_models([model])
+    model[0].scratch.fill_(7.0)
+    assert digest_models([model]) == reference
 
 
 def test_a_report_says_whether_the_weights_are_as_loaded():
