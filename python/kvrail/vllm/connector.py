@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from kvrail.vllm import layout, version
+from kvrail.vllm import layout, plugin, version
 from kvrail.vllm.config import resolve_config, with_fitting_chunks
 from kvrail.vllm.direct import in_place_problem, wanted_layout
 from kvrail.vllm.failure_policy import compute_what_fails
@@ -258,3 +258,6 @@ class KvrailConnector(KVConnectorBase_V1, SupportsHMA):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> KVConnectorPromMetrics:
         return KvrailPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+plugin.make_name_known()

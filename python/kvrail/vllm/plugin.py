@@ -49,11 +49,27 @@ def register() -> None:
         logger.warning("kvrail: the connector could not be registered: %r", error)
 
 
-def _register() -> None:
+def make_name_known() -> None:
+    """Registers the connector's own name where no plugin has; never raises, as `register`.
+
+    ``MultiConnector`` asks for the classes of its connectors by name, in every process that reads
+    their statistics, also for those that were configured by the path of a module.
+    """
+    try:
+        _registry().setdefault(NAME, load_connector)
+    except Exception as error:
+        logger.warning("kvrail: the name %s could not be registered: %r", NAME, error)
+
+
+def _registry() -> dict[str, Any]:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     # The factory has no call that replaces a name, and `register_connector` refuses one it knows.
-    registry = KVConnectorFactory._registry
+    return KVConnectorFactory._registry
+
+
+def _register() -> None:
+    registry = _registry()
     registry[NAME] = load_connector
     if wants_takeover():
         if registry.get(LMCACHE_NAME) is not load_connector:

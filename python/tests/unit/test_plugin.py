@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 
 import pytest
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 
+import kvrail.vllm
 from kvrail.vllm import KvrailConnector, plugin
 
 
@@ -76,3 +79,41 @@ def test_a_failure_does_not_end_the_start_of_vllm(monkeypatch):
     monkeypatch.setattr(plugin.logger, "warning", lambda *rest: problems.append(rest))
     plugin.register()
     assert len(problems) == 1
+
+
+@pytest.fixture
+def import_anew(monkeypatch):
+    """Imports the connector as a process does that has not, and puts the modules back after."""
+
+    def run():
+        name = "kvrail.vllm.connector"
+        monkeypatch.setattr(kvrail.vllm, "connector", sys.modules[name])
+        monkeypatch.delitem(sys.modules, name)
+        return importlib.import_module(name).KvrailConnector
+
+    return run
+
+
+def test_a_connector_that_was_imported_is_known_by_its_name(registry, import_anew):
+    """MultiConnector asks for it so in the API server, also when no plugin is loaded."""
+    assert plugin.NAME not in registry
+    connector = import_anew()
+    stats = MultiConnector.build_kv_connector_stats({plugin.NAME: {"hit_tokens": 3}})
+    assert stats.data[plugin.NAME].data == {"hit_tokens": 3}
+    assert KVConnectorFactory.get_connector_class_by_name(plugin.NAME) is connector
+
+
+def test_a_name_that_is_known_is_not_taken_over(registry, import_anew):
+    registry[plugin.NAME] = other = object()
+    import_anew()
+    assert registry[plugin.NAME] is other
+
+
+def test_a_factory_of_another_shape_does_not_end_the_import(monkeypatch, import_anew):
+    problems = []
+    monkeypatch.setattr(plugin.logger, "warning", lambda *rest: problems.append(rest))
+    monkeypatch.delattr(KVConnectorFactory, "_registry")
+    import_anew()
+    monkeypatch.setattr(KVConnectorFactory, "_registry", [], raising=False)
+    import_anew()
+    assert len(problems) == 2
