@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz"})
 CONFIG_NAMES = ("config.json", "adapter_config.json", "model.safetensors.index.json")
@@ -31,6 +35,11 @@ KV_SCALE = re.compile(
 SCALE_BYTES_MAX = 1 << 20
 # The limit of the safetensors library.
 HEADER_BYTES_MAX = 100_000_000
+# Far more than one vLLM serves.
+ADAPTERS_MAX = 65_536
+
+FileStates = dict[str, tuple[int, int, int]]
+"""Size, time of modification and inode of files, by path."""
 
 
 class FingerprintError(RuntimeError):
@@ -43,21 +52,26 @@ def fingerprint_path(path: Path) -> str:
     Raises ``FingerprintError`` when there are no weight files or they cannot be read.
     """
     try:
-        files = [path] if path.is_file() else sorted(_weight_files(path))
+        configs, files = _files(path)
         if not files:
             raise FingerprintError(f"no weight files in {path}")
         digest = hashlib.sha256()
         root = path.parent if path.is_file() else path
-        for name in CONFIG_NAMES:
-            config = root / name
-            if config.is_file():
-                _add(digest, name.encode(), config.read_bytes())
+        for config in configs:
+            _add(digest, config.name.encode(), config.read_bytes())
         for file in files:
             _add(digest, file.relative_to(root).as_posix().encode(), b"")
             _add_sample(digest, file)
         return digest.hexdigest()
     except OSError as error:
         raise FingerprintError(f"cannot read the weights in {path}: {error}") from error
+
+
+def _files(path: Path) -> tuple[list[Path], list[Path]]:
+    """The configurations and the weight files that a fingerprint is made of."""
+    root = path.parent if path.is_file() else path
+    configs = [file for name in CONFIG_NAMES if (file := root / name).is_file()]
+    return configs, [path] if path.is_file() else sorted(_weight_files(path))
 
 
 def _weight_files(folder: Path) -> Iterable[Path]:
@@ -130,15 +144,27 @@ def resolve_model_path(model: str, revision: str | None, download_dir: str | Non
     return Path(folder)
 
 
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    """What was read of an adapter, and the files as they were right before."""
+
+    fingerprint: bytes
+    files: FileStates
+
+
 class AdapterFingerprints:
     """Fingerprints of LoRA adapters, read once per adapter and process.
 
     vLLM's block hashes hold an adapter's name and path. That is enough within one process, but
     files outlive the process, and an adapter that is trained again keeps both.
+
+    vLLM drops adapters that it has no room for and loads them again from their path, when it likes.
+    So nobody knows which weights are in use of an adapter whose files have changed since they were
+    read. vLLM's own prefix cache does not know either, also of one that is registered anew.
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, str, str], bytes | None] = {}
+        self._known: dict[tuple[str, str], _Adapter | None] = {}
 
     def of(self, lora_request: object) -> bytes | None:
         """The adapter's fingerprint, or None when its KV cache must not be shared."""
@@ -148,11 +174,48 @@ class AdapterFingerprints:
             return None
         name = str(getattr(lora_request, "lora_name", ""))
         path = str(getattr(lora_request, "lora_path", ""))
-        key = (int(getattr(lora_request, "lora_int_id", 0)), name, path)
+        # As in vLLM's block hashes, which know nothing of an adapter's number.
+        key = (name, path)
         if key not in self._known:
-            try:
-                resolved = resolve_model_path(path, None, None)
-                self._known[key] = bytes.fromhex(fingerprint_path(resolved))
-            except FingerprintError:
-                self._known[key] = None
-        return self._known[key]
+            # None is forgotten: read again, changed files would pass for those that vLLM loaded.
+            if len(self._known) >= ADAPTERS_MAX:
+                return None
+            self._known[key] = _read_adapter(path)
+        adapter = self._known[key]
+        if adapter is None:
+            return None
+        if _adapter_files(path) != adapter.files:
+            self._known[key] = None
+            logger.warning(
+                "kvrail: the files of the adapter %s in %s have changed, so it is not known which "
+                "of them vLLM uses: its requests are neither stored nor loaded until vLLM restarts",
+                name,
+                path,
+            )
+            return None
+        return adapter.fingerprint
+
+
+def _read_adapter(path: str) -> _Adapter | None:
+    # Files that change while they are read differ from what they were before.
+    files = _adapter_files(path)
+    if files is None:
+        return None
+    try:
+        fingerprint = fingerprint_path(resolve_model_path(path, None, None))
+    except FingerprintError:
+        return None
+    return _Adapter(bytes.fromhex(fingerprint), files)
+
+
+def _adapter_files(path: str) -> FileStates | None:
+    """The files that an adapter's fingerprint is made of, as they are now; None without them."""
+    try:
+        configs, weights = _files(resolve_model_path(path, None, None))
+        states = {}
+        for file in (*configs, *weights):
+            found = file.stat()
+            states[str(file)] = (found.st_size, found.st_mtime_ns, found.st_ino)
+        return states
+    except (FingerprintError, OSError):
+        return None

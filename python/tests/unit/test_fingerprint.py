@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kvrail.vllm import fingerprint as module
 from kvrail.vllm.fingerprint import (
     AdapterFingerprints,
     FingerprintError,
@@ -104,11 +106,85 @@ def test_adapters(model, tmp_path):
     first = known.of(adapter(model))
     assert first is not None
     assert len(first) == 32
+    assert known.of(adapter(model)) == first
     change_head(model)
-    assert known.of(adapter(model)) == first, "the engine keeps what it loaded"
-    assert AdapterFingerprints().of(adapter(model)) != first
+    assert AdapterFingerprints().of(adapter(model)) not in (None, first)
     assert known.of(adapter(model, load_inplace=True)) is None
     assert known.of(adapter(tmp_path / "gone")) is None
+
+
+def touch(model):
+    os.utime(model / "two.safetensors", ns=(1, 1))
+
+
+def replace_in_place(model):
+    """A copy of other content, with the size and the time of what was there."""
+    file = model / "two.safetensors"
+    before = file.stat()
+    other = model / "new"
+    other.write_bytes(b"SMALL")
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(file)
+
+
+def add(model):
+    (model / "three.safetensors").write_bytes(b"more")
+
+
+def remove_all(model):
+    shutil.rmtree(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_config, touch, replace_in_place, grow, rename, remove, add, remove_all],
+)
+def test_an_adapter_whose_files_change_is_left_alone_from_then_on(model, tmp_path, caplog, change):
+    """vLLM may have loaded them again, or not: it does so when it had no room for an adapter."""
+    known = AdapterFingerprints()
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    kept = tmp_path / "kept"
+    shutil.copytree(model, kept)
+    assert known.of(adapter(model)) == known.of(adapter(other)) is not None
+    change(model)
+    for _ in range(2):
+        assert known.of(adapter(model)) is None
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(kept, model)
+    assert known.of(adapter(model)) is None, "also with what was there before"
+    # Its blocks in vLLM's prefix cache have the hashes of those of the one before.
+    again = SimpleNamespace(lora_name="a", lora_path=str(model), lora_int_id=2)
+    assert known.of(again) is None
+    assert known.of(adapter(other)) is not None
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "the adapter a in" in message and str(model) in message
+    assert "neither stored nor loaded until vLLM restarts" in message
+
+
+def test_an_adapter_whose_files_change_while_they_are_read_is_left_alone(model, monkeypatch):
+    def read(path):
+        fingerprint = fingerprint_path(path)
+        grow(path)
+        return fingerprint
+
+    monkeypatch.setattr(module, "fingerprint_path", read)
+    known = AdapterFingerprints()
+    assert known.of(adapter(model)) is None
+    monkeypatch.undo()
+    assert known.of(adapter(model)) is None
+
+
+def test_no_more_adapters_than_the_bound_are_known(model, tmp_path, monkeypatch):
+    """Those that are known stay: forgotten ones would be read anew, with whatever is there then."""
+    monkeypatch.setattr(module, "ADAPTERS_MAX", 1)
+    known = AdapterFingerprints()
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    first = known.of(adapter(model))
+    assert first is not None
+    assert known.of(adapter(other)) is None
+    assert known.of(adapter(model)) == first
 
 
 KV_SCALES = [
