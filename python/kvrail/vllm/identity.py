@@ -12,16 +12,17 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvrail.vllm.fingerprint import FingerprintError, fingerprint_path, resolve_model_path
+from kvrail.vllm.fingerprint import FingerprintError, resolve_model_path
 from kvrail.vllm.layout import UnsupportedModelError
 from kvrail.vllm.lmcache_hash import PREFIX, LmcacheHasher
 from kvrail.vllm.multimodal import processing
 from kvrail.vllm.version import parse
+from kvrail.vllm.weights_source import check_source, draft_weights, tower_weights, weights
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 # Keys of a model's configuration that say where it came from, not what it computes.
 _ORIGIN_KEYS = frozenset({"transformers_version"})
+
+# Methods of speculative decoding whose drafts have no KV cache.
+_DRAFTS_WITHOUT_KV = frozenset({"ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator"})
 
 
 def model_name(vllm_config: VllmConfig) -> str:
@@ -62,8 +66,7 @@ def build_identity(
     """
     from vllm import __version__ as vllm_version
 
-    if vllm_config.weight_transfer_config is not None:
-        raise UnsupportedModelError("the weights change while vLLM runs (weight transfer)")
+    check_source(vllm_config)
     parallel = vllm_config.parallel_config
     if parallel.prefill_context_parallel_size > 1:
         raise UnsupportedModelError("prefill context parallelism is not supported")
@@ -83,8 +86,8 @@ def build_identity(
         "engine_version": ".".join(map(str, number)) if number else vllm_version,
         "model": model_name(vllm_config),
         "model_config": _model_config_hash(model),
-        "weights": _weights(vllm_config, model),
-        "draft_weights": _draft_weights(vllm_config),
+        "weights": weights(model, vllm_config.load_config),
+        "draft_weights": draft_weights(vllm_config),
         "long_rope": _uses_long_rope(model),
         **_only_where_set(vllm_config, model),
         "dtype": str(model.dtype),
@@ -144,36 +147,26 @@ def engine_none_hash() -> str | None:
     return None if value is None else bytes(value).hex()
 
 
-def _weights(vllm_config: VllmConfig, model: ModelConfig) -> dict[str, Any]:
-    load = vllm_config.load_config
-    if load.load_format == "dummy":
-        return {"load_format": "dummy", "seed": model.seed}
-    if model.model_weights and not Path(model.model_weights).exists():
-        # vLLM keeps the address of remote weights here and only the configuration in `model`.
-        raise UnsupportedModelError(
-            f"the weights at {model.model_weights} are not local files and cannot be identified"
-        )
-    return {
-        "fingerprint": _fingerprint(
-            model.model_weights or model.model, model.revision, load.download_dir
-        )
-    }
+def _drafts_of_target(vllm_config: VllmConfig) -> dict[str, Any] | None:
+    """What drafts are whose layers are in the target's checkpoint, where no layer is named.
 
-
-def _fingerprint(model: str, revision: str | None, download_dir: str | None) -> str:
-    try:
-        return fingerprint_path(resolve_model_path(model, revision, download_dir))
-    except FingerprintError as error:
-        raise UnsupportedModelError(str(error)) from error
-
-
-def _draft_weights(vllm_config: VllmConfig) -> str | None:
-    """Fingerprint of a draft model's own weights: its layers share the target's blocks."""
+    With one stage the identity lists them with all layers. With several only the last stage has
+    them, and its files are longer than those of an engine without drafts.
+    """
     speculative = vllm_config.speculative_config
-    draft = getattr(speculative, "draft_model_config", None)
-    if draft is None or draft.model == vllm_config.model_config.model:
+    if speculative is None or vllm_config.parallel_config.pipeline_parallel_size == 1:
         return None
-    return _fingerprint(draft.model, draft.revision, vllm_config.load_config.download_dir)
+    draft = getattr(speculative, "draft_model_config", None)
+    if draft is None or draft.model != vllm_config.model_config.model:
+        return None
+    if str(speculative.method) in _DRAFTS_WITHOUT_KV:
+        return None
+    return {
+        "method": speculative.method,
+        "model_config": _model_config_hash(draft),
+        # Some models have a layer for each.
+        "tokens": speculative.num_speculative_tokens,
+    }
 
 
 def _model_config_hash(model: ModelConfig) -> str:
@@ -222,6 +215,9 @@ def _only_where_set(vllm_config: VllmConfig, model: ModelConfig) -> dict[str, An
         "quantization_config": _quantization(model),
         "attn_temperature_tuning": _temperature_tuning(model),
         "multimodal": processing(model, _folder(vllm_config, model)),
+        "tower_weights": tower_weights(vllm_config),
+        "drafts": _drafts_of_target(vllm_config),
+        **_adapters(vllm_config, model),
     }
     return {name: part for name, part in parts.items() if part is not None}
 
@@ -232,6 +228,19 @@ def _folder(vllm_config: VllmConfig, model: ModelConfig) -> Path:
     except FingerprintError:
         # Of weights that were never files, such as dummy ones.
         return Path(model.model)
+
+
+def _adapters(vllm_config: VllmConfig, model: ModelConfig) -> dict[str, Any]:
+    """What an engine makes of the same files of an adapter, where it is not what others do."""
+    config = getattr(vllm_config, "lora_config", None)
+    if config is None:
+        return {}
+    modules = config.target_modules
+    return {
+        "lora_target_modules": None if modules is None else sorted(set(modules)),
+        "lora_dtype": None if config.lora_dtype == model.dtype else str(config.lora_dtype),
+        "lora_towers": config.enable_tower_connector_lora or None,
+    }
 
 
 def _quantization(model: ModelConfig) -> str | None:
@@ -332,6 +341,7 @@ def _group(
         entry["layers"] = [[name, size] for name, size in zip(memory.names, sizes, strict=True)]
     else:
         # Every stage has other layers but one identity must hold for all, so the split stands in.
+        entry["fields"] = _without_layers(entry["fields"])
         entry["partition"] = os.environ.get("VLLM_PP_LAYER_PARTITION")
         entry["hidden_layers"] = vllm_config.model_config.get_total_num_hidden_layers()
         entry["layer_block_bytes"] = sorted(set(sizes))
@@ -340,6 +350,19 @@ def _group(
 
 def _fields(spec: Any) -> dict[str, Any]:
     return {field.name: _plain(getattr(spec, field.name)) for field in dataclasses.fields(spec)}
+
+
+def _without_layers(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a spec; of specs by layer only which ones there are."""
+    return {
+        key: _distinct(value.values()) if isinstance(value, dict) else value
+        for key, value in fields.items()
+    }
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    by_text = {json.dumps(value, sort_keys=True): value for value in values}
+    return [by_text[text] for text in sorted(by_text)]
 
 
 def _with_all_heads(fields: Any, total: int) -> Any:

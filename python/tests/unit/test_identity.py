@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm.config.aux_output import AuxOutputConfig
+from vllm.config.lora import LoRAConfig
 from vllm.platforms import current_platform
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
@@ -18,6 +19,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     MambaSpec,
+    UniformTypeKVCacheSpecs,
 )
 
 from kvrail.vllm import layout
@@ -73,7 +75,9 @@ def setup(tmp_path):
     )
     config = SimpleNamespace(
         model_config=model,
-        load_config=SimpleNamespace(load_format="auto", download_dir=None),
+        load_config=SimpleNamespace(
+            load_format="auto", download_dir=None, model_loader_extra_config={}
+        ),
         cache_config=SimpleNamespace(
             cache_dtype="auto", prefix_caching_hash_algo="sha256", kv_cache_layout=None
         ),
@@ -99,6 +103,9 @@ def setup(tmp_path):
 
 
 def identify(setup) -> dict:
+    draft = getattr(setup.vllm.speculative_config, "draft_model_config", None)
+    if draft is not None and draft.model is None:
+        draft.model = setup.vllm.model_config.model
     caches = {name: torch.zeros(4, 2, 16, 16) for name in LAYERS}
     memory = layout.plan_memory(setup.group, caches, 4)
     identity = build_identity(setup.vllm, setup.kv, [(setup.group, memory)], setup.chunk_size)
@@ -143,6 +150,11 @@ def images(**settings) -> SimpleNamespace:
     return SimpleNamespace(**{"mm_processor_kwargs": None, "video_pruning_rate": None} | settings)
 
 
+def adapters(**settings) -> LoRAConfig:
+    """What an engine that serves the model above makes of adapters."""
+    return LoRAConfig(**{"lora_dtype": torch.float32} | settings)
+
+
 def assign(path: str, value):
     def change(setup):
         target = setup
@@ -153,6 +165,14 @@ def assign(path: str, value):
 
     change.__name__ = path
     return change
+
+
+def drafts(method: str, **settings) -> SimpleNamespace:
+    """Speculative decoding with drafts out of the target's checkpoint."""
+    config = HfConfig(model_type=f"tiny_{method}")
+    draft = SimpleNamespace(model=None, hf_config=config, hf_overrides=lambda config: config)
+    fields = {"num_speculative_tokens": 1, "draft_model_config": draft} | settings
+    return SimpleNamespace(method=method, **fields)
 
 
 CHANGES = [
@@ -173,6 +193,10 @@ CHANGES = [
     assign("vllm.load_config.load_format", "dummy"),
     assign("vllm.model_config.quantization_config", {"ignore": ["lm_head"]}),
     assign("vllm.model_config.multimodal_config", images()),
+    assign("vllm.lora_config", adapters(target_modules=["q_proj"])),
+    assign("vllm.lora_config", adapters(target_modules=[])),
+    assign("vllm.lora_config", adapters(lora_dtype=torch.bfloat16)),
+    assign("vllm.lora_config", adapters(enable_tower_connector_lora=True)),
 ]
 
 
@@ -198,6 +222,9 @@ def test_a_difference_that_matters(setup, change):
         assign("vllm.parallel_config.data_parallel_size", 4),
         assign("vllm.parallel_config.data_parallel_rank", 3),
         assign("vllm.parallel_config.enable_expert_parallel", True),
+        assign("vllm.lora_config", adapters()),
+        # Their layers are in the list of layers.
+        assign("vllm.speculative_config", drafts("mtp")),
     ],
     ids=lambda change: change.__name__,
 )
@@ -229,6 +256,148 @@ def test_stages_of_a_pipeline_agree_and_another_split_differs(setup, monkeypatch
     assert identify(setup) != stages[0]
 
 
+def test_stages_whose_layers_are_of_several_kinds_agree(setup):
+    """Of one group: which layers there are of each kind differs from stage to stage."""
+    setup.vllm.parallel_config.pipeline_parallel_size = 2
+    wide = setup.group.kv_cache_spec
+    narrow = replace(wide, head_size=4)
+
+    def of_stage(first: int, *specs) -> dict:
+        names = [f"model.layers.{first + index}.attn" for index in range(len(specs))]
+        by_layer = dict(zip(names, specs, strict=True))
+        spec = UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs=by_layer)
+        group = KVCacheGroupSpec(names, spec)
+        for name in names:
+            setup.vllm.compilation_config.static_forward_context[name] = Layer("vec")
+        caches = {
+            name: torch.zeros(4, 2, 16, 2 * spec.head_size) for name, spec in by_layer.items()
+        }
+        memory = layout.plan_memory(group, caches, 4)
+        identity = build_identity(setup.vllm, setup.kv, [(group, memory)], 256)
+        assert json.loads(json.dumps(identity)) == identity
+        return identity
+
+    stage = of_stage(0, wide, narrow)
+    assert of_stage(2, narrow, wide, narrow) == stage
+    assert of_stage(2, narrow, replace(wide, head_size=2)) != stage
+    assert of_stage(2, narrow) != stage
+    setup.vllm.parallel_config.pipeline_parallel_size = 1
+    assert of_stage(0, wide, narrow) != of_stage(0, narrow, wide), "a single stage names its layers"
+
+
+@pytest.mark.parametrize("method", ["mtp", "extract_hidden_states", "draft_model"])
+def test_drafts_of_the_targets_checkpoint_are_named_where_layers_are_not(setup, method):
+    setup.vllm.parallel_config.pipeline_parallel_size = 2
+    without = identify(setup)
+    setup.vllm.speculative_config = drafts(method)
+    found = identify(setup)
+    assert found != without
+    setup.vllm.speculative_config = drafts(method, num_speculative_tokens=2)
+    assert identify(setup) != found, "some models have a layer for each token"
+    setup.vllm.speculative_config = drafts(method)
+    setup.vllm.speculative_config.draft_model_config.hf_config = HfConfig(layers=2)
+    assert identify(setup) != found
+
+
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix"])
+def test_drafts_without_layers_change_nothing(setup, method):
+    setup.vllm.parallel_config.pipeline_parallel_size = 2
+    without = identify(setup)
+    setup.vllm.speculative_config = drafts(method)
+    assert identify(setup) == without
+    setup.vllm.speculative_config = drafts(method, draft_model_config=None)
+    assert identify(setup) == without
+
+
+def draft_folder(setup) -> SimpleNamespace:
+    folder = setup.folder.parent / "draft"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"draft")
+    return SimpleNamespace(model=str(folder), model_weights="", revision=None, seed=0)
+
+
+def test_a_draft_model_of_its_own_is_identified_by_how_it_was_loaded(setup):
+    draft = draft_folder(setup)
+    setup.vllm.speculative_config = drafts("eagle", draft_model_config=draft)
+    fingerprint = identify(setup)["draft_weights"]
+    assert len(fingerprint) == 64
+    load = SimpleNamespace(load_format="auto", download_dir=None, model_loader_extra_config={})
+    setup.vllm.speculative_config.draft_load_config = load
+    assert identify(setup)["draft_weights"] == fingerprint
+    load.load_format = "dummy"
+    assert identify(setup)["draft_weights"] == {"load_format": "dummy", "seed": 0}
+    load.load_format = "tensorizer"
+    with pytest.raises(UnsupportedModelError, match="load format tensorizer"):
+        identify(setup)
+
+
+@pytest.mark.parametrize(
+    ("file", "alike", "others"),
+    [
+        (
+            "model.safetensors",
+            ["hf", "safetensors", "fastsafetensors", "instanttensor"],
+            ["pt", "mistral", "runai_streamer", "sharded_state", "runai_streamer_sharded"],
+        ),
+        ("consolidated.safetensors", ["mistral"], ["hf", "safetensors", "runai_streamer", "pt"]),
+    ],
+)
+def test_formats_that_read_other_files_of_a_folder_differ(setup, file, alike, others):
+    """A folder may hold weights twice, of which a training has replaced one."""
+    (setup.folder / file).write_bytes(b"weights")
+    reference = identify(setup)
+    assert set(reference["weights"]) == {"fingerprint"}
+    for load_format in alike:
+        setup.vllm.load_config.load_format = load_format
+        assert identify(setup) == reference, load_format
+    seen = []
+    for load_format in others:
+        setup.vllm.load_config.load_format = load_format
+        seen.append(identify(setup)["weights"])
+        assert seen[-1] not in [reference["weights"], *seen[:-1]], load_format
+
+
+def test_shards_are_chosen_by_their_pattern(setup):
+    setup.vllm.load_config.load_format = "sharded_state"
+    seen = [identify(setup)["weights"]]
+    for pattern in ("first-{rank}-{part}.safetensors", "second-{rank}-{part}.safetensors"):
+        setup.vllm.load_config.model_loader_extra_config = {"pattern": pattern}
+        seen.append(identify(setup)["weights"])
+    assert len({json.dumps(weights) for weights in seen}) == 3
+    setup.vllm.load_config.model_loader_extra_config = {"pattern": "../{rank}-{part}.safetensors"}
+    with pytest.raises(UnsupportedModelError, match="another folder"):
+        identify(setup)
+
+
+def test_weights_of_towers_with_folders_of_their_own_are_part_of_it(setup):
+    """Ultravox' language model may be one."""
+    tower = setup.folder.parent / "tower"
+    tower.mkdir()
+    (tower / "model.safetensors").write_bytes(b"tower")
+    config = setup.vllm.model_config.hf_config
+    config.audio_model_id = None
+    without = identify(setup)
+    assert "tower_weights" not in without
+    config.text_model_id = str(tower)
+    before = identify(setup)
+    assert list(before["tower_weights"]) == ["text_model_id"]
+    (tower / "model.safetensors").write_bytes(b"other")
+    assert identify(setup) != before
+    setup.vllm.load_config.load_format = "dummy"
+    assert "tower_weights" not in identify(setup)
+
+
+def test_an_engine_that_is_sent_its_weights_has_no_identity(setup, monkeypatch):
+    """vLLM says "dummy" of it, which is what it had before."""
+    monkeypatch.setenv("VLLM_ELASTIC_EP_SCALE_UP_LAUNCH", "0")
+    identify(setup)
+    monkeypatch.setenv("VLLM_ELASTIC_EP_SCALE_UP_LAUNCH", "1")
+    for load_format in ("auto", "dummy"):
+        setup.vllm.load_config.load_format = load_format
+        with pytest.raises(UnsupportedModelError, match="elastic expert parallelism"):
+            identify(setup)
+
+
 def test_a_model_on_another_mount_is_the_same(setup):
     before = identify(setup)
     elsewhere = setup.folder.parent / "mount"
@@ -255,6 +424,10 @@ def test_long_rope_depends_on_the_context_length(setup, length, expected):
         (assign("vllm.weight_transfer_config", object()), "weights change"),
         (assign("vllm.parallel_config.prefill_context_parallel_size", 2), "prefill context"),
         (assign("vllm.model_config.model_weights", "s3://bucket/model"), "s3://bucket/model"),
+        *(
+            (assign("vllm.load_config.load_format", name), f"load format {name}")
+            for name in ("tensorizer", "modelexpress", "npcache", "ipc_cache", "of_a_plugin")
+        ),
         (assign("vllm.compilation_config.static_forward_context", {}), "backend of model"),
         (
             assign(
