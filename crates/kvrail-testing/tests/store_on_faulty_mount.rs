@@ -380,6 +380,66 @@ fn one_path_that_hangs_leaves_the_others_alone() {
 }
 
 #[test]
+fn a_path_that_hangs_is_blamed_for_it_also_by_a_load_from_another() {
+    let Some(mounted) = mount(21) else {
+        return;
+    };
+    let well = mounted.folder.path().join("well");
+    let mut config = limits(mounted.path());
+    config.gds_path.push(well.clone());
+    let store = Store::open(&config, namespace(), OpenOptions::default()).unwrap();
+    let cache = Cache::attach(&store, 0, Geometry::default());
+    (0..40).for_each(|index| {
+        cache.fill(0, 2 * index);
+        cache.fill(1, 2 * index + 1);
+        cache.store(&[(index, vec![0, 1])]);
+    });
+    store.close(LIMIT).unwrap();
+    drop(cache);
+    // To a store that knows nothing yet a load tells when the chunk before its own was used last.
+    let subject_with = || {
+        let store = Store::open(&config, namespace(), OpenOptions::default()).unwrap();
+        Subject {
+            cache: Cache::attach(&store, 0, Geometry::default()),
+            store,
+            longest: [Duration::ZERO; 3],
+        }
+    };
+    let is_well = |index: u64| store::chunk_path(&well, 0, index).exists();
+    let after_the_other: Vec<u64> = (1..40)
+        .filter(|&index| is_well(index) && !is_well(index - 1))
+        .collect();
+    assert!(after_the_other.len() > 4, "{after_the_other:?}");
+    for index in 0..40 {
+        let root = if is_well(index) {
+            &well
+        } else {
+            mounted.source()
+        };
+        let file = std::fs::File::options()
+            .write(true)
+            .open(store::chunk_path(root, 0, index))
+            .unwrap();
+        let age = Duration::from_secs(3600 + index);
+        file.set_modified(std::time::SystemTime::now() - age)
+            .unwrap();
+    }
+    let mut subject = subject_with();
+    mounted.set("lookup,getattr * hang");
+    // The first one may be lost to the other path's hanging, within its limit.
+    subject.load_chunk(after_the_other[0]);
+    subject.assert_bounded("a load while the other path hangs");
+    assert_eq!(subject.store.metrics().paths_taken_out, 1);
+    for index in &after_the_other {
+        let start = Instant::now();
+        assert!(subject.load_chunk(*index), "{index}");
+        assert!(start.elapsed() < SLACK, "{:?}", start.elapsed());
+    }
+    assert_eq!(subject.store.metrics().paths_taken_out, 1);
+    mounted.heal();
+}
+
+#[test]
 fn a_record_of_a_bandwidth_that_hangs_or_fails_costs_no_other_path_s_chunks() {
     let Some(mounted) = mount(27) else {
         return;

@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::capacity::touch_loaded;
+use super::capacity::Use;
 use super::chunk_file::{check_chunk, note_failure, open_chunk};
 use super::image;
 use super::load::Outcome;
@@ -199,7 +199,7 @@ fn take_part(
             .open_table(job, part)
             .and_then(|table| source.copy(&table, pieces, target))
             .map_err(|error| error.with_path(file.path()))?;
-        touch_loaded(store, &job.cache, &job.chunk, &file);
+        Use::of_load(store, job).loaded(&file);
         Ok(bytes)
     });
     match taken {

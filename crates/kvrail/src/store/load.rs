@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::assemble;
 use super::batch::Ending;
-use super::capacity::touch_loaded;
+use super::capacity::Use;
 use super::chunk_file::{check_chunk, note_failure, open_chunk};
 use super::gpu::{GpuSide, InPlaceFailure, Route};
 use super::health::is_timeout;
@@ -215,7 +215,7 @@ fn load_chunk(
                 let times = (began, deadline);
                 let outcome = move_chunk(store, mount, job, &file, buffer, times);
                 if matches!(outcome, Outcome::Loaded(_)) {
-                    touch_loaded(store, &job.cache, &job.chunk, &file);
+                    Use::of_load(store, job).loaded(&file);
                 }
                 outcome
             }

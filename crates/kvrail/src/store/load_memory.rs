@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::capacity::touch_present;
+use super::capacity::Use;
 use super::gpu::Route;
 use super::load_host::given_up;
 use super::load_job::{LoadBuffer, LoadJob};
@@ -55,7 +55,7 @@ pub(super) fn load(
             let bytes = job.payload.len() as u64;
             store.metrics.local_cpu_bytes_loaded.add(bytes);
             if image.is_touch_due() {
-                touch_present(store, &job.cache, &job.chunk);
+                Use::of_load(store, job).present();
             }
             Some(Ok(()))
         }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::batch::{Ending, Member};
 use super::cache_shared::CacheShared;
-use super::capacity::{touch_present, touch_stored};
+use super::capacity::Use;
 use super::directory::{Location, TEMPORARY_NAME};
 use super::health::is_timeout;
 use super::image;
@@ -64,7 +64,13 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
                 began += asked.elapsed();
                 is_there
             };
-            store_chunk(store, mount, &cache, chunk, image, gpu_is_there)
+            let used = Use {
+                store,
+                cache: &cache,
+                chunk: &chunk,
+                watched: &watched,
+            };
+            store_chunk(used, mount, image, gpu_is_there)
         }
         Err(error) => Err(error),
     };
@@ -176,17 +182,16 @@ enum Stored {
 /// Stores one chunk, unless it is there already. `gpu_is_there` waits for the GPU, and says whether to
 /// go on.
 fn store_chunk(
-    store: &StoreShared,
+    used: Use<'_>,
     mount: &Mount,
-    cache: &CacheShared,
-    chunk: ChunkRef,
     image: Staged,
     gpu_is_there: impl FnOnce(&Staged) -> bool,
 ) -> Result<Progress> {
+    let (store, cache, chunk) = (used.store, used.cache, *used.chunk);
     let place = cache.place(&chunk.key);
     let location = mount.directory.chunk_location(&place)?;
     if is_present(store, mount, &place, &location, cache.file_bytes())? {
-        touch_present(store, cache, &chunk);
+        used.present();
         return Ok(Progress::Ended(Stored::AlreadyPresent));
     }
     if !gpu_is_there(&image) {
@@ -199,6 +204,7 @@ fn store_chunk(
         mount,
         cache,
         chunk,
+        used,
         location: &location,
     };
     let stored = match image {
@@ -223,6 +229,7 @@ struct Save<'a> {
     mount: &'a Mount,
     cache: &'a CacheShared,
     chunk: ChunkRef,
+    used: Use<'a>,
     location: &'a Location,
 }
 
@@ -327,7 +334,7 @@ impl Save<'_> {
 
     fn publish(self, temporary: TemporaryFile) -> Result<Stored> {
         let bytes = self.cache.file_bytes() as u64;
-        touch_stored(self.store, self.cache, &self.chunk, temporary.file()?);
+        self.used.stored(temporary.file()?);
         let sync = self.store.durability == Durability::Full;
         temporary.publish(self.location, bytes, sync)?;
         if let Some(form) = &self.cache.token_file {

@@ -64,9 +64,9 @@ impl Watched {
         self.advance(CLAIMED, ENDED) || self.advance(RUNNING, ENDED)
     }
 
-    /// Notes which mount the job is at.
-    pub(super) fn is_at(&self, mount: usize) {
-        self.mount.store(mount, Ordering::Relaxed);
+    /// Notes which mount the job is at. Returns the one that it was at before.
+    pub(super) fn is_at(&self, mount: usize) -> usize {
+        self.mount.swap(mount, Ordering::Relaxed)
     }
 
     /// Returns whether another thread was started in the place of the job's; `None` when the job

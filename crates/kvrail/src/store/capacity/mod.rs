@@ -56,7 +56,7 @@ pub use sweep::{
     Count, Reason, SLICES, Shelf, Situation, Step as SweepStep, SweepRules, Sweeper, Tally, Visit,
 };
 pub(super) use thread::JanitorThreads;
-pub(super) use touch::{plan_use, touch_loaded, touch_present, touch_stored};
+pub(super) use touch::{Use, plan_use};
 
 use super::mount::Mount;
 use super::notice::{Notices, Topic};

@@ -16,7 +16,10 @@ use crate::chunk::{ChunkKey, ChunkRef};
 use crate::io::IoFile;
 use crate::store::cache_shared::CacheShared;
 use crate::store::directory::Location;
+use crate::store::load_job::LoadJob;
+use crate::store::mount::Mount;
 use crate::store::shared::StoreShared;
+use crate::store::watch::Watched;
 
 /// Decides the stamp of a chunk that is handed over to be stored (`is_new`) or loaded: in memory
 /// only, in the order of the prompt. The file is told by the thread that does the work.
@@ -26,163 +29,174 @@ pub(in crate::store) fn plan_use(
     chunk: &ChunkRef,
     is_new: bool,
 ) {
-    if let Some(now) = now_of(store, cache, &chunk.key) {
+    let mount = store.mount(cache.part, &chunk.key);
+    if let Some(path) = store.capacity.of(&mount.root) {
         let place = cache.place(&chunk.key);
+        let now = path.room.now_milliseconds();
         store.capacity.chains.plan(place, chunk.parent, now, is_new);
     }
 }
 
-/// Stamps a file that is about to be published.
-pub(in crate::store) fn touch_stored(
-    store: &StoreShared,
-    cache: &CacheShared,
-    chunk: &ChunkRef,
-    file: &IoFile,
-) {
-    let Some(now) = now_of(store, cache, &chunk.key) else {
-        return;
-    };
-    renew_before(store, cache, chunk, now);
-    let planned = store.capacity.chains.get(&cache.place(&chunk.key));
-    let at = planned.map_or(now, |link| link.milliseconds.min(now));
-    let stamp = Stamp::first(at, time_of_parent(store, cache, chunk));
-    if set(store, file.as_fd(), None, stamp) {
-        note(store, cache, chunk, stamp);
-    }
+/// A job's use of a chunk.
+///
+/// The chunks before it may lie on other paths. Such a path is asked nothing while it is out of use,
+/// and when it hangs it is that path which the watch blames, not the one of the job.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::store) struct Use<'a> {
+    pub(in crate::store) store: &'a StoreShared,
+    pub(in crate::store) cache: &'a CacheShared,
+    pub(in crate::store) chunk: &'a ChunkRef,
+    pub(in crate::store) watched: &'a Watched,
 }
 
-/// Renews the stamp of a chunk that was loaded from `file`.
-pub(in crate::store) fn touch_loaded(
-    store: &StoreShared,
-    cache: &CacheShared,
-    chunk: &ChunkRef,
-    file: &IoFile,
-) {
-    let Some(now) = now_of(store, cache, &chunk.key) else {
-        return;
-    };
-    renew_before(store, cache, chunk, now);
-    if let Ok(status) = file.status() {
-        renew(
+impl<'a> Use<'a> {
+    /// The use of a chunk that is being loaded.
+    pub(in crate::store) fn of_load(store: &'a StoreShared, job: &'a LoadJob) -> Self {
+        Self {
             store,
-            cache,
-            chunk,
-            now,
-            Stamp::of_status(&status),
-            Some(file),
-        );
-    }
-}
-
-/// Renews the stamp of a chunk that was to be stored and is there.
-pub(in crate::store) fn touch_present(store: &StoreShared, cache: &CacheShared, chunk: &ChunkRef) {
-    let Some(now) = now_of(store, cache, &chunk.key) else {
-        return;
-    };
-    renew_before(store, cache, chunk, now);
-    if let Some(stamp) = stamp_of(store, cache, &chunk.key) {
-        renew(store, cache, chunk, now, stamp, None);
-    }
-}
-
-/// Returns the time on a chunk's path, `None` where nothing may be written.
-fn now_of(store: &StoreShared, cache: &CacheShared, key: &ChunkKey) -> Option<i64> {
-    let mount = store.mount(cache.part, key);
-    let path = store.capacity.of(&mount.root)?;
-    Some(path.room.now_milliseconds())
-}
-
-/// Renews the stamps of all known chunks before one, the first of them first.
-fn renew_before(store: &StoreShared, cache: &CacheShared, chunk: &ChunkRef, now: i64) {
-    let Some(parent) = chunk.parent else { return };
-    let pending = store
-        .capacity
-        .chains
-        .take_pending(cache.place(&parent), now);
-    for (place, link) in pending {
-        let ancestor = ChunkRef {
-            key: place.2,
-            parent: link.parent,
-        };
-        if let Some(stamp) = stamp_of(store, cache, &ancestor.key) {
-            renew(store, cache, &ancestor, now, stamp, None);
+            cache: &job.cache,
+            chunk: &job.chunk,
+            watched: &job.watched,
         }
     }
-}
 
-/// Renews one stamp if it is old enough, and counts the use.
-fn renew(
-    store: &StoreShared,
-    cache: &CacheShared,
-    chunk: &ChunkRef,
-    now: i64,
-    stamp: Stamp,
-    file: Option<&IoFile>,
-) {
-    let planned = store.capacity.chains.get(&cache.place(&chunk.key));
-    let at = planned.map_or(now, |link| link.milliseconds.min(now));
-    let Some(renewed) = stamp.renewed(at, time_of_parent(store, cache, chunk)) else {
-        return note(store, cache, chunk, stamp);
-    };
-    let done = match file {
-        Some(file) => set(store, file.as_fd(), None, renewed),
-        None => {
-            let location = Location::chunk(cache.group, cache.part, &chunk.key);
-            let namespace = store.mount(cache.part, &chunk.key).directory.open();
-            let folder = namespace
-                .and_then(|namespace| namespace.folder(location.folder.as_deref().unwrap_or(".")));
-            match folder {
-                Ok(folder) => set(store, folder.as_fd(), Some(&location.name), renewed),
-                // Evicted meanwhile, and its folder removed.
-                Err(_) => false,
+    /// Stamps the chunk's file, which is about to be published.
+    pub(in crate::store) fn stored(&self, file: &IoFile) {
+        let Some(now) = self.begin() else { return };
+        let planned = self.known(&self.chunk.key);
+        let at = planned.map_or(now, |link| link.milliseconds.min(now));
+        let stamp = Stamp::first(at, self.time_of_parent(self.chunk));
+        if self.set(file.as_fd(), None, stamp) {
+            self.note(self.chunk, stamp);
+        }
+    }
+
+    /// Renews the stamp of the chunk, which was loaded from `file`.
+    pub(in crate::store) fn loaded(&self, file: &IoFile) {
+        let Some(now) = self.begin() else { return };
+        if let Ok(status) = file.status() {
+            self.renew(self.chunk, now, Stamp::of_status(&status), Some(file));
+        }
+    }
+
+    /// Renews the stamp of the chunk, which was to be stored and is there.
+    pub(in crate::store) fn present(&self) {
+        let Some(now) = self.begin() else { return };
+        if let Some(stamp) = self.stamp_of(&self.chunk.key) {
+            self.renew(self.chunk, now, stamp, None);
+        }
+    }
+
+    /// Renews the stamps of all known chunks before this one, the first of them first. Returns the
+    /// time on the chunk's path, `None` where nothing may be written.
+    fn begin(&self) -> Option<i64> {
+        let mount = self.store.mount(self.cache.part, &self.chunk.key);
+        let path = self.store.capacity.of(&mount.root)?;
+        let now = path.room.now_milliseconds();
+        if let Some(parent) = self.chunk.parent {
+            let place = self.cache.place(&parent);
+            for (place, link) in self.store.capacity.chains.take_pending(place, now) {
+                let ancestor = ChunkRef {
+                    key: place.2,
+                    parent: link.parent,
+                };
+                if let Some(stamp) = self.stamp_of(&ancestor.key) {
+                    self.renew(&ancestor, now, stamp, None);
+                }
             }
         }
-    };
-    if done {
-        store.metrics.chunks_touched.add(1);
-        note(store, cache, chunk, renewed);
+        Some(now)
     }
-}
 
-fn note(store: &StoreShared, cache: &CacheShared, chunk: &ChunkRef, stamp: Stamp) {
-    let link = Link {
-        parent: chunk.parent,
-        milliseconds: stamp.milliseconds(),
-        is_pending: false,
-    };
-    store.capacity.chains.insert(cache.place(&chunk.key), link);
-}
-
-/// Returns the time of the stamp of the chunk before, `None` when there is none.
-fn time_of_parent(store: &StoreShared, cache: &CacheShared, chunk: &ChunkRef) -> Option<i64> {
-    let parent = chunk.parent?;
-    let known = store.capacity.chains.get(&cache.place(&parent));
-    known
-        .map(|link| link.milliseconds)
-        .or_else(|| stamp_of(store, cache, &parent).map(Stamp::milliseconds))
-}
-
-/// Reads a chunk's stamp, `None` when it is not there.
-fn stamp_of(store: &StoreShared, cache: &CacheShared, key: &ChunkKey) -> Option<Stamp> {
-    let location = Location::chunk(cache.group, cache.part, key);
-    let namespace = store.mount(cache.part, key).directory.open().ok()?;
-    let status = namespace.status(location.below()).ok()??;
-    Some(Stamp::of_status(&status))
-}
-
-/// Sets a file's modification time: of the open file, or of the one called `name` in a folder.
-///
-/// Another user's file takes no time but now, and that only where we may write to it.
-fn set(store: &StoreShared, file: impl AsFd, name: Option<&str>, stamp: Stamp) -> bool {
-    let times = stamp.timestamps();
-    let done = match name {
-        None => rustix::fs::futimens(file, &times),
-        Some(name) => rustix::fs::utimensat(file, name, &times, AtFlags::SYMLINK_NOFOLLOW),
-    };
-    if done.is_err() {
-        store.metrics.touches_failed.add(1);
+    /// Does `work` on the path of a chunk, for which the watch knows where the job is meanwhile.
+    /// `None` where the path is out of use.
+    fn on_path_of<R>(&self, key: &ChunkKey, work: impl FnOnce(&Mount) -> Option<R>) -> Option<R> {
+        let (store, part) = (self.store, self.cache.part);
+        let mount = store.mount(part, key);
+        if mount.health.is_out() {
+            return None;
+        }
+        let before = self.watched.is_at(store.mount_index(part, key));
+        let done = work(mount);
+        self.watched.is_at(before);
+        done
     }
-    done.is_ok()
+
+    /// Renews one stamp if it is old enough, and counts the use.
+    fn renew(&self, chunk: &ChunkRef, now: i64, stamp: Stamp, file: Option<&IoFile>) {
+        let planned = self.known(&chunk.key);
+        let at = planned.map_or(now, |link| link.milliseconds.min(now));
+        let Some(renewed) = stamp.renewed(at, self.time_of_parent(chunk)) else {
+            return self.note(chunk, stamp);
+        };
+        let done = match file {
+            Some(file) => self.set(file.as_fd(), None, renewed),
+            None => self
+                .on_path_of(&chunk.key, |mount| {
+                    let (group, part) = (self.cache.group, self.cache.part);
+                    let location = Location::chunk(group, part, &chunk.key);
+                    let namespace = mount.directory.open();
+                    let folder = namespace.and_then(|namespace| {
+                        namespace.folder(location.folder.as_deref().unwrap_or("."))
+                    });
+                    // None when it was evicted meanwhile, and its folder removed.
+                    let folder = folder.ok()?;
+                    Some(self.set(folder.as_fd(), Some(&location.name), renewed))
+                })
+                .unwrap_or_default(),
+        };
+        if done {
+            self.store.metrics.chunks_touched.add(1);
+            self.note(chunk, renewed);
+        }
+    }
+
+    fn known(&self, key: &ChunkKey) -> Option<Link> {
+        self.store.capacity.chains.get(&self.cache.place(key))
+    }
+
+    fn note(&self, chunk: &ChunkRef, stamp: Stamp) {
+        let link = Link {
+            parent: chunk.parent,
+            milliseconds: stamp.milliseconds(),
+            is_pending: false,
+        };
+        let place = self.cache.place(&chunk.key);
+        self.store.capacity.chains.insert(place, link);
+    }
+
+    /// Returns the time of the stamp of the chunk before, `None` when there is none.
+    fn time_of_parent(&self, chunk: &ChunkRef) -> Option<i64> {
+        let parent = chunk.parent?;
+        self.known(&parent)
+            .map(|link| link.milliseconds)
+            .or_else(|| self.stamp_of(&parent).map(Stamp::milliseconds))
+    }
+
+    /// Reads a chunk's stamp, `None` when it is not there.
+    fn stamp_of(&self, key: &ChunkKey) -> Option<Stamp> {
+        self.on_path_of(key, |mount| {
+            let location = Location::chunk(self.cache.group, self.cache.part, key);
+            let namespace = mount.directory.open().ok()?;
+            let status = namespace.status(location.below()).ok()??;
+            Some(Stamp::of_status(&status))
+        })
+    }
+
+    /// Sets a file's modification time: of the open file, or of the one called `name` in a folder.
+    ///
+    /// Another user's file takes no time but now, and that only where we may write to it.
+    fn set(&self, file: impl AsFd, name: Option<&str>, stamp: Stamp) -> bool {
+        let times = stamp.timestamps();
+        let done = match name {
+            None => rustix::fs::futimens(file, &times),
+            Some(name) => rustix::fs::utimensat(file, name, &times, AtFlags::SYMLINK_NOFOLLOW),
+        };
+        if done.is_err() {
+            self.store.metrics.touches_failed.add(1);
+        }
+        done.is_ok()
+    }
 }
 
 #[cfg(test)]
@@ -201,10 +215,15 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(30);
 
     fn open(root: &std::path::Path) -> (Store, KvCache) {
+        open_on(&[root])
+    }
+
+    fn open_on(roots: &[&std::path::Path]) -> (Store, KvCache) {
         let config = StoreConfig {
             min_free: MinFree::Bytes(0),
             buffer_mib: 1,
-            ..StoreConfig::with_path(root)
+            gds_path: roots.iter().map(|&root| root.into()).collect(),
+            ..StoreConfig::with_path(roots[0])
         };
         let namespace = Namespace::new("m", serde_json::Map::new()).unwrap();
         let store = Store::open(&config, namespace, OpenOptions::default()).unwrap();
@@ -315,5 +334,57 @@ mod tests {
         );
         assert!((0..9).all(|index| stamp(&store, index).milliseconds() >= now - 1000));
         assert_eq!(store.metrics().touches_failed, 0);
+    }
+
+    #[test]
+    fn a_path_that_is_out_of_use_is_not_asked_about_the_chunks_before() {
+        let roots = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let (store, cache) = open_on(&[roots[0].path(), roots[1].path()]);
+        let shared = &store.running.shared;
+        let mount_of = |index: u8| shared.mount_index(0.into(), &chunk(index).key);
+        // A prompt whose last chunk lies on the other path than its first.
+        let last = (1..100)
+            .find(|&index| mount_of(index) != mount_of(0))
+            .unwrap();
+        let long_ago = milliseconds(SystemTime::now()) - 600_000;
+        for index in 0..=last {
+            let stored = StoreChunk {
+                chunk: chunk(index),
+                blocks: vec![0],
+            };
+            cache.store(&[stored]).unwrap().wait(LIMIT).unwrap();
+        }
+        for index in 0..=last {
+            let then = Stamp::new(long_ago - 10 * i64::from(index), 0);
+            let link = Link {
+                parent: chunk(index).parent,
+                milliseconds: then.milliseconds(),
+                is_pending: false,
+            };
+            let path =
+                shared.mounts[mount_of(index)]
+                    .directory
+                    .chunk(0, 0.into(), &chunk(index).key);
+            rustix::fs::utimensat(CWD, path, &then.timestamps(), AtFlags::empty()).unwrap();
+            let place = (0, 0.into(), chunk(index).key);
+            shared.capacity.chains.insert(place, link);
+        }
+        let out = &shared.mounts[mount_of(0)];
+        out.health.note_hung(&out.root, "a test".to_owned());
+        let load = LoadChunk {
+            chunk: chunk(last),
+            first_block: 0,
+            blocks: vec![1],
+        };
+        let report = cache.load(vec![load]).unwrap().wait(LIMIT).unwrap();
+        assert_eq!(report.loaded, 1);
+        let touched = (0..=last).filter(|&index| {
+            let mount = &shared.mounts[mount_of(index)];
+            let path = mount.directory.chunk(0, 0.into(), &chunk(index).key);
+            Stamp::of(&rustix::fs::lstat(path).unwrap()).uses() == 1
+        });
+        let expected = (0..=last).filter(|&index| mount_of(index) == mount_of(last));
+        let (touched, expected): (Vec<_>, Vec<_>) = (touched.collect(), expected.collect());
+        assert_eq!(touched, expected);
     }
 }
