@@ -3,6 +3,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
+use rustix::io::Errno;
+use rustix::process::{Pid, test_kill_process};
+
 use crate::error::Result;
 use crate::io::Folder;
 
@@ -77,7 +80,27 @@ pub(super) fn writer_is_dead(name: &str) -> Option<bool> {
     let (_purpose, writer_host) = (parts.next()?, parts.next()?);
     let process: u32 = parts.next()?.parse().ok()?;
     let start: u64 = parts.next()?.parse().ok()?;
-    (writer_host == host()).then(|| process_start(process) != Some(start))
+    let ours = host();
+    // Where not both are known, other hosts' writers are called the same.
+    let is_here = writer_host == ours && !ours.starts_with('-') && !ours.ends_with('-');
+    if !is_here {
+        return None;
+    }
+    let number = Pid::from_raw(i32::try_from(process).ok()?)?;
+    is_dead(start, process_start(process), || {
+        test_kill_process(number) == Err(Errno::SRCH)
+    })
+}
+
+/// Returns whether a process that began at `start` is known to be dead: its number has another start
+/// now, or nobody has it.
+fn is_dead(start: u64, found: Option<u64>, is_gone: impl FnOnce() -> bool) -> Option<bool> {
+    match found {
+        // 0 is what a writer says who could not find it out.
+        Some(found) => (start != 0).then_some(found != start),
+        // Those of other users may be hidden (hidepid of proc(5)) and live.
+        None => is_gone().then_some(true),
+    }
 }
 
 /// Returns whether a name is one that some writer gave to a temp file.
@@ -169,6 +192,28 @@ mod tests {
         let mut expected = [own, ".chunk.otherhost-1.5.5.0".to_owned()];
         expected.sort();
         assert_eq!(left, expected);
+    }
+
+    #[test]
+    fn only_a_process_that_is_known_to_be_gone_is_dead() {
+        let (there, gone) = (|| false, || true);
+        assert_eq!(is_dead(5, Some(5), there), Some(false));
+        assert_eq!(
+            is_dead(5, Some(6), there),
+            Some(true),
+            "its number is used again"
+        );
+        assert_eq!(is_dead(5, None, gone), Some(true));
+        assert_eq!(is_dead(5, None, there), None, "it is hidden");
+        assert_eq!(
+            is_dead(0, Some(6), there),
+            None,
+            "it did not know when it began"
+        );
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let name = format!(".chunk.{}.{}.5.0", host(), child.id());
+        child.wait().unwrap();
+        assert_eq!(writer_is_dead(&name), Some(true));
     }
 
     proptest! {
