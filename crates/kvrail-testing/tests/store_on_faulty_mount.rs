@@ -380,6 +380,24 @@ fn one_path_that_hangs_leaves_the_others_alone() {
 }
 
 #[test]
+fn a_file_whose_bytes_find_no_room_when_it_is_closed_is_not_published() {
+    let Some(mounted) = mount(28) else {
+        return;
+    };
+    let mut config = limits(mounted.path());
+    config.durability = Durability::None;
+    let mut subject = Subject::with_limits(&config);
+    let before = chunk_files(mounted.source()).len();
+    mounted.set("flush *-*/tmp/* error=ENOSPC");
+    assert!(!subject.store_chunk(700));
+    assert!(mounted.hits() > 0, "nothing failed");
+    assert_eq!(chunk_files(mounted.source()).len(), before);
+    let metrics = subject.store.metrics();
+    assert_eq!(metrics.stores_dropped_no_space, 1, "{metrics:?}");
+    mounted.heal();
+}
+
+#[test]
 fn a_path_that_hangs_is_blamed_for_it_also_by_a_load_from_another() {
     let Some(mounted) = mount(21) else {
         return;

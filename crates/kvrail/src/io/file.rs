@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use rustix::param::page_size;
 
 use super::cachestat::cached_pages;
+use super::close;
 use super::folder::{FileStatus, Folder, set_exact_mode};
 use super::observer::Step;
 use super::permissions::Permissions;
@@ -215,6 +216,14 @@ impl IoFile {
         self.file
             .sync_all()
             .map_err(|source| Error::io("fsync", &self.path, source))
+    }
+
+    /// Has the bytes sent, as closing the file does where it is on another machine.
+    ///
+    /// # Errors
+    /// Those of the file system, of writes before, too.
+    pub fn send(&self) -> Result<()> {
+        close::send(&self.file).map_err(|source| Error::io("close", &self.path, source))
     }
 }
 

@@ -1,6 +1,6 @@
 //! How a file becomes visible: temp file, every byte counted, rename.
 //!
-//! create (exclusive) -> write -> check -> \[fsync\] -> close -> rename -> \[fsync directory\]
+//! create (exclusive) -> write -> check -> fsync or send -> close -> rename -> \[fsync directory\]
 //!
 //! With `durability: full` a chunk is acknowledged when nothing of it can be lost: its bytes were
 //! synced before its name existed, then the folder with the name, and before that the folder's own
@@ -79,8 +79,11 @@ impl TemporaryFile {
         if sync {
             file.sync()?;
             self.folder.tell(&Step::SyncFile(file.path()));
+        } else {
+            // What was written may only now turn out to have no room.
+            file.send()?;
         }
-        // Closed before the rename: on network file systems closing is what sends the data.
+        // Closed before the rename, too: others must not find a file that is being written.
         self.file = None;
         self.renaming = Some(status.inode);
         match &location.folder {
