@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use common::mount;
 use kvrail::Store;
 use kvrail::config::StoreConfig;
-use kvrail::store::capacity::usage;
+use kvrail::store::capacity::{Janitor, JanitorSettings, usage};
 use store::{Cache, FILE_BYTES, Geometry, LIMIT, chunk_bytes, key, limited, open_as, wait_until};
 
 const ROOM_BYTES: u64 = 20 * FILE_BYTES;
@@ -142,4 +142,108 @@ fn a_store_that_is_dropped_waits_a_second_for_a_janitor_that_hangs() {
     println!("dropping took {:.2?}", start.elapsed());
     assert!(start.elapsed() < Duration::from_millis(1900));
     mounted.heal();
+}
+
+/// Chunks that were stored before, and a janitor that finds too much there.
+fn overfull(mounted: &common::Mounted) -> Janitor {
+    let before = store::open(mounted.source());
+    let cache = Cache::attach(&before, 0, Geometry::default());
+    (0..40).for_each(|index| assert_eq!(cache.store_alone(index).stored, 1));
+    before.close(LIMIT).unwrap();
+    janitor(mounted)
+}
+
+/// A janitor that counts all there is in two seconds.
+fn janitor(mounted: &common::Mounted) -> Janitor {
+    let mut settings = JanitorSettings::new(&limited(mounted.path(), ROOM_BYTES));
+    settings.timing.pass = Duration::from_secs(2);
+    Janitor::open(mounted.path(), settings).unwrap()
+}
+
+#[test]
+fn a_folder_that_always_fails_keeps_no_other_from_eviction_and_all_is_counted() {
+    let Some(mounted) = mount(36) else {
+        return;
+    };
+    let mut janitor = overfull(&mounted);
+    // In every slice there is one that cannot be read.
+    let namespace = std::fs::read_dir(mounted.source())
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.join("g0r0").is_dir())
+        .unwrap();
+    std::fs::create_dir(namespace.join("g0r1")).unwrap();
+    mounted.set("lookup,getattr,open,opendir,readdir *-*/g0r1/* error=EIO");
+    let (mut evicted, mut faults) = (0, 0);
+    let took = wait_until("eviction", || {
+        let tick = janitor.tick().unwrap();
+        evicted += tick.visit.for_size.chunks;
+        faults += usize::from(janitor.take_fault().is_some());
+        chunk_bytes(mounted.source()) <= ROOM_BYTES && !tick.busy
+    });
+    println!("{evicted} chunks in {took:.2?}, {faults} faults");
+    assert!(evicted >= 20, "{evicted}");
+    assert!(faults > 0, "nothing failed");
+    assert!(took < Duration::from_secs(10), "{took:?}");
+}
+
+#[test]
+fn a_disk_that_takes_not_a_byte_more_is_made_room_on() {
+    let Some(mounted) = mount(37) else {
+        return;
+    };
+    for is_janitor_before in [true, false] {
+        let mut janitor = overfull(&mounted);
+        let tick = janitor.tick().unwrap();
+        assert!(tick.is_janitor);
+        let full = "write,create,mkdir * error=ENOSPC";
+        if is_janitor_before {
+            mounted.set(full);
+        } else {
+            janitor.close();
+            mounted.set(full);
+            janitor = self::janitor(&mounted);
+        }
+        let mut faults = 0;
+        wait_until("eviction", || {
+            let tick = janitor.tick().unwrap();
+            faults += usize::from(janitor.take_fault().is_some());
+            chunk_bytes(mounted.source()) <= ROOM_BYTES && !tick.busy
+        });
+        assert!(faults > 0, "nothing failed");
+        mounted.heal();
+        // What could not be said is found by a count.
+        let took = wait_until("the account", || {
+            janitor.tick().unwrap();
+            let found = chunk_bytes(mounted.source());
+            usage(mounted.source()).unwrap().bytes == Some(found)
+        });
+        println!("the account is right {took:.2?} later");
+        janitor.close();
+    }
+}
+
+#[test]
+fn folders_that_are_slow_to_look_for_are_no_janitor_that_hangs() {
+    let Some(mounted) = mount(38) else {
+        return;
+    };
+    let before = store::open(mounted.source());
+    let cache = Cache::attach(&before, 0, Geometry::default());
+    assert_eq!(cache.store_alone(1).stored, 1);
+    before.close(LIMIT).unwrap();
+    let namespace = std::fs::read_dir(mounted.source())
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.join("g0r0").is_dir())
+        .unwrap();
+    (1..300).for_each(|rank| std::fs::create_dir(namespace.join(format!("g0r{rank}"))).unwrap());
+    mounted.set("lookup *-*/g0r*/* delay=10ms");
+    let store = open(mounted.path());
+    wait_until("a janitor", || store.metrics().janitor_paths == 1);
+    let before = mounted.hits();
+    wait_until("a slice", || mounted.hits() > before + 350);
+    assert_eq!(store.metrics().paths_taken_out, 0);
+    mounted.heal();
+    store.close(LIMIT).unwrap();
 }

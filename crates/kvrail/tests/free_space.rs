@@ -60,3 +60,45 @@ fn chunks_make_way_for_what_others_put_on_the_file_system() {
     let found = chunk_bytes(&path);
     assert!(usage(&path).unwrap().bytes.unwrap().abs_diff(found) <= found / 100);
 }
+
+#[test]
+fn a_store_that_is_opened_on_a_full_disk_makes_room_and_stores() {
+    let Some(small) = SmallFileSystem::mount(40) else {
+        return;
+    };
+    let path = small.path().join("kv");
+    let before = open_as(&config(&path));
+    let cache = Cache::attach(&before, 0, Geometry::default());
+    for index in 0..300 {
+        assert_eq!(cache.store_alone(index).stored, 1);
+    }
+    drop(cache);
+    before.close(LIMIT).unwrap();
+    drop(before);
+    // All that is left is somebody else's, in ever smaller pieces.
+    let mut theirs = std::fs::File::create(small.path().join("theirs")).unwrap();
+    for size in [1 << 20, 4096, 1] {
+        while theirs.write_all(&vec![1; size]).is_ok() {}
+    }
+    let settings = StoreConfig {
+        min_free: MinFree::Share(0.05),
+        ..config(&path)
+    };
+    let store = open_as(&settings);
+    let said = store.take_notices();
+    let is_said = said
+        .iter()
+        .any(|notice| notice.message.contains("no space left"));
+    println!("{said:?}");
+    let cache = Cache::attach(&store, 0, Geometry::default());
+    wait_until("eviction for space", || {
+        store.metrics().chunks_evicted_space > 0
+    });
+    wait_until("stores", || {
+        cache.store(&[(1000, vec![0, 1])]).stored == 1 || chunk_path(&path, 0, 1000).exists()
+    });
+    let report = cache.load(&[(1000, 0, vec![0, 1])]);
+    assert_eq!(report.loaded, 1, "{report:?}, {:?}", store.metrics());
+    assert!(is_said, "the disk was not full");
+    store.close(LIMIT).unwrap();
+}

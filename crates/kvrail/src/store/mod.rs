@@ -25,6 +25,7 @@ mod crew;
 mod directory;
 mod durable;
 mod engine;
+mod file_system;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod gpu;

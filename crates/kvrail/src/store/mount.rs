@@ -1,13 +1,13 @@
 //! One path of the store while it is in use: what it can do, how it fares, how full it is.
 
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::active_engine::ActiveEngine;
 use super::directory::NamespaceDirectory;
 use super::engine::Chosen;
+use super::file_system::{check_device, device_below};
 use super::gpu::CufileState;
 use super::health::{Health, tells_of_the_path};
 use crate::config::{MinFree, PageCache};
@@ -181,14 +181,7 @@ impl Mount {
     /// # Errors
     /// [`ErrorKind::Io`] when it is on another one.
     pub(super) fn check_device(&self) -> Result<()> {
-        let found =
-            device_below(&self.root).map_err(|source| Error::io("stat", &self.root, source))?;
-        if self.device.is_none_or(|device| device == found) {
-            return Ok(());
-        }
-        let operation = "store: the file system that was mounted here is gone";
-        let source = std::io::Error::from(std::io::ErrorKind::NotConnected);
-        Err(Error::io(operation, &self.root, source))
+        check_device(&self.root, self.device, "store")
     }
 
     fn count_error(&self) -> u32 {
@@ -201,6 +194,19 @@ impl Mount {
     pub(super) fn note_success(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.errors = 0;
+    }
+
+    /// Asks the file system how full it is. A path that somebody removed is made again by the store
+    /// that asks, so it is its parent's file system then, if that is the same.
+    fn statistics(&self) -> Result<rustix::fs::StatVfs> {
+        for path in self.root.ancestors() {
+            match rustix::fs::statvfs(path) {
+                Err(rustix::io::Errno::NOENT) => self.check_device()?,
+                found => return found.map_err(|errno| Error::io("statvfs", path, errno.into())),
+            }
+        }
+        let source = std::io::ErrorKind::NotFound.into();
+        Err(Error::io("statvfs", &self.root, source))
     }
 
     /// Checks that `bytes` more leave `min_free`. Asks the file system once a second, and more often
@@ -222,8 +228,7 @@ impl Mount {
             }
             state.space_measured = Some(now);
         }
-        let statistics = rustix::fs::statvfs(&self.root)
-            .map_err(|errno| Error::io("statvfs", &self.root, errno.into()))?;
+        let statistics = self.statistics()?;
         let available = statistics.f_bavail.saturating_mul(statistics.f_frsize);
         let total = statistics.f_blocks.saturating_mul(statistics.f_frsize);
         let reserve = match self.min_free {
@@ -247,17 +252,6 @@ impl Mount {
         let message = format!("{available} of {total} bytes are free, min_free keeps {reserve}");
         Err(Error::new(ErrorKind::NoSpace, message).with_path(&self.root))
     }
-}
-
-/// Returns the number of the file system that a path is on, or its nearest parent that is there.
-fn device_below(path: &Path) -> std::io::Result<u64> {
-    let found = path
-        .ancestors()
-        .find_map(|path| match std::fs::metadata(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-            found => Some(found.map(|metadata| metadata.dev())),
-        });
-    found.unwrap_or_else(|| Err(std::io::ErrorKind::NotFound.into()))
 }
 
 #[cfg(test)]

@@ -237,6 +237,19 @@ impl Opening {
             Access::ReadOnly => self.open_for_reading(root, &directory, "opened read-only")?,
             Access::ReadWrite => match self.prepare(root, &directory) {
                 Ok(prepared) => prepared,
+                Err(error) if error.kind() == ErrorKind::NoSpace && is_readable(root) => {
+                    self.notices.warn(Topic::NoSpace, || {
+                        format!(
+                            "no space left, chunks are loaded only until there is some, and \
+                             written through the page cache until this store is opened again: \
+                             {error}"
+                        )
+                    });
+                    let why = "no space left to try O_DIRECT when the store was opened";
+                    let mut prepared = self.open_for_reading(root, &directory, why)?;
+                    prepared.report.writable = true;
+                    prepared
+                }
                 Err(error) if is_refused(&error) && is_readable(root) => {
                     self.notices.warn(Topic::ReadOnly, || {
                         format!("cannot write here, chunks are loaded only: {error}")
@@ -272,9 +285,10 @@ impl Opening {
         let sync = self.config.durability == Durability::Full;
         let namespace = directory.make(sync)?;
         let temporary = namespace.make(TEMPORARY_NAME, sync)?;
-        ensure_manifest(directory, &self.namespace, &self.writer, sync)?;
+        // First, since a full disk may have room then.
         let leftovers = remove_leftovers(&temporary)?;
         self.metrics.leftovers_removed.add(leftovers.removed);
+        ensure_manifest(directory, &self.namespace, &self.writer, sync)?;
         let (first, direct, reason) = self.probe(&temporary)?;
         if self.config.use_direct_io == Some(true) && !direct {
             self.notices.warn(Topic::Start, || {
@@ -408,11 +422,10 @@ fn is_readable(directory: &Path) -> bool {
 /// Returns whether the system refuses to write, rather than anything being wrong.
 fn is_refused(error: &Error) -> bool {
     use std::io::ErrorKind as Os;
-    error.kind() == ErrorKind::NoSpace
-        || matches!(
-            error.os_error().map(std::io::Error::kind),
-            Some(Os::PermissionDenied | Os::ReadOnlyFilesystem)
-        )
+    matches!(
+        error.os_error().map(std::io::Error::kind),
+        Some(Os::PermissionDenied | Os::ReadOnlyFilesystem)
+    )
 }
 
 /// Returns the bytes that the DRAM tier may keep: 0 where it is off.

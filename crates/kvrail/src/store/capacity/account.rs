@@ -24,7 +24,7 @@ use std::time::Duration;
 use twox_hash::XxHash3_64;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Folder, SmallMode, Step};
+use crate::io::{Folder, SmallMode, Step, close};
 use crate::store::publish::is_missing;
 use crate::store::writer::is_writers_name;
 
@@ -153,8 +153,14 @@ impl Record {
         };
         let file = folder.small_file(name, mode)?;
         let (path, bytes, offset) = (folder.path().join(name), self.encode(), place.offset());
-        file.write_all_at(&bytes, offset)
-            .map_err(|source| Error::io("write account", &path, source))?;
+        let written = file.write_all_at(&bytes, offset).and_then(|()| close(file));
+        if let Err(source) = written {
+            if create {
+                // It would be in the way of the next try.
+                drop(folder.remove_file(name));
+            }
+            return Err(Error::io("write account", &path, source));
+        }
         folder.tell(&Step::WriteFile {
             path: &path,
             offset,

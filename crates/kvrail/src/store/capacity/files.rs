@@ -310,6 +310,7 @@ impl Shelf for FileShelf {
         let slice = format!("{slice:03x}");
         let mut result = Ok(());
         for folder in &self.folders {
+            self.progress.step();
             // One that fails keeps the others from nothing.
             result = result.and(self.visit_folder(folder, &slice, judge, visit));
         }

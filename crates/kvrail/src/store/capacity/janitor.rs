@@ -4,11 +4,11 @@
 //! work goes slice by slice: slowly in a rolling pass that counts everything and removes what is
 //! too old, and without pause while there is too much.
 
-use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::absorber::Absorber;
 use super::account::{Sum, signed};
 use super::files::FileShelf;
 use super::lease::Lease;
@@ -21,18 +21,10 @@ use super::stamp::whole_milliseconds;
 use super::steps::{Step, reach};
 use super::sweep::{Count, Reason, Situation, SweepRules, Sweeper, Visit};
 use super::telling;
-use crate::error::Result;
-use crate::io::Folder;
-use crate::store::publish::is_missing;
-use crate::store::writer::writer_is_dead;
+use crate::error::{Error, ErrorKind, Result};
 
-/// A record that does not change for this long belongs to a store that is gone: six of the beats
-/// that each store makes.
-const ACCOUNT_LIMIT: Duration = Duration::from_secs(60);
 /// How long eviction rests after a round that found nothing to remove.
 const STUCK_FOR: Duration = Duration::from_secs(30);
-/// Records absorbed between two signs of life.
-const ABSORBED_MAX: usize = 64;
 /// How long a sum of all accounts and a look at the free space hold while slices are visited.
 const SUM_HOLDS: Duration = Duration::from_millis(100);
 /// The same for each account, where there are many: reading one is three operations.
@@ -78,10 +70,7 @@ pub struct Janitor {
     lease: Lease,
     shelf: FileShelf,
     sweeper: Sweeper,
-    /// Others' records as they were seen to change last.
-    watched: HashMap<String, (u64, Instant)>,
-    /// Records of others that this janitor has taken, to absorb them.
-    taken: HashSet<String>,
+    absorber: Absorber,
     view: Option<View>,
     refreshed: Option<Instant>,
     /// Bytes that this janitor has evicted: its own part is no flow, since it knows the slice.
@@ -93,6 +82,8 @@ pub struct Janitor {
     pass_start: Option<(i64, i64, Instant)>,
     relief: Relief,
     stuck_since: Option<Instant>,
+    /// What went wrong in a tick that went on.
+    fault: Option<Error>,
     progress: Arc<Progress>,
 }
 
@@ -154,8 +145,7 @@ impl Janitor {
             root,
             room,
             settings,
-            watched: HashMap::new(),
-            taken: HashSet::new(),
+            absorber: Absorber::default(),
             view: None,
             refreshed: None,
             evicted: 0,
@@ -164,6 +154,7 @@ impl Janitor {
             pass_start: None,
             relief: Relief::default(),
             stuck_since: None,
+            fault: None,
             progress,
         }
     }
@@ -189,9 +180,32 @@ impl Janitor {
         tick
     }
 
+    /// Takes the first thing that went wrong in the last tick and did not end it, such as a folder
+    /// that cannot be read.
+    pub fn take_fault(&mut self) -> Option<Error> {
+        self.fault.take()
+    }
+
+    /// Goes on where a full disk takes no more of what is kept beside the chunks. What is removed
+    /// makes room for it.
+    fn unless_full(&mut self, done: Result<()>) -> Result<()> {
+        match done {
+            Err(error) if error.kind() == ErrorKind::NoSpace => {
+                self.note(error);
+                Ok(())
+            }
+            done => done,
+        }
+    }
+
+    fn note(&mut self, fault: Error) {
+        self.fault.get_or_insert(fault);
+    }
+
     fn work(&mut self) -> Result<Tick> {
         let start = Instant::now();
-        self.room.flush()?;
+        let flushed = self.room.flush();
+        self.unless_full(flushed)?;
         self.reach(Step::Accounted);
         let held = self.lease.is_held();
         if !self.lease.tend()? {
@@ -205,7 +219,8 @@ impl Janitor {
             self.begin();
         }
         self.reach(Step::Elected);
-        self.absorb()?;
+        let absorbed = self.absorb();
+        self.unless_full(absorbed)?;
         let mut tick = Tick {
             is_janitor: true,
             ..Tick::default()
@@ -218,7 +233,8 @@ impl Janitor {
             }
             self.visit(&view, &mut tick)?;
         }
-        self.room.flush()?;
+        let flushed = self.room.flush();
+        self.unless_full(flushed)?;
         self.room.look()?;
         let is_stuck = self.sweeper.is_stuck();
         let since = *self.stuck_since.get_or_insert_with(Instant::now);
@@ -244,6 +260,18 @@ impl Janitor {
     fn reach(&self, step: Step) {
         self.progress.step();
         reach(self.settings.hook.as_ref(), step);
+    }
+
+    fn absorb(&mut self) -> Result<()> {
+        let (progress, hook) = (&self.progress, self.settings.hook.as_ref());
+        let at = |step| {
+            progress.step();
+            reach(hook, step);
+        };
+        if self.absorber.absorb(&self.root, &self.room, at)? > 0 {
+            self.view = None;
+        }
+        Ok(())
     }
 
     /// Forgets what was seen before the lease was held.
@@ -279,19 +307,26 @@ impl Janitor {
             self.reach(Step::Counted);
             // Usage has changed: what comes next must know.
             let view = self.view.take();
-            if telling::removed(&self.room, removed.bytes, began)? {
-                self.evicted += removed.bytes;
-                self.view = view.map(|view| view.less(removed.bytes));
+            match telling::removed(&self.room, removed.bytes, began) {
+                Ok(true) => {
+                    self.evicted += removed.bytes;
+                    self.view = view.map(|view| view.less(removed.bytes));
+                }
+                Ok(false) => {}
+                Err(error) => self.note(error),
             }
         }
         tick.visit.add_all(&step.visit);
         let count = self.sweeper.count();
+        // One folder that fails stands in nobody's way.
+        step.error.into_iter().for_each(|error| self.note(error));
         if let Some(pass) = step.pass {
-            self.end_pass(pass, tick)?;
+            let ended = self.end_pass(pass, tick);
+            self.unless_full(ended)?;
         } else if !view.known && count.found.chunks >= ESTIMATE_CHUNKS {
             self.settle(count, 0)?;
         }
-        step.error.map_or(Ok(()), Err)
+        Ok(())
     }
 
     /// Looks for new and vanished folders now and then.
@@ -418,69 +453,8 @@ impl Janitor {
         self.view = Some(view);
         Ok(view)
     }
-
-    /// Takes over the records of stores that are gone.
-    fn absorb(&mut self) -> Result<()> {
-        let sum = self.room.look()?;
-        let folder = self.root.accounts()?;
-        // Files that somebody absorbed and did not get to remove come first: absorbing another one
-        // would make them count again.
-        for name in &sum.absorbed {
-            remove(&folder, name)?;
-        }
-        for name in &sum.broken {
-            // Its owner died while making it: it never said anything.
-            if writer_is_dead(name) == Some(true) {
-                remove(&folder, name)?;
-            }
-        }
-        let own = self.room.name();
-        let now = Instant::now();
-        let is_there = |name: &String| sum.records.iter().any(|named| named.name == *name);
-        self.watched.retain(|name, _| is_there(name));
-        self.taken.retain(is_there);
-        let mut absorbed = 0;
-        for named in sum.records.iter().filter(|named| named.name != own) {
-            let beat = named.record.beat;
-            let (seen, since) = self
-                .watched
-                .entry(named.name.clone())
-                .or_insert((beat, now));
-            if *seen != beat {
-                (*seen, *since) = (beat, now);
-            }
-            let is_silent = now.duration_since(*since) > ACCOUNT_LIMIT;
-            let is_gone =
-                named.record.retired || is_silent || writer_is_dead(&named.name) == Some(true);
-            if (is_gone || self.taken.contains(&named.name)) && absorbed < ABSORBED_MAX {
-                let Some((name, record)) = self.room.take(&folder, &named.name)? else {
-                    continue;
-                };
-                self.taken.insert(name.clone());
-                self.reach(Step::Taken);
-                self.room.absorb(&name, &record)?;
-                self.reach(Step::Absorbed);
-                remove(&folder, &name)?;
-                self.taken.remove(&name);
-                self.reach(Step::AbsorbedRemoved);
-                absorbed += 1;
-            }
-        }
-        if absorbed > 0 {
-            self.view = None;
-        }
-        Ok(())
-    }
 }
 
 fn whole(count: usize) -> u32 {
     u32::try_from(count).unwrap_or(u32::MAX)
-}
-
-/// Removes a record's file that counts no more.
-fn remove(folder: &Folder, name: &str) -> Result<()> {
-    match folder.remove_file(name) {
-        Err(error) if is_missing(&error) => Ok(()),
-        result => result,
-    }
 }

@@ -20,8 +20,8 @@ use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use super::root::Root;
-use crate::error::{Error, Result};
-use crate::io::{Folder, SmallMode, Step};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{Folder, SmallMode, Step, close};
 use crate::store::publish::is_missing;
 use crate::store::writer::writer_is_dead;
 
@@ -76,14 +76,21 @@ impl Lease {
 
     /// Keeps the lease, or takes it if it is free. Returns whether it is held.
     ///
+    /// Where the disk is so full that nobody can take it, the janitor's work is needed most, so who
+    /// finds it free or its own acts as if it were held. Of several that do so each removes what the
+    /// others have not.
+    ///
     /// # Errors
     /// Those of the file system; the lease is not held then.
     pub(super) fn tend(&mut self) -> Result<bool> {
-        let result = self.tend_inner();
-        if result.is_err() {
-            self.held = None;
+        match self.tend_inner() {
+            Err(error) if error.kind() == ErrorKind::NoSpace => Ok(true),
+            Err(error) => {
+                self.held = None;
+                Err(error)
+            }
+            held => held,
         }
-        result
     }
 
     fn tend_inner(&mut self) -> Result<bool> {
@@ -180,8 +187,16 @@ impl Lease {
         };
         let content = self.content(beat);
         let path = folder.path().join(name);
-        file.write_all_at(content.as_bytes(), 0)
-            .map_err(|source| Error::io("write lease", &path, source))?;
+        let written = file
+            .write_all_at(content.as_bytes(), 0)
+            .and_then(|()| close(file));
+        if let Err(source) = written {
+            if mode == SmallMode::CreateNew {
+                // Nobody holds it.
+                drop(folder.remove_file(file_name(term)));
+            }
+            return Err(Error::io("write lease", &path, source));
+        }
         folder.tell(&Step::WriteFile {
             path: &path,
             offset: 0,

@@ -11,6 +11,7 @@
 //!
 //! docs/capacity.md says how it works together.
 
+mod absorber;
 mod account;
 mod ages;
 mod chain;

@@ -64,14 +64,14 @@ struct Own {
 }
 
 impl Room {
-    /// Makes the record's file. `is_new`: no chunk was in the directory before.
+    /// Makes the record's file, later where the disk is full. `is_new`: no chunk was in the directory
+    /// before.
     pub(super) fn open(
         root: Root,
         limit: Option<u64>,
         clock: WallClock,
         is_new: bool,
     ) -> Result<Self> {
-        root.make_accounts()?;
         let writer = Writer::new();
         let own = Own {
             name: writer.file_name("account"),
@@ -97,7 +97,11 @@ impl Room {
             offset: AtomicI64::new(0),
             evicting: AtomicBool::new(false),
         };
-        room.write(&mut room.lock())?;
+        match room.write(&mut room.lock()) {
+            // The janitor, which has work then, tries again.
+            Err(error) if error.kind() == ErrorKind::NoSpace => {}
+            written => written?,
+        }
         Ok(room)
     }
 
@@ -142,16 +146,7 @@ impl Room {
         {
             return Err(self.refusal(bytes, limit));
         }
-        let portion = own.portion.max(bytes - own.left);
-        own.record.claimed += portion;
-        let sum = self.write(&mut own).and_then(|()| self.look());
-        let sum = match sum {
-            Ok(sum) => sum,
-            Err(error) => {
-                own.record.claimed -= portion;
-                return Err(error);
-            }
-        };
+        let (portion, sum) = self.claim_ahead(&mut own, bytes)?;
         let stores = sum
             .records
             .iter()
@@ -167,16 +162,46 @@ impl Room {
             free if free >= missing => missing,
             _ => 0,
         };
-        own.record.claimed -= portion - granted;
-        if granted < portion {
-            self.write(&mut own)?;
+        own.record.claimed = own.record.claimed.saturating_sub(portion - granted);
+        if granted > 0 {
+            own.left = own.left + granted - bytes;
+        }
+        if granted < portion
+            && let Err(error) = self.write(&mut own)
+        {
+            if granted > 0 {
+                own.left += bytes;
+            }
+            return Err(error);
         }
         if granted == 0 {
             own.refused_until = Some(Instant::now() + REFUSED_FOR);
             return Err(self.refusal(bytes, limit));
         }
-        own.left = own.left + granted - bytes;
         Ok(())
+    }
+
+    /// Claims what is missing for `bytes`, or more where that is due, and looks what all have claimed
+    /// then. Returns how much was claimed.
+    fn claim_ahead(&self, own: &mut Own, bytes: u64) -> Result<(u64, Sum)> {
+        let mut portion = 0;
+        loop {
+            let more = own
+                .portion
+                .max(bytes.saturating_sub(own.left))
+                .saturating_sub(portion);
+            portion += more;
+            own.record.claimed = own.record.claimed.saturating_add(more);
+            match self.write(own).and_then(|()| self.look()) {
+                // Else the record was begun again, and what was left of the one before is gone.
+                Ok(sum) if own.left + portion >= bytes => return Ok((portion, sum)),
+                Ok(_) => {}
+                Err(error) => {
+                    own.record.claimed = own.record.claimed.saturating_sub(portion);
+                    return Err(error);
+                }
+            }
+        }
     }
 
     fn refusal(&self, bytes: u64, limit: u64) -> Error {
@@ -341,22 +366,31 @@ impl Room {
 
     /// Starts another record: this one was absorbed, since its owner seemed dead, or somebody
     /// removed the folder. What was written down is with whoever absorbed it.
+    ///
+    /// Nothing has changed when it fails: it is tried again and again while a path is away.
     fn begin_again(&self, own: &mut Own) -> Result<Folder> {
         let gone = own.written.unwrap_or_default();
-        let record = &mut own.record;
-        record.claimed = record.claimed.saturating_sub(gone.claimed);
-        // Absorbing took the claims for stored.
-        record.stored = record.stored.saturating_sub(gone.claimed);
-        record.removed = record.removed.saturating_sub(gone.removed);
-        record.correction = record.correction.saturating_sub(gone.correction);
-        record.absorbed = 0;
-        record.known = false;
+        let record = Record {
+            claimed: own.record.claimed.saturating_sub(gone.claimed),
+            // Absorbing took the claims for stored.
+            stored: own.record.stored.saturating_sub(gone.claimed),
+            removed: own.record.removed.saturating_sub(gone.removed),
+            correction: own.record.correction.saturating_sub(gone.correction),
+            absorbed: 0,
+            known: false,
+            ..own.record
+        };
+        let name = self.writer.file_name("account");
+        let folder = match self.root.accounts() {
+            // Others' accounts are here, on whatever number the file system has by now.
+            Ok(folder) => folder,
+            Err(_) => self.root.make_accounts()?,
+        };
+        record.write(&folder, &name, own.place.other(), true)?;
+        own.record = record;
+        own.name = name;
         own.left = 0;
         own.lingering = 0;
-        own.name = self.writer.file_name("account");
-        let folder = self.root.make_accounts()?;
-        own.record
-            .write(&folder, &own.name, own.place.other(), true)?;
         Ok(folder)
     }
 

@@ -1,10 +1,11 @@
 //! A path of `gds_path`, and the folder for accounts and lease below it.
 
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, Result};
-use crate::io::{Folder, FolderRules, Observer, Permissions};
+use crate::error::Result;
+use crate::io::{Folder, FolderRules, Observer, Permissions, make_path};
+use crate::store::file_system::{check_device, device_below};
+use crate::store::publish::is_missing;
 
 /// Folder below each path for accounts, the janitor's lease and the record of its bandwidth.
 pub(in crate::store) const STATE_NAME: &str = ".kvrail";
@@ -27,10 +28,9 @@ impl Root {
             permissions,
             observer: None,
         };
-        let opened = Folder::open(path, rules.clone()).ok();
         Self {
             path: path.to_path_buf(),
-            device: opened.and_then(|folder| device(&folder).ok()),
+            device: device_below(path).ok(),
             rules,
         }
     }
@@ -49,6 +49,12 @@ impl Root {
     pub(super) fn observed(mut self, observer: Option<Observer>) -> Self {
         self.rules.observer = observer;
         self
+    }
+
+    /// Says that the path was on another file system at first.
+    #[cfg(test)]
+    pub(super) fn set_device(&mut self, device: u64) {
+        self.device = Some(device);
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -70,25 +76,20 @@ impl Root {
         self.open()?.folder(ACCOUNT_NAME)
     }
 
-    /// Opens the folder of the accounts, and makes what is missing of it.
+    /// Opens the folder of the accounts, and makes what is missing of it, the path itself too.
     ///
     /// # Errors
     /// Those of the file system, also when it is another one than at first: below a path whose file
     /// system was unmounted, nothing is made.
     pub(super) fn make_accounts(&self) -> Result<Folder> {
-        let folder = self.open()?;
-        if self
-            .device
-            .is_some_and(|before| device(&folder).ok() != Some(before))
-        {
-            let source = std::io::Error::from(std::io::ErrorKind::NotConnected);
-            let operation = "keep accounts: the file system that was mounted here is gone";
-            return Err(Error::io(operation, &self.path, source));
-        }
+        check_device(&self.path, self.device, "keep accounts")?;
+        let folder = match self.open() {
+            Err(error) if is_missing(&error) => {
+                make_path(&self.path, &self.rules, false)?;
+                self.open()?
+            }
+            opened => opened?,
+        };
         folder.make(ACCOUNT_NAME, false)
     }
-}
-
-fn device(folder: &Folder) -> rustix::io::Result<u64> {
-    rustix::fs::fstat(folder.as_fd()).map(|stat| stat.st_dev)
 }

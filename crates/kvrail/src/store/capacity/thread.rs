@@ -85,7 +85,14 @@ fn run(shared: &StoreShared, index: usize, stopped: &Receiver<()>) {
             janitor.tick()
         }));
         let tick = match result {
-            Ok(Ok(tick)) => tick,
+            Ok(Ok(tick)) => {
+                if let Some(fault) = janitor.take_fault() {
+                    shared.notices.warn(Topic::Capacity, || {
+                        format!("the janitor could not do all of its work, tries again: {fault}")
+                    });
+                }
+                tick
+            }
             Ok(Err(error)) => {
                 shared.notices.warn(Topic::Capacity, || {
                     format!("the janitor could not do its work, tries again: {error}")

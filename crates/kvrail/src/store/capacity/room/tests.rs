@@ -183,3 +183,115 @@ fn the_clock_of_the_file_system_counts() {
         "{times:?}"
     );
 }
+
+/// Takes a room's record over, as a janitor does with one whose owner seems dead.
+fn absorb(janitor: &Room, root: &std::path::Path, name: &str) {
+    let accounts = root_of(root).accounts().unwrap();
+    let record = read(&accounts, name).unwrap().unwrap();
+    janitor.absorb(name, &record).unwrap();
+    accounts.remove_file(name).unwrap();
+}
+
+#[test]
+fn what_was_left_of_a_record_that_was_absorbed_is_claimed_anew() {
+    let root = tempfile::tempdir().unwrap();
+    let (alive, janitor) = (room(root.path(), 10_000), room(root.path(), 10_000));
+    alive.claim(10).unwrap();
+    alive.claim(20).unwrap();
+    let (left, portion) = {
+        let own = alive.lock();
+        (own.left, own.portion)
+    };
+    assert!(0 < left && left < portion, "{left} of {portion}");
+    absorb(&janitor, root.path(), &alive.name());
+    // More than a portion, and less with what was left.
+    alive.claim(portion + 1).unwrap();
+    assert_eq!(alive.lock().left, 0);
+    let sum = janitor.look().unwrap();
+    assert_eq!(sum.claimed, (30 + left) + (portion + 1));
+    assert!(alive.claim(20_000).is_err(), "the limit holds");
+}
+
+#[test]
+fn an_account_outlives_its_path_being_away() {
+    let folder = tempfile::tempdir().unwrap();
+    let (root, away) = (folder.path().join("kv"), folder.path().join("away"));
+    std::fs::create_dir(&root).unwrap();
+    let janitor = room(&root, 1000);
+    janitor.claim(10).unwrap();
+    janitor.stored(10);
+    janitor.correct(500);
+    janitor.flush().unwrap();
+    std::fs::rename(&root, &away).unwrap();
+    // A file in the way of the path, so that nothing can be made there.
+    std::fs::write(&root, "").unwrap();
+    for _ in 0..5 {
+        assert!(janitor.claim(200).is_err());
+        std::thread::sleep(REFUSED_FOR);
+        janitor.lock().written_at = None;
+        assert!(janitor.flush().is_err());
+    }
+    std::fs::remove_file(&root).unwrap();
+    std::fs::rename(&away, &root).unwrap();
+    janitor.flush().unwrap();
+    let sum = janitor.look().unwrap();
+    assert_eq!((sum.used, sum.claimed), (510, 510));
+    janitor.claim(200).unwrap();
+    assert!(janitor.claim(400).is_err());
+}
+
+#[test]
+fn a_record_whose_absorption_was_noticed_in_a_bad_moment_is_begun_again_once() {
+    let root = tempfile::tempdir().unwrap();
+    let (alive, janitor) = (room(root.path(), 1000), room(root.path(), 1000));
+    alive.claim(100).unwrap();
+    alive.stored(100);
+    alive.correct(300);
+    alive.flush().unwrap();
+    absorb(&janitor, root.path(), &alive.name());
+    alive.correct(7);
+    // Nothing can be made in the folder of accounts for a while.
+    let accounts = root.path().join(".kvrail/account");
+    let hidden = root.path().join("hidden");
+    std::fs::rename(&accounts, &hidden).unwrap();
+    std::fs::write(&accounts, "").unwrap();
+    for _ in 0..5 {
+        assert!(alive.flush().is_err());
+    }
+    std::fs::remove_file(&accounts).unwrap();
+    std::fs::rename(&hidden, &accounts).unwrap();
+    alive.flush().unwrap();
+    let sum = janitor.look().unwrap();
+    assert_eq!((sum.used, sum.claimed), (407, 407));
+}
+
+#[test]
+fn a_path_that_somebody_removed_is_made_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path().join("kv");
+    std::fs::create_dir(&root).unwrap();
+    let room = room(&root, 1000);
+    room.claim(100).unwrap();
+    room.stored(100);
+    std::fs::remove_dir_all(&root).unwrap();
+    room.correct(0);
+    room.flush().unwrap();
+    assert!(root.join(".kvrail/account").is_dir());
+}
+
+#[test]
+fn accounts_on_a_mount_with_another_number_are_the_same_accounts() {
+    let root = tempfile::tempdir().unwrap();
+    let mut elsewhere = root_of(root.path());
+    let janitor = room(root.path(), 1000);
+    elsewhere.set_device(u64::MAX);
+    let alive = Room {
+        root: elsewhere,
+        ..room(root.path(), 1000)
+    };
+    alive.claim(100).unwrap();
+    absorb(&janitor, root.path(), &alive.name());
+    alive.correct(0);
+    alive.flush().unwrap();
+    alive.claim(100).unwrap();
+}
