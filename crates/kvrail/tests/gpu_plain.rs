@@ -148,6 +148,48 @@ fn every_way_of_copying_pieces_brings_the_same_bytes() {
 }
 
 #[test]
+fn a_slot_that_was_given_up_comes_back_when_both_its_streams_are_through() {
+    let mocks = Mocks::load();
+    let gpu = open(&mocks);
+    let layout = layout();
+    let format = ChunkFormat::new(layout.payload_shape(2)).unwrap();
+    let shape = SlotShape::new(&layout, &format, 2);
+    let slots = GpuSlots::new(&gpu, shape, 1, 1, None).unwrap();
+    let regions = [gpu.allocate(LAYERS * BLOCKS * BLOCK_BYTES).unwrap()];
+    let plan = TransferPlan::new(&layout, &[6, 1]).unwrap();
+    let (compute, own) = (gpu.load_stream(), gpu.store_stream());
+    let soon = || Instant::now() + Duration::from_millis(10);
+    let mut slot = slots.try_take(&gpu, 0).unwrap();
+    slot.gather(compute, &plan, &regions, 4096, &[]).unwrap();
+    mocks.script_cuda("cuEventQuery error=600");
+    assert_eq!(
+        slot.settle_both(compute, own, soon()).unwrap_err().kind(),
+        ErrorKind::TimedOut
+    );
+    drop(slot);
+    assert!(slots.try_take(&gpu, 0).is_none(), "the GPU works on it");
+    mocks.script_cuda("");
+    let mut slot = slots.try_take(&gpu, 0).unwrap();
+    // The same for one stream.
+    slot.gather(compute, &plan, &regions, 4096, &[]).unwrap();
+    mocks.script_cuda("cuEventQuery error=600");
+    assert!(slot.settle(compute, soon()).is_err());
+    drop(slot);
+    mocks.script_cuda("");
+    let mut slot = slots.try_take(&gpu, 0).unwrap();
+    // A stream that cannot be marked is never known to be through.
+    slot.gather(compute, &plan, &regions, 4096, &[]).unwrap();
+    mocks.script_cuda("cuStreamWaitEvent error=719");
+    assert_eq!(
+        slot.settle_both(compute, own, soon()).unwrap_err().kind(),
+        ErrorKind::Gpu
+    );
+    mocks.script_cuda("");
+    drop(slot);
+    assert!(slots.try_take(&gpu, 0).is_none());
+}
+
+#[test]
 fn every_way_makes_the_same_image_and_brings_it_back() {
     let mocks = Mocks::load();
     // Multiples of 16, as the kernels that hash want pieces, and others, which go another way.

@@ -178,15 +178,29 @@ impl GpuSlot {
 
     /// Waits, after an error, for whatever was put on `stream`.
     ///
-    /// If that fails, the slot's memory is not used again, and neither may be what it copies from
-    /// and to.
+    /// If that fails, what the slot copies from and to may not be used again, and the slot itself
+    /// when the GPU is known to be through, or never.
     ///
     /// # Errors
     /// As [`GpuSlot::wait`].
     pub fn settle(&mut self, stream: &Stream, deadline: Instant) -> Result<()> {
-        let waited = self.mark(stream).and_then(|()| self.wait(deadline));
-        self.unmarked |= waited.is_err();
-        waited
+        let marked = self.mark(stream);
+        self.unmarked |= marked.is_err();
+        marked.and_then(|()| self.wait(deadline))
+    }
+
+    /// As [`GpuSlot::settle`], for what was put on two streams: `last` waits for `first`, so that one
+    /// mark stands for both.
+    ///
+    /// # Errors
+    /// As [`GpuSlot::wait`].
+    pub fn settle_both(&mut self, first: &Stream, last: &Stream, deadline: Instant) -> Result<()> {
+        let marked = self
+            .mark(first)
+            .and_then(|()| self.order_after_mark(last))
+            .and_then(|()| self.mark(last));
+        self.unmarked |= marked.is_err();
+        marked.and_then(|()| self.wait(deadline))
     }
 
     pub(super) fn parts(&self) -> Result<&Parts> {

@@ -222,13 +222,10 @@ impl SlotImage {
     }
 }
 
-/// Waits, after an error, for what was put on the streams. A slot that cannot be waited for is not
-/// used again.
-pub(super) fn give_up(slot: &mut GpuSlot, streams: [&Stream; 2]) {
-    let deadline = Instant::now() + GRACE;
-    for stream in streams {
-        drop(slot.settle(stream, deadline));
-    }
+/// Waits a moment, after an error, for what was put on the streams. A slot that takes longer is used
+/// again when the GPU is through with it.
+pub(super) fn give_up(slot: &mut GpuSlot, [first, last]: [&Stream; 2]) {
+    drop(slot.settle_both(first, last, Instant::now() + GRACE));
 }
 
 /// Makes the head of a chunk whose page table is on the host, and puts it into the image.
