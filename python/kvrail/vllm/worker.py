@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvrail._core import (
@@ -29,11 +29,13 @@ from kvrail.vllm.layout import UnsupportedModelError
 from kvrail.vllm.loaded_weights import LoadedWeights, WeightsReport
 from kvrail.vllm.loading import Loading, Reports
 from kvrail.vllm.metadata import (
+    GroupStore,
     KvrailHandshake,
     KvrailMetadata,
     KvrailWorkerMetadata,
     Part,
     RequestLoad,
+    StoreChunk,
 )
 from kvrail.vllm.stats import StatsCollector
 from kvrail.vllm.worker_rank import WorkerRank
@@ -203,17 +205,16 @@ class ConnectorWorker:
             return
         self._stats.touch()
         try:
-            for part in metadata.stores:
-                if part.group not in self._stored_groups:
-                    continue
-                kv_cache = self._kv_caches[part.group]
-                if not self._announces:
-                    kv_cache.store(part.chunks, **self._in_order())
-                    continue
+            order = self._in_order()
+            parts = [part for part in metadata.stores if part.group in self._stored_groups]
+            if len(parts) == 1 and not self._announces:
+                self._kv_caches[parts[0].group].store(parts[0].chunks, **order)
+                return
+            for group, chunk in _chunk_by_chunk(parts):
+                ticket = self._kv_caches[group].store((chunk,), **order)
                 # A ticket counts; which chunk it is about is known when it is about one.
-                for chunk in part.chunks:
-                    ticket = kv_cache.store((chunk,), **self._in_order())
-                    self._storing.append(((part.group, chunk.key), ticket))
+                if self._announces:
+                    self._storing.append(((group, chunk.key), ticket))
         except KvrailError as error:
             self._report("store", error)
 
@@ -360,3 +361,18 @@ def _current_stream(device: str) -> int:
     import torch
 
     return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def _chunk_by_chunk(parts: Sequence[GroupStore]) -> Iterator[tuple[int, StoreChunk]]:
+    """A chunk of all groups before the next chunk, each with its group.
+
+    Where memory for stores runs out, the end of the prompt is lost in all groups: without one of
+    them no chunk can be loaded.
+    """
+    by_key: dict[bytes, list[tuple[int, StoreChunk]]] = {}
+    # First a group that needs all chunks, in their order; one with a window needs the last ones.
+    for part in sorted(parts, key=lambda part: len(part.chunks), reverse=True):
+        for chunk in part.chunks:
+            by_key.setdefault(chunk.key, []).append((part.group, chunk))
+    for found in by_key.values():
+        yield from found

@@ -173,6 +173,28 @@ def two_groups(store) -> tuple[ConnectorWorker, FakeKvCache, FakeKvCache]:
     return made, first, second
 
 
+def test_a_chunk_of_all_groups_is_stored_before_the_next_one(two_groups, monkeypatch):
+    """When memory for stores runs out, what is left are chunks that can be loaded."""
+    worker, first, second = two_groups
+    order = []
+    for group, kv_cache in enumerate((first, second)):
+        monkeypatch.setattr(
+            kv_cache, "store", lambda chunks, group=group, **_: order.append((group, *chunks))
+        )
+    chunks = [StoreChunk(bytes([i]) * 32, None, (i,)) for i in range(4)]
+    # The first group has a window, and needs the last two chunks only.
+    parts = (GroupStore(0, tuple(chunks[2:])), GroupStore(1, tuple(chunks)))
+    worker.submit_stores(KvrailMetadata(stores=parts))
+    assert order == [
+        (1, chunks[0]),
+        (1, chunks[1]),
+        (1, chunks[2]),
+        (0, chunks[2]),
+        (1, chunks[3]),
+        (0, chunks[3]),
+    ]
+
+
 def test_a_load_of_two_groups_ends_with_the_last_of_them(two_groups):
     worker, first, second = two_groups
     worker.start_loads(KvrailMetadata(loads=(LOAD_OF_TWO,)))

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cufile::{Cufile, wait_all};
-use super::shared_memory::{SharedMemory, Use};
+use super::shared_memory::SharedMemory;
 use super::side::{GpuSide, Shape};
 use super::slot_image::{GRACE, give_up, send_head};
 use crate::chunk::{ChunkRef, PAGE_BYTES};
@@ -97,10 +97,9 @@ impl InPlace {
         });
         let registered = registered.and_then(|regions| regions);
         let regions = registered.map_err(|error| error.to_string())?;
+        // Each KV cache group has its own, small as they are: a step stores the chunks of one group
+        // after those of another, and of a chunk that one group lost the others are of no use.
         let frame = SlotShape::frame(shape.format, shape.blocks);
-        if let Some(slots) = memory.slots(Use::Frames, frame) {
-            return Ok(Self { slots, regions });
-        }
         let frames = (store.buffer_mib << 20) / shape.format.file_bytes();
         let frames = frames.clamp(*FRAMES.start(), *FRAMES.end());
         let (driver, device) = (cufile.driver.clone(), gpu.clone());
@@ -109,7 +108,6 @@ impl InPlace {
         });
         let slots = slots.and_then(|slots| slots);
         let slots = slots.map_err(|error| error.to_string())?;
-        memory.share_slots(Use::Frames, &slots);
         Ok(Self { slots, regions })
     }
 

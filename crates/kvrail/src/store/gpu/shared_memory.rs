@@ -19,8 +19,6 @@ pub(super) enum Use {
     Cufile,
     /// Whole chunks that cuFile does not move after all, beside a KV cache that it has in place.
     Fallback,
-    /// Heads and page tables of chunks that cuFile moves in place.
-    Frames,
 }
 
 /// The memory of a GPU that several KV caches use.
