@@ -43,6 +43,9 @@ pub(super) struct StoreJob {
 /// How long a store waits for the GPU between two looks at whether a load needs its thread.
 const GPU_STEP: Duration = Duration::from_millis(2);
 
+/// Wait limits that a store waits for the GPU before it goes on, and finds it late.
+const GPU_WAITS: u32 = 2;
+
 /// Runs a store to its end, or gives it back to the queue for a load that waits.
 pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
     let StoreJob {
@@ -62,6 +65,7 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
                 let is_there = waits_for_gpu(store, queue, image, submitted);
                 // Not the path's time: the forward of a long prompt takes seconds.
                 began += asked.elapsed();
+                watched.put_off(asked.elapsed());
                 is_there
             };
             let used = Use {
@@ -153,7 +157,7 @@ fn waits_for_gpu(
     image: &Staged,
     submitted: Instant,
 ) -> bool {
-    while image.is_pending() && submitted.elapsed() < store.wait_limit {
+    while image.is_pending() && submitted.elapsed() < GPU_WAITS * store.wait_limit {
         thread::sleep(GPU_STEP);
         if queue.loads_wait() {
             return false;

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use super::mount::Mount;
 use super::shared::StoreShared;
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::thread;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -36,6 +36,8 @@ pub(super) struct Watched {
     state: AtomicU8,
     /// The mount that the job is at, by index.
     mount: AtomicUsize,
+    /// Milliseconds that the job waited for something else than the file system.
+    waited: AtomicU64,
 }
 
 impl Watched {
@@ -69,6 +71,16 @@ impl Watched {
         self.mount.swap(mount, Ordering::Relaxed)
     }
 
+    /// Puts off the job's deadline, which is the file system's, by what the job waited for others.
+    pub(super) fn put_off(&self, waited: Duration) {
+        let milliseconds = u64::try_from(waited.as_millis()).unwrap_or(u64::MAX);
+        self.waited.fetch_add(milliseconds, Ordering::Relaxed);
+    }
+
+    fn waited(&self) -> Duration {
+        Duration::from_millis(self.waited.load(Ordering::Relaxed))
+    }
+
     /// Returns whether another thread was started in the place of the job's; `None` when the job
     /// was not given up.
     pub(super) fn given_up(&self) -> Option<bool> {
@@ -89,6 +101,7 @@ impl Watched {
         Self {
             state: AtomicU8::new(REPLACED),
             mount: AtomicUsize::new(0),
+            waited: AtomicU64::new(0),
         }
     }
 }
@@ -193,7 +206,8 @@ impl Watch {
         let mut overdue = Vec::new();
         let mut index = 0;
         while let Some(entry) = state.entries.get(index) {
-            if now >= entry.deadline && entry.watched.advance(RUNNING, GIVEN_UP) {
+            let deadline = entry.deadline + entry.watched.waited();
+            if now >= deadline && entry.watched.advance(RUNNING, GIVEN_UP) {
                 overdue.push(state.entries.swap_remove(index));
             } else {
                 index += 1;
@@ -311,6 +325,18 @@ mod tests {
         assert!(!jobs[0].end());
         watch.forget(&jobs[1]);
         assert!(watch.lock().entries.is_empty());
+    }
+
+    #[test]
+    fn a_job_that_waited_for_others_has_as_much_more_time() {
+        let watch = Watch::default();
+        let job = Arc::default();
+        let (now, second) = (Instant::now(), Duration::from_secs(1));
+        assert!(watch.begin(&job, now + second, overdue()));
+        job.put_off(2 * second);
+        job.put_off(second);
+        assert!(watch.take_overdue(now + 3 * second).is_empty());
+        assert_eq!(watch.take_overdue(now + 4 * second).len(), 1);
     }
 
     #[test]

@@ -13,8 +13,11 @@ use super::watch::{End, Overdue, Watched};
 use super::{load, save};
 use crate::error::Result;
 
-/// A store waits for a GPU and then for its writes, each for the wait limit at most.
+/// Wait limits that a store has for what it does, without its wait for the GPU: one is for its
+/// writes, another one for a look at what is there and for publishing.
 const STORE_WAITS: u32 = 2;
+/// The same with a GPU, which cuFile and a copy to the host may wait for again.
+const STORE_WAITS_WITH_GPU: u32 = 4;
 
 /// Starts `threads` workers; `on_start` runs first on each. They end when the queue is closed.
 pub(super) fn start(
@@ -67,7 +70,11 @@ fn announce(
             (&load.cache, load.chunk.key, left, Box::new(end))
         }
         Job::Store(store) => {
-            let (member, limit) = (store.member.share(), shared.wait_limit * STORE_WAITS);
+            let waits = match store.cache.gpu {
+                Some(_) => STORE_WAITS_WITH_GPU,
+                None => STORE_WAITS,
+            };
+            let (member, limit) = (store.member.share(), shared.wait_limit * waits);
             let end = move |shared: &StoreShared| {
                 shared.metrics.stores_failed.add(1);
                 queue.store_ended();

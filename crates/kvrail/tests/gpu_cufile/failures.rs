@@ -228,10 +228,11 @@ fn a_gpu_that_comes_late_is_not_held_against_cufile() {
             chunk: chunk(1),
             blocks: vec![4, 7],
         };
-        // A forward that takes longer than a store waits for it, and than cuFile's half of the time.
+        // A forward that takes longer than a store waits for it, two limits, and than cuFile's half of
+        // one after that.
         bench.mocks.script_cuda("cuEventQuery error=600");
         let ticket = cache.kv_cache.store_after(&[wanted], stream).unwrap();
-        std::thread::sleep(Duration::from_millis(3300));
+        std::thread::sleep(Duration::from_millis(5500));
         bench.mocks.script_cuda("");
         assert_eq!(ticket.wait(LIMIT).unwrap().stored, 1, "{kind:?}");
         let metrics = store.metrics();
@@ -241,6 +242,7 @@ fn a_gpu_that_comes_late_is_not_held_against_cufile() {
             metrics.cufile_mounts_downgraded,
         );
         assert_eq!(counted, (0, 1, 0), "{kind:?}");
+        assert_eq!(metrics.paths_taken_out, 0, "the file system answered");
         let notices = store.take_notices();
         assert!(
             notices
