@@ -12,7 +12,6 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::capacity::Use;
 use super::chunk_file::{check_chunk, note_failure, open_chunk};
 use super::image;
 use super::load::Outcome;
@@ -199,7 +198,9 @@ fn take_part(
             .open_table(job, part)
             .and_then(|table| source.copy(&table, pieces, target))
             .map_err(|error| error.with_path(file.path()))?;
-        Use::of_load(store, job).loaded(&file);
+        if job.is_use_due {
+            job.note_use(part);
+        }
         Ok(bytes)
     });
     match taken {

@@ -1,6 +1,6 @@
 //! The KV cache of one group on one rank, attached to a store.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::batch::{Ending, start_load, start_store};
@@ -322,16 +322,17 @@ impl KvCache {
         }
         let gpu = self.shared.gpu.as_ref();
         let after = gpu.map(|gpu| gpu.mark(stream)).transpose()?;
-        for chunk in &chunks {
-            plan_use(&self.running.shared, &self.shared, &chunk.chunk, false);
-        }
+        let plan =
+            |chunk: &LoadChunk| plan_use(&self.running.shared, &self.shared, &chunk.chunk, false);
+        let due: Vec<bool> = chunks.iter().map(plan).collect();
         let (ticket, members) = start_load(chunks.len());
         let format = &self.shared.format;
         let submitted = Instant::now();
         let jobs = chunks
             .into_iter()
+            .zip(due)
             .zip(members)
-            .map(|(chunk, member)| LoadJob {
+            .map(|((chunk, is_use_due), member)| LoadJob {
                 cache: Arc::clone(&self.shared),
                 chunk: chunk.chunk,
                 route: self.route(&chunk.chunk.key),
@@ -343,6 +344,8 @@ impl KvCache {
                 submitted,
                 started: None,
                 watched: Arc::default(),
+                is_use_due,
+                served_by: Mutex::default(),
             })
             .collect();
         let refused = self.running.queue.push_loads(jobs);

@@ -1,11 +1,11 @@
 //! One chunk from its file into the KV cache: read, verify, scatter.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::assemble;
 use super::batch::Ending;
-use super::capacity::Use;
+use super::capacity::LoadUse;
 use super::chunk_file::{check_chunk, note_failure, open_chunk};
 use super::gpu::{GpuSide, InPlaceFailure, Route};
 use super::health::is_timeout;
@@ -124,10 +124,28 @@ pub(super) fn run(
     };
     queue.load_ended();
     let place = job.cache.place(&job.chunk.key);
-    job.member.end(ending);
+    let is_loaded = matches!(ending, Ending::Loaded);
+    let LoadJob {
+        cache,
+        chunk,
+        member,
+        served_by,
+        ..
+    } = *job;
+    let parts = served_by
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner);
+    member.end(ending);
     // Nobody waits any more.
     if let Some(image) = to_keep {
         store.keep_in_tier(&place, &image);
+    }
+    if is_loaded && !parts.is_empty() {
+        queue.push_use(LoadUse {
+            cache,
+            chunk,
+            parts,
+        });
     }
 }
 
@@ -214,8 +232,8 @@ fn load_chunk(
             } else {
                 let times = (began, deadline);
                 let outcome = move_chunk(store, mount, job, &file, buffer, times);
-                if matches!(outcome, Outcome::Loaded(_)) {
-                    Use::of_load(store, job).loaded(&file);
+                if job.is_use_due && matches!(outcome, Outcome::Loaded(_)) {
+                    job.note_use(job.cache.part);
                 }
                 outcome
             }

@@ -1,7 +1,7 @@
 //! A chunk to load, on its way through the queue, and the memory that it passes.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use kvrail_cuda::{Event, Stream};
@@ -11,7 +11,7 @@ use super::cache_shared::CacheShared;
 use super::gpu::Route;
 use super::ticket::LoadReport;
 use super::watch::Watched;
-use crate::chunk::ChunkRef;
+use crate::chunk::{ChunkRef, Part};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::{GpuSlot, StagingRange};
 
@@ -37,6 +37,10 @@ pub(super) struct LoadJob {
     pub(super) cufile_error: Option<Error>,
     /// What the watch knows it by.
     pub(super) watched: Arc<Watched>,
+    /// Whether the file is to be told of the use.
+    pub(super) is_use_due: bool,
+    /// Whose files are to be told of it, once it was loaded from them.
+    pub(super) served_by: Mutex<Vec<Part>>,
 }
 
 /// The memory that a load passes.
@@ -49,6 +53,15 @@ pub(super) enum LoadBuffer {
 }
 
 impl LoadJob {
+    /// Notes whose file is to be told that the chunk was used.
+    pub(super) fn note_use(&self, part: Part) {
+        let mut parts = self
+            .served_by
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        parts.push(part);
+    }
+
     /// Takes the memory that the load passes, if it is free.
     pub(super) fn try_take_buffer(&self) -> Option<LoadBuffer> {
         match (&self.cache.gpu, self.route) {

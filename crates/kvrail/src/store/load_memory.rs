@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::capacity::Use;
 use super::gpu::Route;
 use super::load_host::given_up;
 use super::load_job::{LoadBuffer, LoadJob};
@@ -55,7 +54,7 @@ pub(super) fn load(
             let bytes = job.payload.len() as u64;
             store.metrics.local_cpu_bytes_loaded.add(bytes);
             if image.is_touch_due() {
-                Use::of_load(store, job).present();
+                job.note_use(job.cache.part);
             }
             Some(Ok(()))
         }

@@ -1,14 +1,18 @@
-//! The queue of chunk transfers: loads before stores, both bounded.
+//! The queue of chunk transfers: loads before stores, and then what loads leave to be noted. All are
+//! bounded.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use super::capacity::LoadUse;
 use super::load_job::{LoadBuffer, LoadJob};
 use super::save::StoreJob;
 use crate::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Loads that may wait; a request of a million tokens has 4,000 chunks of 256.
 const LOADS_MAX: usize = 65_536;
+/// Uses that wait to be told. Those beyond are not told: their chunks seem older than they are.
+const USES_MAX: usize = 65_536;
 
 /// What a worker does next.
 #[derive(Debug)]
@@ -17,6 +21,8 @@ pub(super) enum Job {
     Load(Box<LoadJob>, Option<LoadBuffer>),
     /// A store; its staging buffer is filled already.
     Store(Box<StoreJob>),
+    /// The use of a chunk that was loaded, for its file to be told.
+    Use(Box<LoadUse>),
 }
 
 /// Waiting transfers, and the number of those under way.
@@ -34,8 +40,10 @@ pub(super) struct TransferQueue {
 struct State {
     loads: VecDeque<Box<LoadJob>>,
     stores: VecDeque<Box<StoreJob>>,
+    uses: VecDeque<Box<LoadUse>>,
     loads_running: usize,
     stores_running: usize,
+    is_telling: bool,
     closed: bool,
     /// Whether there is no thread to do anything; see [`TransferQueue::strand_if`].
     stranded: bool,
@@ -75,6 +83,16 @@ impl TransferQueue {
         true
     }
 
+    /// Adds a use to be told.
+    pub(super) fn push_use(&self, used: LoadUse) {
+        let mut state = self.lock();
+        if !state.closed && state.uses.len() < USES_MAX {
+            state.uses.push_back(Box::new(used));
+            drop(state);
+            self.came.notify_one();
+        }
+    }
+
     /// Returns whether any load waits or is under way.
     pub(super) fn has_loads(&self) -> bool {
         let state = self.lock();
@@ -88,7 +106,7 @@ impl TransferQueue {
 
     /// Waits for the next job; `None` when the queue is closed and empty of stores.
     ///
-    /// A load goes first. When it has no staging buffer but a store waits, the store goes: it
+    /// A use goes last. A load goes first. When it has no staging buffer but a store waits, the store goes: it
     /// holds a buffer that the load may be waiting for.
     pub(super) fn next(&self) -> Option<Job> {
         let mut state = self.lock();
@@ -116,6 +134,13 @@ impl TransferQueue {
             }
             if state.closed {
                 return None;
+            }
+            // One at a time: it may be a path that hangs, and no load waits for it.
+            if !state.is_telling
+                && let Some(used) = state.uses.pop_front()
+            {
+                state.is_telling = true;
+                return Some(Job::Use(used));
             }
             state = self
                 .came
@@ -164,6 +189,17 @@ impl TransferQueue {
         self.ended.notify_all();
     }
 
+    /// Notes that a use was told.
+    pub(super) fn use_ended(&self) {
+        let mut state = self.lock();
+        state.is_telling = false;
+        let is_next = !state.uses.is_empty();
+        drop(state);
+        if is_next {
+            self.came.notify_one();
+        }
+    }
+
     /// Waits until no store waits or is under way. Returns whether that came in time.
     pub(super) fn wait_for_stores(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
@@ -186,6 +222,7 @@ impl TransferQueue {
         let ended = (
             std::mem::take(&mut state.loads),
             std::mem::take(&mut state.stores),
+            std::mem::take(&mut state.uses),
         );
         drop(state);
         self.came.notify_all();

@@ -71,6 +71,7 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
             let used = Use {
                 store,
                 cache: &cache,
+                part: cache.part,
                 chunk: &chunk,
                 watched: &watched,
             };

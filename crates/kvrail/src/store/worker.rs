@@ -83,6 +83,15 @@ fn announce(
             store.watched = Arc::clone(&watched);
             (&store.cache, store.chunk.key, limit, Box::new(end))
         }
+        Job::Use(used) => {
+            let end = move |_: &StoreShared| queue.use_ended();
+            (
+                &used.cache,
+                used.chunk.key,
+                shared.wait_limit,
+                Box::new(end),
+            )
+        }
     };
     let place = cache.place(&key);
     watched.is_at(shared.mount_index(cache.part, &key));
@@ -127,19 +136,25 @@ fn overdue(limit: Duration) -> String {
 
 /// Runs a job. A panic in it is a bug of ours; it costs the chunk, not the thread or the ticket.
 fn run(shared: &StoreShared, queue: &Arc<TransferQueue>, job: Job, watched: &Watched) {
-    let is_load = matches!(job, Job::Load(..));
+    // A job that panics was dropped while unwinding, so its ticket says failed; it is counted out.
+    let count_out = match &job {
+        Job::Load(..) => TransferQueue::load_ended,
+        Job::Store(_) => TransferQueue::store_ended,
+        Job::Use(_) => TransferQueue::use_ended,
+    };
     let outcome = catch_unwind(AssertUnwindSafe(|| match job {
         Job::Load(job, buffer) => load::run(shared, queue, job, buffer),
         Job::Store(job) => save::run(shared, queue, *job),
+        Job::Use(used) => {
+            used.tell(shared, watched);
+            if watched.end() {
+                queue.use_ended();
+            }
+        }
     }));
     // When the watch has ended it there is nothing more to count.
     if outcome.is_err() && watched.end() {
-        // The job was dropped while unwinding, so its ticket says failed; count it out.
-        if is_load {
-            queue.load_ended();
-        } else {
-            queue.store_ended();
-        }
+        count_out(queue);
         shared.notices.warn(Topic::Panic, || {
             "a transfer thread panicked; its chunk counts as failed".to_owned()
         });

@@ -60,8 +60,15 @@ impl Chains {
 
     /// Decides the stamp of a chunk that is about to be stored or used, after those of all known
     /// chunks before it. Chunks of one call are decided on in their order, whatever order the
-    /// threads work in. What was used a moment ago keeps its stamp, unless it `is_new`.
-    pub(super) fn plan(&self, place: Place, parent: Option<ChunkKey>, now: i64, is_new: bool) {
+    /// threads work in. What was used a moment ago keeps its stamp, unless it `is_new`; returns whether
+    /// it was not.
+    pub(super) fn plan(
+        &self,
+        place: Place,
+        parent: Option<ChunkKey>,
+        now: i64,
+        is_new: bool,
+    ) -> bool {
         let mut links = self.lock();
         let before = parent.map(|parent| (place.0, place.1, parent));
         if let Some(before) = before {
@@ -69,7 +76,7 @@ impl Chains {
         }
         let is_fresh = links.get(&place).is_some_and(|known| !is_stale(known, now));
         if is_fresh && !is_new {
-            return;
+            return false;
         }
         let of_parent =
             before.and_then(|before| links.get(&before).map(|known| known.link.milliseconds));
@@ -79,6 +86,7 @@ impl Chains {
             is_pending: false,
         };
         insert(&mut links, place, Known { link, decided: now });
+        true
     }
 
     /// Decides the stamps of `place` and of all known chunks before it that were not used for a
@@ -101,6 +109,16 @@ impl Chains {
         }
         found.reverse();
         found
+    }
+
+    /// Takes back links whose files were not told after all.
+    pub(super) fn put_back(&self, links: impl Iterator<Item = (Place, Link)>) {
+        let mut known = self.lock();
+        for (place, _) in links {
+            if let Some(known) = known.get_mut(&place) {
+                known.link.is_pending = true;
+            }
+        }
     }
 }
 
@@ -189,6 +207,19 @@ mod tests {
         chains.insert(place(6), link(Some(7), 0));
         chains.insert(place(7), link(Some(6), 0));
         assert!(chains.take_pending(place(7), NOW).len() < 20);
+    }
+
+    #[test]
+    fn what_was_not_told_is_told_the_next_time() {
+        let chains = Chains::default();
+        (1..6).for_each(|index| chains.insert(place(index), link(index.checked_sub(1), 50)));
+        let told = chains.take_pending(place(5), NOW);
+        assert_eq!(told.len(), 5);
+        chains.put_back(told.into_iter().skip(2));
+        let rest = chains.take_pending(place(5), NOW);
+        let places: Vec<Place> = rest.into_iter().map(|(place, _)| place).collect();
+        assert_eq!(places, [3, 4, 5].map(place));
+        assert!(chains.take_pending(place(5), NOW).is_empty());
     }
 
     #[test]

@@ -7,34 +7,41 @@
 //! in its own memory. A stamp is changed once in a minute at most.
 
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use rustix::fs::AtFlags;
 
 use super::chain::Link;
 use super::stamp::Stamp;
-use crate::chunk::{ChunkKey, ChunkRef};
+use crate::chunk::{ChunkKey, ChunkRef, Part};
 use crate::io::IoFile;
 use crate::store::cache_shared::CacheShared;
 use crate::store::directory::Location;
-use crate::store::load_job::LoadJob;
 use crate::store::mount::Mount;
+use crate::store::present::Place;
 use crate::store::shared::StoreShared;
 use crate::store::watch::Watched;
 
+/// How long the chunks before one are told of its use at once. The rest, of a long prompt on a slow
+/// file system, is told with the next uses.
+const TELL_LIMIT: Duration = Duration::from_secs(1);
+
 /// Decides the stamp of a chunk that is handed over to be stored (`is_new`) or loaded: in memory
-/// only, in the order of the prompt. The file is told by the thread that does the work.
+/// only, in the order of the prompt. Returns whether its file is to be told, which may be written to
+/// and did not hear of a use lately.
 pub(in crate::store) fn plan_use(
     store: &StoreShared,
     cache: &CacheShared,
     chunk: &ChunkRef,
     is_new: bool,
-) {
+) -> bool {
     let mount = store.mount(cache.part, &chunk.key);
-    if let Some(path) = store.capacity.of(&mount.root) {
-        let place = cache.place(&chunk.key);
-        let now = path.room.now_milliseconds();
-        store.capacity.chains.plan(place, chunk.parent, now, is_new);
-    }
+    let Some(path) = store.capacity.of(&mount.root) else {
+        return false;
+    };
+    let now = path.room.now_milliseconds();
+    let place = cache.place(&chunk.key);
+    store.capacity.chains.plan(place, chunk.parent, now, is_new)
 }
 
 /// A job's use of a chunk.
@@ -45,21 +52,13 @@ pub(in crate::store) fn plan_use(
 pub(in crate::store) struct Use<'a> {
     pub(in crate::store) store: &'a StoreShared,
     pub(in crate::store) cache: &'a CacheShared,
+    /// Whose file of it.
+    pub(in crate::store) part: Part,
     pub(in crate::store) chunk: &'a ChunkRef,
     pub(in crate::store) watched: &'a Watched,
 }
 
-impl<'a> Use<'a> {
-    /// The use of a chunk that is being loaded.
-    pub(in crate::store) fn of_load(store: &'a StoreShared, job: &'a LoadJob) -> Self {
-        Self {
-            store,
-            cache: &job.cache,
-            chunk: &job.chunk,
-            watched: &job.watched,
-        }
-    }
-
+impl Use<'_> {
     /// Stamps the chunk's file, which is about to be published.
     pub(in crate::store) fn stored(&self, file: &IoFile) {
         let Some(now) = self.begin() else { return };
@@ -71,39 +70,36 @@ impl<'a> Use<'a> {
         }
     }
 
-    /// Renews the stamp of the chunk, which was loaded from `file`.
-    pub(in crate::store) fn loaded(&self, file: &IoFile) {
-        let Some(now) = self.begin() else { return };
-        if let Ok(status) = file.status() {
-            self.renew(self.chunk, now, Stamp::of_status(&status), Some(file));
-        }
-    }
-
-    /// Renews the stamp of the chunk, which was to be stored and is there.
+    /// Renews the stamp of the chunk, which was loaded, or was to be stored and is there.
     pub(in crate::store) fn present(&self) {
         let Some(now) = self.begin() else { return };
         if let Some(stamp) = self.stamp_of(&self.chunk.key) {
-            self.renew(self.chunk, now, stamp, None);
+            self.renew(self.chunk, now, stamp);
         }
     }
 
-    /// Renews the stamps of all known chunks before this one, the first of them first. Returns the
+    /// Renews the stamps of the known chunks before this one, the first of them first. Returns the
     /// time on the chunk's path, `None` where nothing may be written.
     fn begin(&self) -> Option<i64> {
-        let mount = self.store.mount(self.cache.part, &self.chunk.key);
+        let mount = self.store.mount(self.part, &self.chunk.key);
         let path = self.store.capacity.of(&mount.root)?;
         let now = path.room.now_milliseconds();
         if let Some(parent) = self.chunk.parent {
-            let place = self.cache.place(&parent);
-            for (place, link) in self.store.capacity.chains.take_pending(place, now) {
+            let chains = &self.store.capacity.chains;
+            let mut pending = chains.take_pending(self.place(&parent), now).into_iter();
+            let until = Instant::now() + TELL_LIMIT;
+            while Instant::now() < until
+                && let Some((place, link)) = pending.next()
+            {
                 let ancestor = ChunkRef {
                     key: place.2,
                     parent: link.parent,
                 };
                 if let Some(stamp) = self.stamp_of(&ancestor.key) {
-                    self.renew(&ancestor, now, stamp, None);
+                    self.renew(&ancestor, now, stamp);
                 }
             }
+            chains.put_back(pending);
         }
         Some(now)
     }
@@ -111,7 +107,7 @@ impl<'a> Use<'a> {
     /// Does `work` on the path of a chunk, for which the watch knows where the job is meanwhile.
     /// `None` where the path is out of use.
     fn on_path_of<R>(&self, key: &ChunkKey, work: impl FnOnce(&Mount) -> Option<R>) -> Option<R> {
-        let (store, part) = (self.store, self.cache.part);
+        let (store, part) = (self.store, self.part);
         let mount = store.mount(part, key);
         if mount.health.is_out() {
             return None;
@@ -123,36 +119,34 @@ impl<'a> Use<'a> {
     }
 
     /// Renews one stamp if it is old enough, and counts the use.
-    fn renew(&self, chunk: &ChunkRef, now: i64, stamp: Stamp, file: Option<&IoFile>) {
+    fn renew(&self, chunk: &ChunkRef, now: i64, stamp: Stamp) {
         let planned = self.known(&chunk.key);
         let at = planned.map_or(now, |link| link.milliseconds.min(now));
         let Some(renewed) = stamp.renewed(at, self.time_of_parent(chunk)) else {
             return self.note(chunk, stamp);
         };
-        let done = match file {
-            Some(file) => self.set(file.as_fd(), None, renewed),
-            None => self
-                .on_path_of(&chunk.key, |mount| {
-                    let (group, part) = (self.cache.group, self.cache.part);
-                    let location = Location::chunk(group, part, &chunk.key);
-                    let namespace = mount.directory.open();
-                    let folder = namespace.and_then(|namespace| {
-                        namespace.folder(location.folder.as_deref().unwrap_or("."))
-                    });
-                    // None when it was evicted meanwhile, and its folder removed.
-                    let folder = folder.ok()?;
-                    Some(self.set(folder.as_fd(), Some(&location.name), renewed))
-                })
-                .unwrap_or_default(),
-        };
+        let done = self.on_path_of(&chunk.key, |mount| {
+            let location = Location::chunk(self.cache.group, self.part, &chunk.key);
+            let namespace = mount.directory.open();
+            let folder = namespace
+                .and_then(|namespace| namespace.folder(location.folder.as_deref().unwrap_or(".")));
+            // None when it was evicted meanwhile, and its folder removed.
+            let folder = folder.ok()?;
+            Some(self.set(folder.as_fd(), Some(&location.name), renewed))
+        });
+        let done = done.unwrap_or_default();
         if done {
             self.store.metrics.chunks_touched.add(1);
             self.note(chunk, renewed);
         }
     }
 
+    fn place(&self, key: &ChunkKey) -> Place {
+        (self.cache.group, self.part, *key)
+    }
+
     fn known(&self, key: &ChunkKey) -> Option<Link> {
-        self.store.capacity.chains.get(&self.cache.place(key))
+        self.store.capacity.chains.get(&self.place(key))
     }
 
     fn note(&self, chunk: &ChunkRef, stamp: Stamp) {
@@ -161,7 +155,7 @@ impl<'a> Use<'a> {
             milliseconds: stamp.milliseconds(),
             is_pending: false,
         };
-        let place = self.cache.place(&chunk.key);
+        let place = self.place(&chunk.key);
         self.store.capacity.chains.insert(place, link);
     }
 
@@ -176,7 +170,7 @@ impl<'a> Use<'a> {
     /// Reads a chunk's stamp, `None` when it is not there.
     fn stamp_of(&self, key: &ChunkKey) -> Option<Stamp> {
         self.on_path_of(key, |mount| {
-            let location = Location::chunk(self.cache.group, self.cache.part, key);
+            let location = Location::chunk(self.cache.group, self.part, key);
             let namespace = mount.directory.open().ok()?;
             let status = namespace.status(location.below()).ok()??;
             Some(Stamp::of_status(&status))
@@ -252,6 +246,15 @@ mod tests {
         mount.directory.chunk(0, 0.into(), &chunk(index).key)
     }
 
+    /// Files are told of a load's use when nobody waits for it any more.
+    fn wait_until_told(store: &Store, count: u64) {
+        let start = std::time::Instant::now();
+        while store.metrics().chunks_touched < count {
+            assert!(start.elapsed() < LIMIT, "{:?}", store.metrics());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     fn stamp(store: &Store, index: u8) -> Stamp {
         Stamp::of(&rustix::fs::lstat(path(store, index)).unwrap())
     }
@@ -302,6 +305,7 @@ mod tests {
             );
         };
         load(6);
+        wait_until_told(&store, 7);
         assert!((0..7).all(|index| stamp(&store, index).milliseconds() >= now - 1000));
         assert!((0..7).all(|index| stamp(&store, index).uses() == 1));
         assert!((7..10).all(|index| stamp(&store, index).milliseconds() < now - 500_000));
@@ -378,12 +382,14 @@ mod tests {
         };
         let report = cache.load(vec![load]).unwrap().wait(LIMIT).unwrap();
         assert_eq!(report.loaded, 1);
+        let on_its_path = |index: &u8| mount_of(*index) == mount_of(last);
+        wait_until_told(&store, (0..=last).filter(on_its_path).count() as u64);
         let touched = (0..=last).filter(|&index| {
             let mount = &shared.mounts[mount_of(index)];
             let path = mount.directory.chunk(0, 0.into(), &chunk(index).key);
             Stamp::of(&rustix::fs::lstat(path).unwrap()).uses() == 1
         });
-        let expected = (0..=last).filter(|&index| mount_of(index) == mount_of(last));
+        let expected = (0..=last).filter(on_its_path);
         let (touched, expected): (Vec<_>, Vec<_>) = (touched.collect(), expected.collect());
         assert_eq!(touched, expected);
     }

@@ -38,6 +38,8 @@ pub(super) fn load(cache: &Arc<CacheShared>) -> (LoadTicket, LoadJob) {
         route: Route::Posix,
         cufile_error: None,
         watched: Arc::default(),
+        is_use_due: false,
+        served_by: std::sync::Mutex::default(),
     };
     (ticket, job)
 }
@@ -76,6 +78,7 @@ fn work(queue: &TransferQueue) {
                 queue.store_ended();
                 member.end(Ending::Stored);
             }
+            Job::Use(_) => queue.use_ended(),
         }
     }
 }
@@ -151,6 +154,7 @@ fn loads_go_first() {
             match queue.next().unwrap() {
                 Job::Load(..) => loaded = true,
                 Job::Store(_) => assert!(!must_load, "a store went before a load"),
+                Job::Use(_) => panic!("nothing was loaded"),
             }
         }
         assert!(loaded);
