@@ -148,7 +148,10 @@ fn a_store_that_is_dropped_waits_a_second_for_a_janitor_that_hangs() {
 fn overfull(mounted: &common::Mounted) -> Janitor {
     let before = store::open(mounted.source());
     let cache = Cache::attach(&before, 0, Geometry::default());
-    (0..40).for_each(|index| assert_eq!(cache.store_alone(index).stored, 1));
+    for index in 0..40 {
+        let report = cache.store_alone(index);
+        assert_eq!(report.stored + report.already_present, 1);
+    }
     before.close(LIMIT).unwrap();
     janitor(mounted)
 }
@@ -211,6 +214,12 @@ fn a_disk_that_takes_not_a_byte_more_is_made_room_on() {
             chunk_bytes(mounted.source()) <= ROOM_BYTES && !tick.busy
         });
         assert!(faults > 0, "nothing failed");
+        // And no more than that, however long it lasts.
+        for _ in 0..5 {
+            janitor.tick().unwrap();
+        }
+        let left = chunk_bytes(mounted.source());
+        assert!(left > ROOM_BYTES / 10 * 8, "{left} of {ROOM_BYTES}");
         mounted.heal();
         // What could not be said is found by a count.
         let took = wait_until("the account", || {
@@ -246,4 +255,29 @@ fn folders_that_are_slow_to_look_for_are_no_janitor_that_hangs() {
     assert_eq!(store.metrics().paths_taken_out, 0);
     mounted.heal();
     store.close(LIMIT).unwrap();
+}
+
+#[test]
+fn a_janitor_that_cannot_know_its_account_for_a_folder_that_fails_does_not_spin() {
+    let Some(mounted) = mount(39) else {
+        return;
+    };
+    let before = store::open(mounted.source());
+    let cache = Cache::attach(&before, 0, Geometry::default());
+    assert_eq!(cache.store_alone(1).stored, 1);
+    before.close(LIMIT).unwrap();
+    std::fs::remove_dir_all(mounted.source().join(".kvrail")).unwrap();
+    mounted.set("lookup,getattr,open,opendir,readdir *-*/g0r0/* error=EIO");
+    let settings = JanitorSettings::new(&limited(mounted.path(), ROOM_BYTES));
+    let mut janitor = Janitor::open(mounted.path(), settings).unwrap();
+    wait_until("a fault", || {
+        janitor.tick().unwrap();
+        janitor.take_fault().is_some()
+    });
+    let tick = janitor.tick().unwrap();
+    assert!(!tick.busy, "it rests between two ticks");
+    let before = mounted.hits();
+    janitor.tick().unwrap();
+    let hits = mounted.hits() - before;
+    assert!(hits < 50, "{hits} operations in one tick");
 }

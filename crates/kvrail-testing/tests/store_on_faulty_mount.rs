@@ -398,6 +398,42 @@ fn a_file_whose_bytes_find_no_room_when_it_is_closed_is_not_published() {
 }
 
 #[test]
+fn a_namespace_that_began_on_a_full_disk_has_its_manifest_before_a_chunk() {
+    let Some(mounted) = mount(29) else {
+        return;
+    };
+    // Folders find room, and files do not.
+    mounted.set("write,create * error=ENOSPC");
+    let config = limits(mounted.path());
+    let store = Store::open(&config, namespace(), OpenOptions::default()).unwrap();
+    let said = store.take_notices();
+    assert!(
+        said.iter()
+            .any(|notice| notice.message.contains("no space left")),
+        "{said:?}"
+    );
+    mounted.heal();
+    let mut subject = Subject {
+        cache: Cache::attach(&store, 0, Geometry::default()),
+        store,
+        longest: [Duration::ZERO; 3],
+    };
+    assert!(subject.store_chunk(1));
+    let manifests = std::fs::read_dir(mounted.source())
+        .unwrap()
+        .filter(|entry| {
+            entry
+                .as_ref()
+                .unwrap()
+                .path()
+                .join("manifest.json")
+                .exists()
+        });
+    assert_eq!(manifests.count(), 1);
+    assert!(subject.load_chunk(1));
+}
+
+#[test]
 fn a_path_that_hangs_is_blamed_for_it_also_by_a_load_from_another() {
     let Some(mounted) = mount(21) else {
         return;

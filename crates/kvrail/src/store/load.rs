@@ -126,7 +126,6 @@ pub(super) fn run(
     let place = job.cache.place(&job.chunk.key);
     let is_loaded = matches!(ending, Ending::Loaded);
     let LoadJob {
-        cache,
         chunk,
         member,
         served_by,
@@ -141,11 +140,12 @@ pub(super) fn run(
         store.keep_in_tier(&place, &image);
     }
     if is_loaded && !parts.is_empty() {
-        queue.push_use(LoadUse {
-            cache,
+        let used = LoadUse {
+            place,
             chunk,
             parts,
-        });
+        };
+        store.metrics.touches_failed.add(queue.push_use(used));
     }
 }
 

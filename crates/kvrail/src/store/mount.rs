@@ -1,6 +1,7 @@
 //! One path of the store while it is in use: what it can do, how it fares, how full it is.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,8 @@ pub(super) struct Mount {
     /// Whether cuFile moves the bytes, and how it fares.
     pub(super) cufile: CufileState,
     pub(super) health: Health,
+    /// Whether the namespace is still to get its manifest, before a chunk.
+    lacks_manifest: AtomicBool,
     /// The file system that the path was on when the store was opened.
     device: Option<u64>,
     min_free: MinFree,
@@ -84,9 +87,21 @@ impl Mount {
             keeps_cached: false,
             cufile: CufileState::default(),
             health,
+            lacks_manifest: AtomicBool::new(false),
             min_free,
             state: Mutex::default(),
         }
+    }
+
+    /// Returns whether the namespace is still to get its manifest: without one nobody counts, lists
+    /// or evicts its chunks.
+    pub(super) fn lacks_manifest(&self) -> bool {
+        self.lacks_manifest.load(Ordering::Acquire)
+    }
+
+    /// Notes whether the namespace is still to get its manifest.
+    pub(super) fn set_lacks_manifest(&self, lacks: bool) {
+        self.lacks_manifest.store(lacks, Ordering::Release);
     }
 
     /// Sets what loads and stores have to do with the page cache. Without O_DIRECT all goes through

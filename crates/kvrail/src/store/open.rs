@@ -233,6 +233,7 @@ impl Opening {
             directory = directory.of_lmcache(tree);
         }
         let is_new = directory.open().is_err();
+        let mut lacks_manifest = false;
         let prepared = match self.access {
             Access::ReadOnly => self.open_for_reading(root, &directory, "opened read-only")?,
             Access::ReadWrite => match self.prepare(root, &directory) {
@@ -248,6 +249,7 @@ impl Opening {
                     let why = "no space left to try O_DIRECT when the store was opened";
                     let mut prepared = self.open_for_reading(root, &directory, why)?;
                     prepared.report.writable = true;
+                    lacks_manifest = true;
                     prepared
                 }
                 Err(error) if is_refused(&error) && is_readable(root) => {
@@ -268,16 +270,18 @@ impl Opening {
             Arc::clone(&self.notices),
             Arc::clone(&self.metrics),
         );
-        Ok(Mount::new(
+        let mount = Mount::new(
             root.to_path_buf(),
             directory,
             prepared.report,
             prepared.chosen,
             self.config.min_free,
             health,
-        )
-        .with_page_cache(self.config.page_cache)
-        .with_undecided(prepared.is_undecided))
+        );
+        mount.set_lacks_manifest(lacks_manifest);
+        Ok(mount
+            .with_page_cache(self.config.page_cache)
+            .with_undecided(prepared.is_undecided))
     }
 
     /// Creates what is missing and finds out what the mount can do.

@@ -13,6 +13,8 @@ use crate::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 const LOADS_MAX: usize = 65_536;
 /// Uses that wait to be told. Those beyond are not told: their chunks seem older than they are.
 const USES_MAX: usize = 65_536;
+/// How long a use lets stores go first.
+const USE_WAITS: Duration = Duration::from_secs(1);
 
 /// What a worker does next.
 #[derive(Debug)]
@@ -40,13 +42,27 @@ pub(super) struct TransferQueue {
 struct State {
     loads: VecDeque<Box<LoadJob>>,
     stores: VecDeque<Box<StoreJob>>,
-    uses: VecDeque<Box<LoadUse>>,
+    /// With the times since when they wait.
+    uses: VecDeque<(Instant, Box<LoadUse>)>,
     loads_running: usize,
     stores_running: usize,
     is_telling: bool,
     closed: bool,
     /// Whether there is no thread to do anything; see [`TransferQueue::strand_if`].
     stranded: bool,
+}
+
+impl State {
+    /// Takes the first use if it has waited for so long. One at a time: its path may hang, and nobody
+    /// waits for it.
+    fn take_use(&mut self, waited: Duration) -> Option<Box<LoadUse>> {
+        let (since, _) = self.uses.front()?;
+        if self.is_telling || self.closed || since.elapsed() < waited {
+            return None;
+        }
+        self.is_telling = true;
+        self.uses.pop_front().map(|(_, used)| used)
+    }
 }
 
 impl TransferQueue {
@@ -83,14 +99,16 @@ impl TransferQueue {
         true
     }
 
-    /// Adds a use to be told.
-    pub(super) fn push_use(&self, used: LoadUse) {
+    /// Adds a use to be told. Returns how many are not: 1 when there is no room for it.
+    pub(super) fn push_use(&self, used: LoadUse) -> u64 {
         let mut state = self.lock();
-        if !state.closed && state.uses.len() < USES_MAX {
-            state.uses.push_back(Box::new(used));
-            drop(state);
-            self.came.notify_one();
+        if state.closed || state.uses.len() >= USES_MAX {
+            return 1;
         }
+        state.uses.push_back((Instant::now(), Box::new(used)));
+        drop(state);
+        self.came.notify_one();
+        0
     }
 
     /// Returns whether any load waits or is under way.
@@ -106,7 +124,8 @@ impl TransferQueue {
 
     /// Waits for the next job; `None` when the queue is closed and empty of stores.
     ///
-    /// A use goes last. A load goes first. When it has no staging buffer but a store waits, the store goes: it
+    /// A use goes last, but before stores when it has waited for a while: eviction goes by what files
+    /// say. A load goes first. When it has no staging buffer but a store waits, the store goes: it
     /// holds a buffer that the load may be waiting for.
     pub(super) fn next(&self) -> Option<Job> {
         let mut state = self.lock();
@@ -128,6 +147,9 @@ impl TransferQueue {
                     }
                 }
             }
+            if let Some(used) = state.take_use(USE_WAITS) {
+                return Some(Job::Use(used));
+            }
             if let Some(store) = state.stores.pop_front() {
                 state.stores_running += 1;
                 return Some(Job::Store(store));
@@ -135,11 +157,7 @@ impl TransferQueue {
             if state.closed {
                 return None;
             }
-            // One at a time: it may be a path that hangs, and no load waits for it.
-            if !state.is_telling
-                && let Some(used) = state.uses.pop_front()
-            {
-                state.is_telling = true;
+            if let Some(used) = state.take_use(Duration::ZERO) {
                 return Some(Job::Use(used));
             }
             state = self

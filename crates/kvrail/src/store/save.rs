@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::batch::{Ending, Member};
 use super::cache_shared::CacheShared;
-use super::capacity::Use;
+use super::capacity::{Use, told_until};
 use super::directory::{Location, TEMPORARY_NAME};
 use super::health::is_timeout;
 use super::image;
@@ -70,12 +70,13 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
             };
             let used = Use {
                 store,
-                cache: &cache,
+                group: cache.group,
                 part: cache.part,
                 chunk: &chunk,
                 watched: &watched,
+                until: told_until(store),
             };
-            store_chunk(used, mount, image, gpu_is_there)
+            store_chunk(used, mount, &cache, image, gpu_is_there)
         }
         Err(error) => Err(error),
     };
@@ -189,10 +190,11 @@ enum Stored {
 fn store_chunk(
     used: Use<'_>,
     mount: &Mount,
+    cache: &CacheShared,
     image: Staged,
     gpu_is_there: impl FnOnce(&Staged) -> bool,
 ) -> Result<Progress> {
-    let (store, cache, chunk) = (used.store, used.cache, *used.chunk);
+    let (store, chunk) = (used.store, *used.chunk);
     let place = cache.place(&chunk.key);
     let location = mount.directory.chunk_location(&place)?;
     if is_present(store, mount, &place, &location, cache.file_bytes())? {
@@ -358,16 +360,19 @@ impl Save<'_> {
         let directory = &mount.directory;
         let name = store.writer.file_name("chunk");
         let bytes = self.cache.file_bytes() as u64;
-        match TemporaryFile::create(directory, name.clone(), direct, bytes) {
-            Err(error) if is_missing(&error) => {
-                mount.check_device()?;
-                let sync = store.durability == Durability::Full;
-                directory.make(sync)?.make(TEMPORARY_NAME, sync)?;
-                ensure_manifest(directory, &store.namespace, &store.writer, sync)?;
-                TemporaryFile::create(directory, name, direct, bytes)
+        if !mount.lacks_manifest() {
+            match TemporaryFile::create(directory, name.clone(), direct, bytes) {
+                Err(error) if is_missing(&error) => {}
+                result => return result,
             }
-            result => result,
         }
+        mount.check_device()?;
+        let sync = store.durability == Durability::Full;
+        mount.set_lacks_manifest(true);
+        directory.make(sync)?.make(TEMPORARY_NAME, sync)?;
+        ensure_manifest(directory, &store.namespace, &store.writer, sync)?;
+        mount.set_lacks_manifest(false);
+        TemporaryFile::create(directory, name, direct, bytes)
     }
 }
 

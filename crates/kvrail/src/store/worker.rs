@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::batch::Ending;
 use super::crew::Crew;
 use super::notice::Topic;
+use super::present::Place;
 use super::queue::{Job, TransferQueue};
 use super::shared::StoreShared;
 use super::watch::{End, Overdue, Watched};
@@ -56,7 +57,7 @@ fn announce(
     let (waiting, queue) = (Arc::clone(queue), Arc::clone(queue));
     // A new one each time: a load that found no staging buffer is announced again.
     let watched = Arc::new(Watched::default());
-    let (cache, key, limit, end): (_, _, _, End) = match job {
+    let (place, limit, end): (Place, _, End) = match job {
         Job::Load(load, _) => {
             let waited = load.started.map_or(Duration::ZERO, |since| since.elapsed());
             let (member, limit) = (load.member.share(), shared.wait_limit);
@@ -67,7 +68,7 @@ fn announce(
             };
             let left = limit.saturating_sub(waited);
             load.watched = Arc::clone(&watched);
-            (&load.cache, load.chunk.key, left, Box::new(end))
+            (load.cache.place(&load.chunk.key), left, Box::new(end))
         }
         Job::Store(store) => {
             let waits = match store.cache.gpu {
@@ -81,20 +82,14 @@ fn announce(
                 member.end(Ending::Failed(overdue(limit)));
             };
             store.watched = Arc::clone(&watched);
-            (&store.cache, store.chunk.key, limit, Box::new(end))
+            (store.cache.place(&store.chunk.key), limit, Box::new(end))
         }
         Job::Use(used) => {
             let end = move |_: &StoreShared| queue.use_ended();
-            (
-                &used.cache,
-                used.chunk.key,
-                shared.wait_limit,
-                Box::new(end),
-            )
+            (used.place, shared.wait_limit, Box::new(end))
         }
     };
-    let place = cache.place(&key);
-    watched.is_at(shared.mount_index(cache.part, &key));
+    watched.is_at(shared.mount_index(place.1, &place.2));
     let (crew, lost) = (Arc::clone(crew), Arc::clone(crew));
     let end = move |shared: &StoreShared| {
         shared.present.remove(&place);
@@ -146,9 +141,12 @@ fn run(shared: &StoreShared, queue: &Arc<TransferQueue>, job: Job, watched: &Wat
         Job::Load(job, buffer) => load::run(shared, queue, job, buffer),
         Job::Store(job) => save::run(shared, queue, *job),
         Job::Use(used) => {
-            used.tell(shared, watched);
+            let is_left = used.tell(shared, watched);
             if watched.end() {
                 queue.use_ended();
+                if is_left {
+                    shared.metrics.touches_failed.add(queue.push_use(*used));
+                }
             }
         }
     }));

@@ -111,10 +111,10 @@ impl Chains {
         found
     }
 
-    /// Takes back links whose files were not told after all.
-    pub(super) fn put_back(&self, links: impl Iterator<Item = (Place, Link)>) {
+    /// Notes chunks whose files were not told after all.
+    pub(super) fn set_pending(&self, places: impl Iterator<Item = Place>) {
         let mut known = self.lock();
-        for (place, _) in links {
+        for place in places {
             if let Some(known) = known.get_mut(&place) {
                 known.link.is_pending = true;
             }
@@ -215,7 +215,7 @@ mod tests {
         (1..6).for_each(|index| chains.insert(place(index), link(index.checked_sub(1), 50)));
         let told = chains.take_pending(place(5), NOW);
         assert_eq!(told.len(), 5);
-        chains.put_back(told.into_iter().skip(2));
+        chains.set_pending(told.into_iter().skip(2).map(|(place, _)| place));
         let rest = chains.take_pending(place(5), NOW);
         let places: Vec<Place> = rest.into_iter().map(|(place, _)| place).collect();
         assert_eq!(places, [3, 4, 5].map(place));

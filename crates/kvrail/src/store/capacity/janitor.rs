@@ -73,8 +73,12 @@ pub struct Janitor {
     absorber: Absorber,
     view: Option<View>,
     refreshed: Option<Instant>,
-    /// Bytes that this janitor has evicted: its own part is no flow, since it knows the slice.
+    /// Bytes that this janitor has evicted and told: its own part is no flow, since it knows the slice.
     evicted: u64,
+    /// Bytes that it has evicted, told or not.
+    freed: u64,
+    /// Bytes that are gone and still in the account, which could not be written.
+    untold: u64,
     slice_due: Instant,
     /// When one that only watches sums all accounts up again.
     look_due: Instant,
@@ -149,6 +153,8 @@ impl Janitor {
             view: None,
             refreshed: None,
             evicted: 0,
+            freed: 0,
+            untold: 0,
             slice_due: Instant::now(),
             look_due: Instant::now(),
             pass_start: None,
@@ -227,7 +233,9 @@ impl Janitor {
         };
         while start.elapsed() < self.settings.timing.tick && !self.progress.is_halted() {
             let view = self.view()?;
-            let is_late = Instant::now() >= self.slice_due || !view.known;
+            // What fails in each slice keeps the account from being known, and is tried in its turn.
+            let is_unknown = !view.known && self.fault.is_none();
+            let is_late = Instant::now() >= self.slice_due || is_unknown;
             if !is_late && !self.sweeper.is_evicting() && !self.must_evict(&view) {
                 break;
             }
@@ -242,7 +250,8 @@ impl Janitor {
             self.stuck_since = None;
             self.sweeper.retry();
         }
-        tick.busy = self.sweeper.is_evicting() || self.room.used().is_none();
+        let is_unknown = self.room.used().is_none() && self.fault.is_none();
+        tick.busy = self.sweeper.is_evicting() || is_unknown;
         tick.stuck = is_stuck || self.relief.is_missing();
         Ok(tick)
     }
@@ -307,13 +316,18 @@ impl Janitor {
             self.reach(Step::Counted);
             // Usage has changed: what comes next must know.
             let view = self.view.take();
+            self.freed += removed.bytes;
             match telling::removed(&self.room, removed.bytes, began) {
                 Ok(true) => {
                     self.evicted += removed.bytes;
                     self.view = view.map(|view| view.less(removed.bytes));
                 }
                 Ok(false) => {}
-                Err(error) => self.note(error),
+                Err(error) => {
+                    // Else what is gone would be evicted again, until nothing is left.
+                    self.untold += removed.bytes;
+                    self.note(error);
+                }
             }
         }
         tick.visit.add_all(&step.visit);
@@ -372,6 +386,7 @@ impl Janitor {
             let drift = signed(pass.total_bytes(flow).saturating_add(beside)) - signed(view.used);
             if drift > signed(tolerance) {
                 self.room.correct(drift);
+                self.untold = 0;
             } else if drift < -signed(tolerance) - others_removed
                 && pass.unseen + aside.unseen == 0
                 && !view.is_removing
@@ -380,7 +395,11 @@ impl Janitor {
                 // Downwards with care: room that is not there must not be given away. What others
                 // removed may have been missing before they said so, and is taken off twice then.
                 let missing = drift + signed(tolerance - view.used / DRIFT_PART);
-                telling::missing(&self.room, missing, view.at)?;
+                if telling::missing(&self.room, missing, view.at)? {
+                    self.untold = 0;
+                }
+            } else if drift >= -signed(tolerance) {
+                self.untold = 0;
             }
         } else {
             self.settle(pass, beside)?;
@@ -395,6 +414,7 @@ impl Janitor {
         let total = count.total_bytes(self.flow(&sum)).saturating_add(beside);
         self.room.correct(signed(total) - sum.said);
         self.room.flush()?;
+        self.untold = 0;
         self.view = None;
         Ok(())
     }
@@ -420,9 +440,10 @@ impl Janitor {
         let records = sum.records.iter();
         let removed: i64 = records.map(|named| signed(named.record.removed)).sum();
         let (available, reserve) = free_space(self.root.path(), self.settings.min_free)?;
-        let relieved = self.relief.is_seen(available, self.evicted, flow_bytes);
+        let relieved = self.relief.is_seen(available, self.freed, flow_bytes);
+        let claimed = sum.claimed.saturating_sub(self.untold);
         let by_space = relieved
-            .then(|| (sum.claimed + available).saturating_sub(reserve))
+            .then(|| (claimed + available).saturating_sub(reserve))
             .filter(|_| reserve > 0);
         let (limit_bytes, reason) = match (self.settings.max_size, by_space) {
             (Some(size), Some(space)) if space < size => (Some(space), Reason::Space),
@@ -434,7 +455,7 @@ impl Janitor {
             holds,
             situation: Situation {
                 now_milliseconds: self.room.now_milliseconds(),
-                used_bytes: sum.claimed,
+                used_bytes: claimed,
                 // What is not known to be too much is not removed.
                 limit_bytes: limit_bytes.filter(|_| sum.known),
                 reason,
@@ -446,7 +467,7 @@ impl Janitor {
             removed: removed - signed(self.evicted),
         };
         if reason == Reason::Space {
-            self.relief.watch(available, self.evicted, flow_bytes);
+            self.relief.watch(available, self.freed, flow_bytes);
         } else {
             self.relief.unwatch();
         }

@@ -59,7 +59,7 @@ pub use sweep::{
     Count, Reason, SLICES, Shelf, Situation, Step as SweepStep, SweepRules, Sweeper, Tally, Visit,
 };
 pub(super) use thread::JanitorThreads;
-pub(super) use touch::{Use, plan_use};
+pub(super) use touch::{Use, plan_use, told_until};
 
 use super::mount::Mount;
 use super::notice::{Notices, Topic};

@@ -22,9 +22,15 @@ use crate::store::present::Place;
 use crate::store::shared::StoreShared;
 use crate::store::watch::Watched;
 
-/// How long the chunks before one are told of its use at once. The rest, of a long prompt on a slow
-/// file system, is told with the next uses.
+/// How long the chunks before one are told of its use at once, at most. The rest, of a long prompt on a
+/// slow file system, is told later.
 const TELL_LIMIT: Duration = Duration::from_secs(1);
+
+/// Returns until when a use that begins now may be told to the chunks before it: no path is to be
+/// taken for one that hangs for that.
+pub(in crate::store) fn told_until(store: &StoreShared) -> Instant {
+    Instant::now() + TELL_LIMIT.min(store.wait_limit / 4)
+}
 
 /// Decides the stamp of a chunk that is handed over to be stored (`is_new`) or loaded: in memory
 /// only, in the order of the prompt. Returns whether its file is to be told, which may be written to
@@ -51,44 +57,62 @@ pub(in crate::store) fn plan_use(
 #[derive(Debug, Clone, Copy)]
 pub(in crate::store) struct Use<'a> {
     pub(in crate::store) store: &'a StoreShared,
-    pub(in crate::store) cache: &'a CacheShared,
-    /// Whose file of it.
+    /// The KV cache group, and whose file of it.
+    pub(in crate::store) group: u32,
     pub(in crate::store) part: Part,
     pub(in crate::store) chunk: &'a ChunkRef,
     pub(in crate::store) watched: &'a Watched,
+    /// Until when the chunks before it are told at once.
+    pub(in crate::store) until: Instant,
 }
 
 impl Use<'_> {
     /// Stamps the chunk's file, which is about to be published.
     pub(in crate::store) fn stored(&self, file: &IoFile) {
-        let Some(now) = self.begin() else { return };
+        let Some((now, is_left)) = self.begin() else {
+            return;
+        };
         let planned = self.known(&self.chunk.key);
         let at = planned.map_or(now, |link| link.milliseconds.min(now));
         let stamp = Stamp::first(at, self.time_of_parent(self.chunk));
         if self.set(file.as_fd(), None, stamp) {
             self.note(self.chunk, stamp);
         }
+        self.keep(is_left);
     }
 
-    /// Renews the stamp of the chunk, which was loaded, or was to be stored and is there.
-    pub(in crate::store) fn present(&self) {
-        let Some(now) = self.begin() else { return };
+    /// Renews the stamp of the chunk, which was loaded, or was to be stored and is there. Returns
+    /// whether chunks before it are left to be told.
+    pub(in crate::store) fn present(&self) -> bool {
+        let Some((now, is_left)) = self.begin() else {
+            return false;
+        };
         if let Some(stamp) = self.stamp_of(&self.chunk.key) {
             self.renew(self.chunk, now, stamp);
+        }
+        self.keep(is_left);
+        is_left
+    }
+
+    /// Has the chunks before this one that are left to be told found through it.
+    fn keep(&self, is_left: bool) {
+        if is_left {
+            let chains = &self.store.capacity.chains;
+            chains.set_pending(std::iter::once(self.place(&self.chunk.key)));
         }
     }
 
     /// Renews the stamps of the known chunks before this one, the first of them first. Returns the
-    /// time on the chunk's path, `None` where nothing may be written.
-    fn begin(&self) -> Option<i64> {
+    /// time on the chunk's path, and whether some are left; `None` where nothing may be written.
+    fn begin(&self) -> Option<(i64, bool)> {
         let mount = self.store.mount(self.part, &self.chunk.key);
         let path = self.store.capacity.of(&mount.root)?;
         let now = path.room.now_milliseconds();
+        let mut is_left = false;
         if let Some(parent) = self.chunk.parent {
             let chains = &self.store.capacity.chains;
             let mut pending = chains.take_pending(self.place(&parent), now).into_iter();
-            let until = Instant::now() + TELL_LIMIT;
-            while Instant::now() < until
+            while Instant::now() < self.until
                 && let Some((place, link)) = pending.next()
             {
                 let ancestor = ChunkRef {
@@ -99,9 +123,10 @@ impl Use<'_> {
                     self.renew(&ancestor, now, stamp);
                 }
             }
-            chains.put_back(pending);
+            is_left = pending.len() > 0;
+            chains.set_pending(pending.map(|(place, _)| place));
         }
-        Some(now)
+        Some((now, is_left))
     }
 
     /// Does `work` on the path of a chunk, for which the watch knows where the job is meanwhile.
@@ -126,7 +151,7 @@ impl Use<'_> {
             return self.note(chunk, stamp);
         };
         let done = self.on_path_of(&chunk.key, |mount| {
-            let location = Location::chunk(self.cache.group, self.part, &chunk.key);
+            let location = Location::chunk(self.group, self.part, &chunk.key);
             let namespace = mount.directory.open();
             let folder = namespace
                 .and_then(|namespace| namespace.folder(location.folder.as_deref().unwrap_or(".")));
@@ -142,7 +167,7 @@ impl Use<'_> {
     }
 
     fn place(&self, key: &ChunkKey) -> Place {
-        (self.cache.group, self.part, *key)
+        (self.group, self.part, *key)
     }
 
     fn known(&self, key: &ChunkKey) -> Option<Link> {
@@ -170,7 +195,7 @@ impl Use<'_> {
     /// Reads a chunk's stamp, `None` when it is not there.
     fn stamp_of(&self, key: &ChunkKey) -> Option<Stamp> {
         self.on_path_of(key, |mount| {
-            let location = Location::chunk(self.cache.group, self.part, key);
+            let location = Location::chunk(self.group, self.part, key);
             let namespace = mount.directory.open().ok()?;
             let status = namespace.status(location.below()).ok()??;
             Some(Stamp::of_status(&status))

@@ -8,13 +8,14 @@ use super::{LONG, explore, kv_cache};
 use crate::chunk::{ChunkKey, ChunkRef};
 use crate::store::batch::{Ending, start_load, start_store};
 use crate::store::cache_shared::CacheShared;
+use crate::store::capacity::LoadUse;
 use crate::store::gpu::Route;
 use crate::store::load_job::LoadJob;
 use crate::store::queue::{Job, TransferQueue};
 use crate::store::save::StoreJob;
 use crate::store::staged::{Staged, StagedImage};
 use crate::store::ticket::{LoadTicket, StoreTicket};
-use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::sync::{Arc, thread};
 
 fn chunk() -> ChunkRef {
@@ -113,6 +114,58 @@ fn a_store_reaches_a_worker_while_somebody_waits_for_all() {
         assert_eq!(first.wait(LONG).unwrap().stored, 1);
         queue.close();
         workers.join().unwrap();
+    });
+}
+
+/// Uses, a store and two workers: nothing that was pushed is left, and one use is told at a time.
+#[test]
+fn uses_are_told_one_at_a_time_and_all() {
+    explore(1000, || {
+        let cache = kv_cache(2);
+        let queue = Arc::new(TransferQueue::default());
+        let (told, telling) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let workers: Vec<_> = (0..2)
+            .map(|_| {
+                let (queue, told, telling) =
+                    (Arc::clone(&queue), Arc::clone(&told), Arc::clone(&telling));
+                thread::spawn(move || {
+                    while let Some(job) = queue.next() {
+                        match job {
+                            Job::Use(_) => {
+                                assert_eq!(telling.fetch_add(1, Ordering::SeqCst), 0);
+                                thread::yield_now();
+                                telling.fetch_sub(1, Ordering::SeqCst);
+                                queue.use_ended();
+                                told.fetch_add(1, Ordering::SeqCst);
+                            }
+                            Job::Store(store) => {
+                                queue.store_ended();
+                                store.member.end(Ending::Stored);
+                            }
+                            Job::Load(..) => panic!("nothing is loaded"),
+                        }
+                    }
+                })
+            })
+            .collect();
+        let (ticket, job) = store(&cache);
+        for _ in 0..2 {
+            let used = LoadUse {
+                place: cache.place(&chunk().key),
+                chunk: chunk(),
+                parts: vec![cache.part],
+            };
+            assert_eq!(queue.push_use(used), 0);
+        }
+        assert!(queue.push_store(job));
+        assert_eq!(ticket.wait(LONG).unwrap().stored, 1);
+        while told.load(Ordering::SeqCst) < 2 {
+            thread::yield_now();
+        }
+        queue.close();
+        for worker in workers {
+            worker.join().unwrap();
+        }
     });
 }
 
