@@ -198,7 +198,7 @@ fn take_part(
             .open_table(job, part)
             .and_then(|table| source.copy(&table, pieces, target))
             .map_err(|error| error.with_path(file.path()))?;
-        if job.is_use_due {
+        if job.used_at.is_some() {
             job.note_use(part);
         }
         Ok(bytes)

@@ -132,7 +132,7 @@ impl KvCache {
         for (chunk, member) in chunks.iter().zip(members) {
             match self.stage(chunk, stream, deadline)? {
                 Err(ending) => member.end(ending),
-                Ok(image) => {
+                Ok((image, used_at)) => {
                     let job = StoreJob {
                         cache: Arc::clone(&self.shared),
                         chunk: chunk.chunk,
@@ -140,6 +140,7 @@ impl KvCache {
                         member,
                         submitted: Instant::now(),
                         watched: Arc::default(),
+                        used_at,
                     };
                     if !self.running.queue.push_store(job) {
                         let store = &self.running.shared;
@@ -152,13 +153,13 @@ impl KvCache {
         Ok(ticket)
     }
 
-    /// Gathers one chunk, or says why not.
+    /// Gathers one chunk, or says why not. Also returns when it was used, where its file is to be told.
     fn stage(
         &self,
         chunk: &StoreChunk,
         stream: ComputeStream,
         deadline: Option<Instant>,
-    ) -> Result<Result<Staged, Ending>> {
+    ) -> Result<Result<(Staged, Option<i64>), Ending>> {
         let store = &self.running.shared;
         let metrics = &store.metrics;
         let mount = store.mount(self.shared.part, &chunk.chunk.key);
@@ -182,11 +183,11 @@ impl KvCache {
             metrics.chunks_already_present.add(1);
             return Ok(Err(Ending::AlreadyPresent));
         }
-        plan_use(store, &self.shared, &chunk.chunk, true);
+        let used_at = plan_use(store, &self.shared, &chunk.chunk, true);
         let gpu = self.shared.gpu.as_ref();
         let route = gpu.map_or(Route::Posix, |gpu| gpu.route(mount));
         match self.stage_by(route, &chunk.blocks, stream, deadline) {
-            Ok(Some(staged)) => Ok(Ok(staged)),
+            Ok(Some(staged)) => Ok(Ok((staged, used_at))),
             Ok(None) => {
                 store.present.remove(&place);
                 metrics.stores_dropped_no_buffer.add(1);
@@ -324,15 +325,15 @@ impl KvCache {
         let after = gpu.map(|gpu| gpu.mark(stream)).transpose()?;
         let plan =
             |chunk: &LoadChunk| plan_use(&self.running.shared, &self.shared, &chunk.chunk, false);
-        let due: Vec<bool> = chunks.iter().map(plan).collect();
+        let used: Vec<Option<i64>> = chunks.iter().map(plan).collect();
         let (ticket, members) = start_load(chunks.len());
         let format = &self.shared.format;
         let submitted = Instant::now();
         let jobs = chunks
             .into_iter()
-            .zip(due)
+            .zip(used)
             .zip(members)
-            .map(|((chunk, is_use_due), member)| LoadJob {
+            .map(|((chunk, used_at), member)| LoadJob {
                 cache: Arc::clone(&self.shared),
                 chunk: chunk.chunk,
                 route: self.route(&chunk.chunk.key),
@@ -344,7 +345,7 @@ impl KvCache {
                 submitted,
                 started: None,
                 watched: Arc::default(),
-                is_use_due,
+                used_at,
                 served_by: Mutex::default(),
             })
             .collect();

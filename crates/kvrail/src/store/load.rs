@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::assemble;
 use super::batch::Ending;
-use super::capacity::LoadUse;
+use super::capacity::{PendingUse, now_on_path};
 use super::chunk_file::{check_chunk, note_failure, open_chunk};
 use super::gpu::{GpuSide, InPlaceFailure, Route};
 use super::health::is_timeout;
@@ -129,6 +129,7 @@ pub(super) fn run(
         chunk,
         member,
         served_by,
+        used_at,
         ..
     } = *job;
     let parts = served_by
@@ -139,11 +140,15 @@ pub(super) fn run(
     if let Some(image) = to_keep {
         store.keep_in_tier(&place, &image);
     }
-    if is_loaded && !parts.is_empty() {
-        let used = LoadUse {
+    if is_loaded
+        && !parts.is_empty()
+        && let Some(at) = used_at.or_else(|| now_on_path(store, place.1, &place.2))
+    {
+        let used = PendingUse {
             place,
             chunk,
             parts,
+            at,
         };
         store.metrics.touches_failed.add(queue.push_use(used));
     }
@@ -232,7 +237,7 @@ fn load_chunk(
             } else {
                 let times = (began, deadline);
                 let outcome = move_chunk(store, mount, job, &file, buffer, times);
-                if job.is_use_due && matches!(outcome, Outcome::Loaded(_)) {
+                if job.used_at.is_some() && matches!(outcome, Outcome::Loaded(_)) {
                     job.note_use(job.cache.part);
                 }
                 outcome

@@ -37,8 +37,8 @@ pub(super) struct LoadJob {
     pub(super) cufile_error: Option<Error>,
     /// What the watch knows it by.
     pub(super) watched: Arc<Watched>,
-    /// Whether the file is to be told of the use.
-    pub(super) is_use_due: bool,
+    /// When it was used, where its file is to be told.
+    pub(super) used_at: Option<i64>,
     /// Whose files are to be told of it, once it was loaded from them.
     pub(super) served_by: Mutex<Vec<Part>>,
 }

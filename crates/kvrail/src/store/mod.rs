@@ -100,6 +100,8 @@ use shared::Running;
 
 /// What a comparison of engines gets to end when the store is closed: far more than one transfer.
 const COMPARISON_ENDS: Duration = Duration::from_secs(2);
+/// How long a closing store tells files of uses.
+const USES_LIMIT: Duration = Duration::from_secs(1);
 
 /// A store of one namespace. Clones share it; its threads stop with the last of them.
 #[derive(Debug, Clone)]
@@ -313,8 +315,8 @@ impl Store {
 
     /// Waits for the stores, then ends everything: waiting loads end as failed, new calls too.
     ///
-    /// A comparison of engines and the janitors get what is left of `limit`, two seconds at most,
-    /// to end their work.
+    /// Files are told of the last loads for a second at most, and then a comparison of engines and the
+    /// janitors get what is left of `limit`, two seconds at most, to end their work.
     ///
     /// # Errors
     /// [`ErrorKind::TimedOut`] when stores were not done within `limit`; they are given up.
@@ -322,8 +324,9 @@ impl Store {
         let deadline = Instant::now().checked_add(limit);
         self.running.shared.comparisons.stop();
         let flushed = self.flush(limit);
-        self.running.queue.close();
         let left = || deadline.map_or(limit, |end| end.saturating_duration_since(Instant::now()));
+        self.running.queue.wait_for_uses(left().min(USES_LIMIT));
+        self.running.queue.close();
         // So that its file is gone. Whether it ended in time changes nothing here.
         let _ = self
             .running

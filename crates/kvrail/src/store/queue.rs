@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::capacity::LoadUse;
+use super::capacity::PendingUse;
 use super::load_job::{LoadBuffer, LoadJob};
 use super::save::StoreJob;
 use crate::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -24,7 +24,7 @@ pub(super) enum Job {
     /// A store; its staging buffer is filled already.
     Store(Box<StoreJob>),
     /// The use of a chunk that was loaded, for its file to be told.
-    Use(Box<LoadUse>),
+    Use(Box<PendingUse>),
 }
 
 /// Waiting transfers, and the number of those under way.
@@ -34,7 +34,7 @@ pub(super) struct TransferQueue {
     /// A job came, or none comes any more. Only workers wait for it: one that is told alone must
     /// not be somebody who waits for an end.
     came: Condvar,
-    /// A store ended.
+    /// A store ended, or a use.
     ended: Condvar,
 }
 
@@ -43,7 +43,7 @@ struct State {
     loads: VecDeque<Box<LoadJob>>,
     stores: VecDeque<Box<StoreJob>>,
     /// With the times since when they wait.
-    uses: VecDeque<(Instant, Box<LoadUse>)>,
+    uses: VecDeque<(Instant, Box<PendingUse>)>,
     loads_running: usize,
     stores_running: usize,
     is_telling: bool,
@@ -55,7 +55,7 @@ struct State {
 impl State {
     /// Takes the first use if it has waited for so long. One at a time: its path may hang, and nobody
     /// waits for it.
-    fn take_use(&mut self, waited: Duration) -> Option<Box<LoadUse>> {
+    fn take_use(&mut self, waited: Duration) -> Option<Box<PendingUse>> {
         let (since, _) = self.uses.front()?;
         if self.is_telling || self.closed || since.elapsed() < waited {
             return None;
@@ -100,7 +100,7 @@ impl TransferQueue {
     }
 
     /// Adds a use to be told. Returns how many are not: 1 when there is no room for it.
-    pub(super) fn push_use(&self, used: LoadUse) -> u64 {
+    pub(super) fn push_use(&self, used: PendingUse) -> u64 {
         let mut state = self.lock();
         if state.closed || state.uses.len() >= USES_MAX {
             return 1;
@@ -213,6 +213,7 @@ impl TransferQueue {
         state.is_telling = false;
         let is_next = !state.uses.is_empty();
         drop(state);
+        self.ended.notify_all();
         if is_next {
             self.came.notify_one();
         }
@@ -231,6 +232,20 @@ impl TransferQueue {
             (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         }
         true
+    }
+
+    /// Waits until all uses were told, for `limit` at most.
+    pub(super) fn wait_for_uses(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut state = self.lock();
+        while !state.uses.is_empty() || state.is_telling {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left == Duration::ZERO || state.stranded {
+                return;
+            }
+            let waited = self.ended.wait_timeout(state, left);
+            (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// Refuses new jobs and ends the waiting ones: loads as failed, stores as well.

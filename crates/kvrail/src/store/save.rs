@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::batch::{Ending, Member};
 use super::cache_shared::CacheShared;
-use super::capacity::{Use, told_until};
+use super::capacity::{PendingUse, Use, is_parent_pending};
 use super::directory::{Location, TEMPORARY_NAME};
 use super::health::is_timeout;
 use super::image;
@@ -38,6 +38,8 @@ pub(super) struct StoreJob {
     pub(super) submitted: Instant,
     /// What the watch knows it by.
     pub(super) watched: Arc<Watched>,
+    /// When it was used, where its file is to be told.
+    pub(super) used_at: Option<i64>,
 }
 
 /// How long a store waits for the GPU between two looks at whether a load needs its thread.
@@ -55,6 +57,7 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
         member,
         submitted,
         watched,
+        used_at,
     } = job;
     let mount = store.mount(cache.part, &chunk.key);
     let mut began = Instant::now();
@@ -68,15 +71,16 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
                 watched.put_off(asked.elapsed());
                 is_there
             };
-            let used = Use {
+            let used = used_at.map(|at| Use {
                 store,
                 group: cache.group,
                 part: cache.part,
                 chunk: &chunk,
                 watched: &watched,
-                until: told_until(store),
-            };
-            store_chunk(used, mount, &cache, image, gpu_is_there)
+                at,
+            });
+            let job = (&*cache, chunk, used);
+            store_chunk(store, mount, job, image, gpu_is_there)
         }
         Err(error) => Err(error),
     };
@@ -92,6 +96,7 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
                     member,
                     submitted,
                     watched,
+                    used_at,
                 });
             }
             return;
@@ -147,8 +152,22 @@ pub(super) fn run(store: &StoreShared, queue: &TransferQueue, job: StoreJob) {
             }
         }
     };
+    let place = cache.place(&chunk.key);
+    let is_to_tell = match &ending {
+        Ending::Stored => is_parent_pending(store, place, &chunk),
+        ending => matches!(ending, Ending::AlreadyPresent),
+    };
     queue.store_ended();
     member.end(ending);
+    if let Some(at) = used_at.filter(|_| is_to_tell) {
+        let used = PendingUse {
+            place,
+            chunk,
+            parts: vec![cache.part],
+            at,
+        };
+        store.metrics.touches_failed.add(queue.push_use(used));
+    }
 }
 
 /// Waits until the GPU is through with a chunk, or its time for that is over. Returns `false` when a
@@ -188,17 +207,15 @@ enum Stored {
 /// Stores one chunk, unless it is there already. `gpu_is_there` waits for the GPU, and says whether to
 /// go on.
 fn store_chunk(
-    used: Use<'_>,
+    store: &StoreShared,
     mount: &Mount,
-    cache: &CacheShared,
+    (cache, chunk, used): (&CacheShared, ChunkRef, Option<Use<'_>>),
     image: Staged,
     gpu_is_there: impl FnOnce(&Staged) -> bool,
 ) -> Result<Progress> {
-    let (store, chunk) = (used.store, *used.chunk);
     let place = cache.place(&chunk.key);
     let location = mount.directory.chunk_location(&place)?;
     if is_present(store, mount, &place, &location, cache.file_bytes())? {
-        used.present();
         return Ok(Progress::Ended(Stored::AlreadyPresent));
     }
     if !gpu_is_there(&image) {
@@ -236,7 +253,7 @@ struct Save<'a> {
     mount: &'a Mount,
     cache: &'a CacheShared,
     chunk: ChunkRef,
-    used: Use<'a>,
+    used: Option<Use<'a>>,
     location: &'a Location,
 }
 
@@ -341,7 +358,9 @@ impl Save<'_> {
 
     fn publish(self, temporary: TemporaryFile) -> Result<Stored> {
         let bytes = self.cache.file_bytes() as u64;
-        self.used.stored(temporary.file()?);
+        if let Some(used) = self.used {
+            used.stored(temporary.file()?);
+        }
         let sync = self.store.durability == Durability::Full;
         temporary.publish(self.location, bytes, sync)?;
         if let Some(form) = &self.cache.token_file {

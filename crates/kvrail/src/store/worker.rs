@@ -141,7 +141,7 @@ fn run(shared: &StoreShared, queue: &Arc<TransferQueue>, job: Job, watched: &Wat
         Job::Load(job, buffer) => load::run(shared, queue, job, buffer),
         Job::Store(job) => save::run(shared, queue, *job),
         Job::Use(used) => {
-            let is_left = used.tell(shared, watched);
+            let is_left = used.tell(shared, watched, || queue.loads_wait());
             if watched.end() {
                 queue.use_ended();
                 if is_left {

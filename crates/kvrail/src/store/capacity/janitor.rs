@@ -210,6 +210,7 @@ impl Janitor {
 
     fn work(&mut self) -> Result<Tick> {
         let start = Instant::now();
+        self.fault = None;
         let flushed = self.room.flush();
         self.unless_full(flushed)?;
         self.reach(Step::Accounted);
@@ -234,7 +235,7 @@ impl Janitor {
         while start.elapsed() < self.settings.timing.tick && !self.progress.is_halted() {
             let view = self.view()?;
             // What fails in each slice keeps the account from being known, and is tried in its turn.
-            let is_unknown = !view.known && self.fault.is_none();
+            let is_unknown = (!view.known || self.untold > 0) && self.fault.is_none();
             let is_late = Instant::now() >= self.slice_due || is_unknown;
             if !is_late && !self.sweeper.is_evicting() && !self.must_evict(&view) {
                 break;
@@ -250,7 +251,7 @@ impl Janitor {
             self.stuck_since = None;
             self.sweeper.retry();
         }
-        let is_unknown = self.room.used().is_none() && self.fault.is_none();
+        let is_unknown = (self.room.used().is_none() || self.untold > 0) && self.fault.is_none();
         tick.busy = self.sweeper.is_evicting() || is_unknown;
         tick.stuck = is_stuck || self.relief.is_missing();
         Ok(tick)

@@ -20,7 +20,7 @@ mod eviction_log;
 mod files;
 mod janitor;
 mod lease;
-mod load_use;
+mod pending_use;
 mod policy;
 mod progress;
 mod relief;
@@ -48,7 +48,7 @@ pub use collect::{CollectOptions, Collected, collect};
 pub(super) use eviction_log::LOG_NAMES;
 pub use eviction_log::{Eviction, EvictionReason, evictions};
 pub use janitor::{Janitor, Tick};
-pub(super) use load_use::LoadUse;
+pub(super) use pending_use::PendingUse;
 pub use removals::Removals;
 pub use room::WallClock;
 pub use seen::SeenChunks;
@@ -59,7 +59,7 @@ pub use sweep::{
     Count, Reason, SLICES, Shelf, Situation, Step as SweepStep, SweepRules, Sweeper, Tally, Visit,
 };
 pub(super) use thread::JanitorThreads;
-pub(super) use touch::{Use, plan_use, told_until};
+pub(super) use touch::{Use, is_parent_pending, now_on_path, plan_use};
 
 use super::mount::Mount;
 use super::notice::{Notices, Topic};

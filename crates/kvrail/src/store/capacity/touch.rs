@@ -7,7 +7,6 @@
 //! in its own memory. A stamp is changed once in a minute at most.
 
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
 
 use rustix::fs::AtFlags;
 
@@ -22,32 +21,41 @@ use crate::store::present::Place;
 use crate::store::shared::StoreShared;
 use crate::store::watch::Watched;
 
-/// How long the chunks before one are told of its use at once, at most. The rest, of a long prompt on a
-/// slow file system, is told later.
-const TELL_LIMIT: Duration = Duration::from_secs(1);
-
-/// Returns until when a use that begins now may be told to the chunks before it: no path is to be
-/// taken for one that hangs for that.
-pub(in crate::store) fn told_until(store: &StoreShared) -> Instant {
-    Instant::now() + TELL_LIMIT.min(store.wait_limit / 4)
-}
-
 /// Decides the stamp of a chunk that is handed over to be stored (`is_new`) or loaded: in memory
-/// only, in the order of the prompt. Returns whether its file is to be told, which may be written to
-/// and did not hear of a use lately.
+/// only, in the order of the prompt. Returns when it was used where its file is to be told, which may
+/// be written to and did not hear of a use lately.
 pub(in crate::store) fn plan_use(
     store: &StoreShared,
     cache: &CacheShared,
     chunk: &ChunkRef,
     is_new: bool,
-) -> bool {
-    let mount = store.mount(cache.part, &chunk.key);
-    let Some(path) = store.capacity.of(&mount.root) else {
-        return false;
-    };
-    let now = path.room.now_milliseconds();
+) -> Option<i64> {
+    let now = now_on_path(store, cache.part, &chunk.key)?;
     let place = cache.place(&chunk.key);
-    store.capacity.chains.plan(place, chunk.parent, now, is_new)
+    let chains = &store.capacity.chains;
+    chains.plan(place, chunk.parent, now, is_new).then_some(now)
+}
+
+/// Returns the time on a chunk's path in milliseconds since 1970, `None` where nothing may be written.
+pub(in crate::store) fn now_on_path(
+    store: &StoreShared,
+    part: Part,
+    key: &ChunkKey,
+) -> Option<i64> {
+    let path = store.capacity.of(&store.mount(part, key).root)?;
+    Some(path.room.now_milliseconds())
+}
+
+/// Returns whether the file of the chunk before one is still to be told of a use.
+pub(in crate::store) fn is_parent_pending(
+    store: &StoreShared,
+    (group, part, _): Place,
+    chunk: &ChunkRef,
+) -> bool {
+    let parent = chunk.parent.map(|parent| (group, part, parent));
+    parent
+        .and_then(|parent| store.capacity.chains.get(&parent))
+        .is_some_and(|link| link.is_pending)
 }
 
 /// A job's use of a chunk.
@@ -62,71 +70,49 @@ pub(in crate::store) struct Use<'a> {
     pub(in crate::store) part: Part,
     pub(in crate::store) chunk: &'a ChunkRef,
     pub(in crate::store) watched: &'a Watched,
-    /// Until when the chunks before it are told at once.
-    pub(in crate::store) until: Instant,
+    /// When it was used. Not when its file is told: telling takes its time, and is not to begin anew.
+    pub(in crate::store) at: i64,
 }
 
 impl Use<'_> {
     /// Stamps the chunk's file, which is about to be published.
     pub(in crate::store) fn stored(&self, file: &IoFile) {
-        let Some((now, is_left)) = self.begin() else {
-            return;
-        };
         let planned = self.known(&self.chunk.key);
-        let at = planned.map_or(now, |link| link.milliseconds.min(now));
+        let at = planned.map_or(self.at, |link| link.milliseconds.min(self.at));
         let stamp = Stamp::first(at, self.time_of_parent(self.chunk));
         if self.set(file.as_fd(), None, stamp) {
             self.note(self.chunk, stamp);
         }
-        self.keep(is_left);
     }
 
-    /// Renews the stamp of the chunk, which was loaded, or was to be stored and is there. Returns
-    /// whether chunks before it are left to be told.
-    pub(in crate::store) fn present(&self) -> bool {
-        let Some((now, is_left)) = self.begin() else {
-            return false;
-        };
-        if let Some(stamp) = self.stamp_of(&self.chunk.key) {
-            self.renew(self.chunk, now, stamp);
-        }
-        self.keep(is_left);
-        is_left
-    }
-
-    /// Has the chunks before this one that are left to be told found through it.
-    fn keep(&self, is_left: bool) {
-        if is_left {
-            let chains = &self.store.capacity.chains;
-            chains.set_pending(std::iter::once(self.place(&self.chunk.key)));
-        }
-    }
-
-    /// Renews the stamps of the known chunks before this one, the first of them first. Returns the
-    /// time on the chunk's path, and whether some are left; `None` where nothing may be written.
-    fn begin(&self) -> Option<(i64, bool)> {
-        let mount = self.store.mount(self.part, &self.chunk.key);
-        let path = self.store.capacity.of(&mount.root)?;
-        let now = path.room.now_milliseconds();
+    /// Renews the stamps of the known chunks before this one, the first of them first, and then its
+    /// own. Goes on while `goes_on` says so, but does one at least. Returns whether some are left.
+    pub(in crate::store) fn tell(&self, goes_on: impl Fn() -> bool) -> bool {
         let mut is_left = false;
         if let Some(parent) = self.chunk.parent {
             let chains = &self.store.capacity.chains;
-            let mut pending = chains.take_pending(self.place(&parent), now).into_iter();
-            while Instant::now() < self.until
-                && let Some((place, link)) = pending.next()
-            {
+            let mut pending = chains
+                .take_pending(self.place(&parent), self.at)
+                .into_iter();
+            for (place, link) in pending.by_ref() {
                 let ancestor = ChunkRef {
                     key: place.2,
                     parent: link.parent,
                 };
                 if let Some(stamp) = self.stamp_of(&ancestor.key) {
-                    self.renew(&ancestor, now, stamp);
+                    self.renew(&ancestor, stamp);
+                }
+                if !goes_on() {
+                    break;
                 }
             }
             is_left = pending.len() > 0;
             chains.set_pending(pending.map(|(place, _)| place));
         }
-        Some((now, is_left))
+        if !is_left && let Some(stamp) = self.stamp_of(&self.chunk.key) {
+            self.renew(self.chunk, stamp);
+        }
+        is_left
     }
 
     /// Does `work` on the path of a chunk, for which the watch knows where the job is meanwhile.
@@ -144,9 +130,9 @@ impl Use<'_> {
     }
 
     /// Renews one stamp if it is old enough, and counts the use.
-    fn renew(&self, chunk: &ChunkRef, now: i64, stamp: Stamp) {
+    fn renew(&self, chunk: &ChunkRef, stamp: Stamp) {
         let planned = self.known(&chunk.key);
-        let at = planned.map_or(now, |link| link.milliseconds.min(now));
+        let at = planned.map_or(self.at, |link| link.milliseconds.min(self.at));
         let Some(renewed) = stamp.renewed(at, self.time_of_parent(chunk)) else {
             return self.note(chunk, stamp);
         };
@@ -361,6 +347,7 @@ mod tests {
                 .already_present,
             1
         );
+        wait_until_told(&store, 9);
         assert!((0..9).all(|index| stamp(&store, index).milliseconds() >= now - 1000));
         assert_eq!(store.metrics().touches_failed, 0);
     }

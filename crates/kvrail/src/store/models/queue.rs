@@ -8,7 +8,7 @@ use super::{LONG, explore, kv_cache};
 use crate::chunk::{ChunkKey, ChunkRef};
 use crate::store::batch::{Ending, start_load, start_store};
 use crate::store::cache_shared::CacheShared;
-use crate::store::capacity::LoadUse;
+use crate::store::capacity::PendingUse;
 use crate::store::gpu::Route;
 use crate::store::load_job::LoadJob;
 use crate::store::queue::{Job, TransferQueue};
@@ -39,7 +39,7 @@ pub(super) fn load(cache: &Arc<CacheShared>) -> (LoadTicket, LoadJob) {
         route: Route::Posix,
         cufile_error: None,
         watched: Arc::default(),
-        is_use_due: false,
+        used_at: None,
         served_by: std::sync::Mutex::default(),
     };
     (ticket, job)
@@ -55,6 +55,7 @@ fn store(cache: &Arc<CacheShared>) -> (StoreTicket, StoreJob) {
         member: members.pop().unwrap(),
         submitted: Instant::now(),
         watched: Arc::default(),
+        used_at: None,
     };
     (ticket, job)
 }
@@ -150,10 +151,11 @@ fn uses_are_told_one_at_a_time_and_all() {
             .collect();
         let (ticket, job) = store(&cache);
         for _ in 0..2 {
-            let used = LoadUse {
+            let used = PendingUse {
                 place: cache.place(&chunk().key),
                 chunk: chunk(),
                 parts: vec![cache.part],
+                at: 0,
             };
             assert_eq!(queue.push_use(used), 0);
         }
