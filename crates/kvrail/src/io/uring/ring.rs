@@ -36,6 +36,8 @@ const ENTRIES: u32 = 2 * REQUESTS_MAX as u32;
 /// Threads of the kernel for requests that cannot be done without waiting, for each thread of ours.
 /// A mount that hangs holds one for each of its requests, and what is left must do for others.
 const KERNEL_THREADS_MAX: u32 = 8 * REQUESTS_MAX as u32;
+/// How often the kernel is asked again to end a request that hangs.
+const CANCELLED_AGAIN: Duration = Duration::from_secs(1);
 /// What a cancellation is called; no request has this number.
 const CANCELLATION: u64 = u64::MAX;
 /// The wait when the kernel takes no requests for the moment.
@@ -61,6 +63,8 @@ pub(super) struct Ring {
     /// What is in flight, by the number that the kernel knows it by.
     flights: Vec<Option<Flight>>,
     in_flight: usize,
+    /// When the kernel was asked last to end what is in flight.
+    cancelled: Option<Instant>,
     registration: Option<Registration>,
     counters: Arc<Counters>,
 }
@@ -93,6 +97,7 @@ impl Ring {
             uring: ManuallyDrop::new(uring),
             flights: (0..REQUESTS_MAX).map(|_| None).collect(),
             in_flight: 0,
+            cancelled: None,
             registration: None,
             counters,
         })
@@ -348,21 +353,33 @@ impl Ring {
 
     /// Asks the kernel to end everything in flight; what it is at already goes on.
     pub(super) fn cancel(&mut self) {
+        self.cancelled = Some(Instant::now());
         for place in 0..self.flights.len() {
             let Some(flight) = self.flights.get_mut(place).and_then(Option::as_mut) else {
                 continue;
             };
-            flight.is_cancelled = true;
+            let is_first = !std::mem::replace(&mut flight.is_cancelled, true);
             let entry = opcode::AsyncCancel::new(place as u64).build();
             let entry = entry.user_data(CANCELLATION);
             // SAFETY: a cancellation names a number and no memory.
             let pushed = unsafe { self.uring.submission().push(&entry) };
-            if pushed.is_ok() {
+            if pushed.is_ok() && is_first {
                 self.counters.cancelled.fetch_add(1, Ordering::Relaxed);
             }
         }
         // What the kernel does not take now it takes with the next wait.
         drop(self.uring.submit());
+    }
+
+    /// Asks the kernel now and then once more to end what is in flight: it does not find what a thread
+    /// of its own is just taking up.
+    pub(super) fn cancel_again(&mut self) {
+        let is_due = self
+            .cancelled
+            .is_none_or(|at| at.elapsed() > CANCELLED_AGAIN);
+        if self.in_flight > 0 && is_due {
+            self.cancel();
+        }
     }
 
     /// Returns what other rings may copy this one's registration from.

@@ -183,6 +183,7 @@ impl Rings {
             let broken = ring.wait(Instant::now() + TURN, &mut ended).is_err();
             // The buffers of what has ended go back to their pool here.
             drop(ended);
+            ring.cancel_again();
             let left = ring.in_flight();
             let mut state = self.lock();
             state.held -= before - left;
