@@ -1,5 +1,5 @@
-//! The queue of chunk transfers: loads before stores, and then what loads leave to be noted. All are
-//! bounded.
+//! The queue of chunk transfers: loads before stores, and then the uses that files are to be told. All
+//! are bounded.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -23,7 +23,7 @@ pub(super) enum Job {
     Load(Box<LoadJob>, Option<LoadBuffer>),
     /// A store; its staging buffer is filled already.
     Store(Box<StoreJob>),
-    /// The use of a chunk that was loaded, for its file to be told.
+    /// The use of a chunk by a job that has ended, for its file to be told.
     Use(Box<PendingUse>),
 }
 

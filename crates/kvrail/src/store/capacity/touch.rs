@@ -3,8 +3,9 @@
 //! A chunk's stamp is always older than that of the chunk before it in its prompt, by 10 ms at
 //! least: eviction, which goes by age, takes a prompt's tail before its head. So a stored chunk gets
 //! the time of now or 10 ms before its predecessor's, whichever is earlier; and a use makes all
-//! chunks before it young first, also those that were not read because the serving engine had them
-//! in its own memory. A stamp is changed once in a minute at most.
+//! chunks before it young, also those that were not read because the serving engine had them in its
+//! own memory. That is decided in memory at once, and told to the files when the job has ended
+//! (`pending_use.rs`), the first of the prompt first. A stamp is changed once in a minute at most.
 
 use std::os::fd::AsFd;
 
