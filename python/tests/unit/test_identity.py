@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from identities import LAYERS, HfConfig, Layer, assign, configuration, drafts, identify
 from vllm.config.aux_output import AuxOutputConfig
 from vllm.config.lora import LoRAConfig
 from vllm.platforms import current_platform
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
     KVCacheGroupSpec,
     MambaSpec,
     UniformTypeKVCacheSpecs,
@@ -34,83 +32,10 @@ from kvrail.vllm.identity import (
 from kvrail.vllm.layout import UnsupportedModelError
 from kvrail.vllm.multimodal import items_are_named
 
-LAYERS = ["model.layers.0.attn", "model.layers.1.attn"]
-
-
-class Layer:
-    def __init__(self, isa: str | None) -> None:
-        if isa is not None:
-            self.isa = isa
-
-    def get_attn_backend(self):
-        return SimpleNamespace(get_name=lambda: "CPU_ATTN")
-
-
-class HfConfig:
-    def __init__(self, **values) -> None:
-        self.values = values
-
-    def to_dict(self) -> dict:
-        return copy.deepcopy(self.values)
-
 
 @pytest.fixture
 def setup(tmp_path):
-    """A configuration with the fields of vLLM's that an identity is made of."""
-    folder = tmp_path / "tiny-model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"weights")
-    model = SimpleNamespace(
-        model=str(folder),
-        model_weights="",
-        revision=None,
-        seed=0,
-        dtype=torch.float32,
-        quantization=None,
-        hf_overrides={},
-        hf_config=HfConfig(hidden_size=8, _name_or_path="a", transformers_version="5"),
-        max_model_len=4096,
-        get_total_num_hidden_layers=lambda: 2,
-    )
-    config = SimpleNamespace(
-        model_config=model,
-        load_config=SimpleNamespace(
-            load_format="auto", download_dir=None, model_loader_extra_config={}
-        ),
-        cache_config=SimpleNamespace(
-            cache_dtype="auto", prefix_caching_hash_algo="sha256", kv_cache_layout=None
-        ),
-        parallel_config=SimpleNamespace(
-            tensor_parallel_size=1,
-            pipeline_parallel_size=1,
-            decode_context_parallel_size=1,
-            prefill_context_parallel_size=1,
-            cp_kv_cache_interleave_size=1,
-        ),
-        compilation_config=SimpleNamespace(
-            static_forward_context={name: Layer("vec") for name in LAYERS}
-        ),
-        speculative_config=None,
-        weight_transfer_config=None,
-    )
-    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=8, dtype=torch.float32)
-    group = KVCacheGroupSpec(list(LAYERS), spec)
-    kv_config = KVCacheConfig(
-        num_blocks=4, kv_cache_tensors=[], kv_cache_groups=[group], kv_cache_layout="LBNHC"
-    )
-    return SimpleNamespace(vllm=config, kv=kv_config, group=group, folder=folder, chunk_size=256)
-
-
-def identify(setup) -> dict:
-    draft = getattr(setup.vllm.speculative_config, "draft_model_config", None)
-    if draft is not None and draft.model is None:
-        draft.model = setup.vllm.model_config.model
-    caches = {name: torch.zeros(4, 2, 16, 16) for name in LAYERS}
-    memory = layout.plan_memory(setup.group, caches, 4)
-    identity = build_identity(setup.vllm, setup.kv, [(setup.group, memory)], setup.chunk_size)
-    assert json.loads(json.dumps(identity)) == identity, "an identity is plain JSON"
-    return identity
+    return configuration(tmp_path)
 
 
 def test_the_same_twice(setup):
@@ -153,26 +78,6 @@ def images(**settings) -> SimpleNamespace:
 def adapters(**settings) -> LoRAConfig:
     """What an engine that serves the model above makes of adapters."""
     return LoRAConfig(**{"lora_dtype": torch.float32} | settings)
-
-
-def assign(path: str, value):
-    def change(setup):
-        target = setup
-        *parents, last = path.split(".")
-        for parent in parents:
-            target = getattr(target, parent)
-        setattr(target, last, value)
-
-    change.__name__ = path
-    return change
-
-
-def drafts(method: str, **settings) -> SimpleNamespace:
-    """Speculative decoding with drafts out of the target's checkpoint."""
-    config = HfConfig(model_type=f"tiny_{method}")
-    draft = SimpleNamespace(model=None, hf_config=config, hf_overrides=lambda config: config)
-    fields = {"num_speculative_tokens": 1, "draft_model_config": draft} | settings
-    return SimpleNamespace(method=method, **fields)
 
 
 CHANGES = [
@@ -307,95 +212,6 @@ def test_drafts_without_layers_change_nothing(setup, method):
     assert identify(setup) == without
     setup.vllm.speculative_config = drafts(method, draft_model_config=None)
     assert identify(setup) == without
-
-
-def draft_folder(setup) -> SimpleNamespace:
-    folder = setup.folder.parent / "draft"
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"draft")
-    return SimpleNamespace(model=str(folder), model_weights="", revision=None, seed=0)
-
-
-def test_a_draft_model_of_its_own_is_identified_by_how_it_was_loaded(setup):
-    draft = draft_folder(setup)
-    setup.vllm.speculative_config = drafts("eagle", draft_model_config=draft)
-    fingerprint = identify(setup)["draft_weights"]
-    assert len(fingerprint) == 64
-    load = SimpleNamespace(load_format="auto", download_dir=None, model_loader_extra_config={})
-    setup.vllm.speculative_config.draft_load_config = load
-    assert identify(setup)["draft_weights"] == fingerprint
-    load.load_format = "dummy"
-    assert identify(setup)["draft_weights"] == {"load_format": "dummy", "seed": 0}
-    load.load_format = "tensorizer"
-    with pytest.raises(UnsupportedModelError, match="load format tensorizer"):
-        identify(setup)
-
-
-@pytest.mark.parametrize(
-    ("file", "alike", "others"),
-    [
-        (
-            "model.safetensors",
-            ["hf", "safetensors", "fastsafetensors", "instanttensor"],
-            ["pt", "mistral", "runai_streamer", "sharded_state", "runai_streamer_sharded"],
-        ),
-        ("consolidated.safetensors", ["mistral"], ["hf", "safetensors", "runai_streamer", "pt"]),
-    ],
-)
-def test_formats_that_read_other_files_of_a_folder_differ(setup, file, alike, others):
-    """A folder may hold weights twice, of which a training has replaced one."""
-    (setup.folder / file).write_bytes(b"weights")
-    reference = identify(setup)
-    assert set(reference["weights"]) == {"fingerprint"}
-    for load_format in alike:
-        setup.vllm.load_config.load_format = load_format
-        assert identify(setup) == reference, load_format
-    seen = []
-    for load_format in others:
-        setup.vllm.load_config.load_format = load_format
-        seen.append(identify(setup)["weights"])
-        assert seen[-1] not in [reference["weights"], *seen[:-1]], load_format
-
-
-def test_shards_are_chosen_by_their_pattern(setup):
-    setup.vllm.load_config.load_format = "sharded_state"
-    seen = [identify(setup)["weights"]]
-    for pattern in ("first-{rank}-{part}.safetensors", "second-{rank}-{part}.safetensors"):
-        setup.vllm.load_config.model_loader_extra_config = {"pattern": pattern}
-        seen.append(identify(setup)["weights"])
-    assert len({json.dumps(weights) for weights in seen}) == 3
-    setup.vllm.load_config.model_loader_extra_config = {"pattern": "../{rank}-{part}.safetensors"}
-    with pytest.raises(UnsupportedModelError, match="another folder"):
-        identify(setup)
-
-
-def test_weights_of_towers_with_folders_of_their_own_are_part_of_it(setup):
-    """Ultravox' language model may be one."""
-    tower = setup.folder.parent / "tower"
-    tower.mkdir()
-    (tower / "model.safetensors").write_bytes(b"tower")
-    config = setup.vllm.model_config.hf_config
-    config.audio_model_id = None
-    without = identify(setup)
-    assert "tower_weights" not in without
-    config.text_model_id = str(tower)
-    before = identify(setup)
-    assert list(before["tower_weights"]) == ["text_model_id"]
-    (tower / "model.safetensors").write_bytes(b"other")
-    assert identify(setup) != before
-    setup.vllm.load_config.load_format = "dummy"
-    assert "tower_weights" not in identify(setup)
-
-
-def test_an_engine_that_is_sent_its_weights_has_no_identity(setup, monkeypatch):
-    """vLLM says "dummy" of it, which is what it had before."""
-    monkeypatch.setenv("VLLM_ELASTIC_EP_SCALE_UP_LAUNCH", "0")
-    identify(setup)
-    monkeypatch.setenv("VLLM_ELASTIC_EP_SCALE_UP_LAUNCH", "1")
-    for load_format in ("auto", "dummy"):
-        setup.vllm.load_config.load_format = load_format
-        with pytest.raises(UnsupportedModelError, match="elastic expert parallelism"):
-            identify(setup)
 
 
 def test_a_model_on_another_mount_is_the_same(setup):
